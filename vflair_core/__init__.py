@@ -1,0 +1,65 @@
+"""vflair: split learning of large language models that people can trust and extend.
+
+Names load on first use (PEP 562), so that ``vflair --help`` and plugin modules never import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Channel": "channel",
+    "LocalChannel": "channel",
+    "Transcript": "channel",
+    "Message": "message",
+    "Partition": "partition",
+    "split": "partition",
+    "verify": "verify",
+    "Defense": "defense",
+    "Guarantee": "guarantee",
+    "Guess": "attack",
+    "Task": "task",
+    "Example": "task",
+    "hookimpl": "hookspecs",
+    "plugin_manager": "plugins",
+    "Experiment": "experiment",
+    "read_experiment": "config",
+    "run": "run",
+    "Result": "result",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vflair_core' has no attribute {name!r}")
+    return getattr(import_module(f"vflair_core.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from vflair_core.attack import Guess as Guess
+    from vflair_core.channel import Channel as Channel
+    from vflair_core.channel import LocalChannel as LocalChannel
+    from vflair_core.channel import Transcript as Transcript
+    from vflair_core.config import read_experiment as read_experiment
+    from vflair_core.defense import Defense as Defense
+    from vflair_core.experiment import Experiment as Experiment
+    from vflair_core.guarantee import Guarantee as Guarantee
+    from vflair_core.hookspecs import hookimpl as hookimpl
+    from vflair_core.message import Message as Message
+    from vflair_core.partition import Partition as Partition
+    from vflair_core.partition import split as split
+    from vflair_core.plugins import plugin_manager as plugin_manager
+    from vflair_core.result import Result as Result
+    from vflair_core.run import run as run
+    from vflair_core.task import Example as Example
+    from vflair_core.task import Task as Task
+    from vflair_core.verify import verify as verify

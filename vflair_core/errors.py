@@ -1,0 +1,48 @@
+"""The errors vflair raises: each says what was asked, what is possible and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VflairError(Exception):
+    """Base of every error vflair raises on purpose."""
+
+
+class PartitionError(VflairError):
+    """A model cannot be cut as asked."""
+
+
+class LeakError(PartitionError):
+    """Something that must stay with the data party was about to cross."""
+
+
+class ProtocolError(VflairError):
+    """A message breaks the rules of the exchange between the parties."""
+
+
+class DefenseError(VflairError):
+    """A defense cannot do what it was asked to do here."""
+
+
+class AttackError(VflairError):
+    """An attack cannot be launched or returned something that cannot be graded."""
+
+
+class TaskError(VflairError):
+    """A task or its data cannot be used as asked."""
+
+
+class ExperimentError(VflairError):
+    """An experiment file asks for something that does not exist or does not fit."""
+
+
+class PluginError(VflairError):
+    """A plugin cannot be loaded or offers something that clashes."""
+
+
+def did_you_mean(asked: str, possible: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` when something close to `asked` exists, else ``""``."""
+    close = difflib.get_close_matches(asked, list(possible), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

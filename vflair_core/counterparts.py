@@ -1,0 +1,45 @@
+"""Modules that a defense puts behind the channel, described so that the model party can build them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from vflair_core.defense import Defense
+from vflair_core.errors import DefenseError
+from vflair_core.message import Crossing
+
+
+def describe(defenses: Sequence[Defense]) -> tuple[list[dict[str, Any]], list[Crossing]]:
+    """Return the descriptions of all counterparts, in order, and their weights.
+
+    Raises:
+        DefenseError: A counterpart is of a kind the model party does not build.
+    """
+    modules = [(d, module) for d in defenses if (module := d.counterpart()) is not None]
+    descriptions, weights = [], []
+    for number, (defense, module) in enumerate(modules):
+        match module:
+            case nn.Linear():
+                options = {
+                    "in_features": module.in_features,
+                    "out_features": module.out_features,
+                    "bias": module.bias is not None,
+                }
+                kind = "linear"
+            case nn.LayerNorm():
+                options = {"normalized_shape": list(module.normalized_shape), "eps": module.eps}
+                kind = "layer_norm"
+            case _:
+                raise DefenseError(
+                    f"{type(defense).__name__} asks the model party for a {type(module).__name__}. "
+                    "It builds nn.Linear and nn.LayerNorm."
+                )
+        descriptions.append({"kind": kind, "options": options})
+        weights += [
+            Crossing(f"{number}.{key}", "counterpart", value.detach())
+            for key, value in module.state_dict().items()
+        ]
+    return descriptions, weights

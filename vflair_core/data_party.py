@@ -1,0 +1,388 @@
+"""The data party: keeps the text, the labels and its layers, and talks to the model party."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from vflair_core import cache as caches
+from vflair_core import protocol
+from vflair_core.channel import Channel
+from vflair_core.defense import Batch, Defense, Exchange
+from vflair_core.errors import DefenseError, PartitionError
+from vflair_core.message import Crossing, Kind, Message, Phase, Role
+from vflair_core.program import Program
+from vflair_core.roles import Call, Captured, find_roles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.cache_utils import Cache
+
+    from vflair_core.absent import Recorder
+    from vflair_core.partition import Partition
+
+
+class DataParty:
+    """Owns `model`, which stays a transformers model: call it, train it, generate with it as always.
+
+    Args:
+        model: A transformers model whose modules `absent` are stand-ins (made by `split`).
+        partition: The cut.
+        channel: The way to the model party.
+        absent: Names of the modules the model party holds, in call order.
+        defenses: Applied in this order on the way out, in reverse on the way back.
+        tokenizer: Needed for `encode` and `ask`.
+        seed: Seed of the defenses' noise; None draws it from the operating system.
+        untied: Weights that got a second copy because both sides use them.
+    """
+
+    recorder: Recorder
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        partition: Partition,
+        channel: Channel,
+        absent: tuple[str, ...],
+        *,
+        defenses: Sequence[Defense] = (),
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        seed: int | None = None,
+        untied: tuple[str, ...] = (),
+    ) -> None:
+        self.partition, self.channel, self.absent, self.untied = partition, channel, absent, untied
+        self.tokenizer, self.defenses, self.seed = tokenizer, tuple(defenses), seed
+        self.task_kind = "*"
+        self.step = 0
+        self.fingerprint = ""
+        self.session = uuid.uuid4().hex
+        self.bypass_defenses = False
+        self.roles: dict[str, tuple[Role, ...]] = {}
+        self._generators = [_generator(seed, n) for n in range(len(self.defenses))]
+        self._registered: set[str] = set()
+        self._released_graphs: list[int] = []
+        self._released_caches: list[str] = []
+        self._exchanges = self._seq = 0
+        self._call: Call | None = None
+        self._last: Exchange | None = None
+        self._probing = False
+        self._seen_paths: set[Any] = set()
+        self.model = _hand_over_forward(model, self)
+        embeddings = model.get_input_embeddings()
+        embeddings.register_forward_hook(self._on_embeddings)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Weights by the names they have in the whole model."""
+        return self.model.named_parameters()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Weights, in the order of the whole model."""
+        return self.model.parameters()
+
+    # -- calling the model ------------------------------------------------------------------------------
+
+    def run_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
+        """Run the model's own forward with the defenses that act on whole batches around it."""
+        if self._probing:
+            return forward(**inputs)
+        for defense in self._active("expand"):
+            inputs = {**inputs, **defense.expand({k: v for k, v in inputs.items() if torch.is_tensor(v)})}
+        self.recorder.reset()
+        self._call = Call(forward, inputs, self._past(inputs))
+        try:
+            outputs = forward(**inputs)
+            if self.model.training and torch.is_grad_enabled() and self._last is not None:
+                for defense in self._active("penalty"):
+                    penalty = defense.penalty(self._last)
+                    if penalty is not None and outputs.get("loss") is not None:
+                        outputs["loss"] = outputs["loss"] + penalty
+        finally:
+            self._call = self._last = None
+        for defense in reversed(self._active("contract")):
+            outputs = defense.contract(outputs)
+        return outputs
+
+    def _past(self, inputs: dict[str, Any]) -> Cache | None:
+        """Copy the cache before a call takes a path not seen yet: its roles must be found from there."""
+        cache = inputs.get("past_key_values")
+        if cache is None:
+            return None
+        length, ids = cache.get_seq_length(), inputs.get("input_ids")
+        given = tuple(key for key, value in inputs.items() if value is not None)
+        positions = None if ids is None else ids.shape[-1]
+        path = (given, length == 0, positions == 1, self.model.training, _all_ones(inputs))
+        if path in self._seen_paths:
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            return copy.deepcopy(cache)
+
+    def exchange(self, program: Program, leaves: list[Tensor], cache: Cache | None) -> list[Tensor]:
+        """Take a finished program from the recorder and carry out the round."""
+        if self._probing:
+            raise Captured(program, leaves)
+        roles = self.roles.get(program.id) or self._find_roles(program, cache)
+        phase, positions = self._phase(cache), _positions(leaves, roles)
+        inputs = self._call.inputs if self._call else {}
+        self._exchanges += 1
+        exchange = Exchange(
+            number=self._exchanges,
+            step=self.step,
+            phase=phase,
+            mask=_mask(inputs, positions),
+            batch=inputs,
+        )
+        self._last = exchange
+        spec = None
+        if cache is not None:
+            remote = caches.attach(cache, self._absent_layers(), self._released_caches.append)
+            spec = {"id": remote.id, "deeds": list(remote.deeds)}
+            if not remote.known:
+                spec["layers"] = remote.layers
+        returned = protocol.cross(self, exchange, program, leaves, roles, spec)
+        if cache is not None:
+            remote.deeds.clear()
+            remote.known = True
+            caches.advance(cache, self._absent_layers(), positions)
+        return returned
+
+    def _absent_layers(self) -> list[int]:
+        modules = (self.model.get_submodule(name) for name in self.absent)
+        return sorted({index for module in modules for index in module.layers})  # type: ignore[union-attr]
+
+    def _phase(self, cache: Cache | None) -> Phase:
+        if self.model.training and torch.is_grad_enabled():
+            return "train"
+        if cache is None:
+            return "eval"
+        return "prefill" if getattr(cache, "vflair_remote", None) is None else "decode"
+
+    def _find_roles(self, program: Program, cache: Cache | None) -> tuple[Role, ...]:
+        if self._call is None:
+            raise PartitionError(
+                "The model party was reached by a call of an inner module before the whole model was called "
+                "this way. Call data_party.model(...) once first."
+            )
+        call = self._call
+        if cache is not None and call.past is None:
+            call = attrs.evolve(call, past=self._rewound(cache, call.inputs))
+        self._probing = True
+        try:
+            roles = find_roles(self.model, call, program, self.partition.disclose)
+        finally:
+            self._probing = False
+            self.recorder.reset()
+        self.roles[program.id] = roles
+        return roles
+
+    def _rewound(self, cache: Cache, inputs: dict[str, Any]) -> Cache | None:
+        if inputs.get("past_key_values") is None:
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            past = copy.deepcopy(cache)
+            ids = inputs.get("input_ids")
+            new = ids.shape[-1] if ids is not None else inputs["inputs_embeds"].shape[1]
+            for index in self._absent_layers():
+                past.layers[index].length += new  # type: ignore[union-attr]
+            past.crop(-new)
+        return past
+
+    # -- defenses ---------------------------------------------------------------------------------------
+
+    def defend(self, place: str, tensor: Any, exchange: Exchange, *, name: str, role: Role) -> Any:
+        """Pass `tensor` through the method `place` of every defense that has one."""
+        defenses = self._active(place)
+        if not defenses:
+            return tensor
+        axes = _axes(tensor, exchange)
+        incoming = place in ("on_returned", "on_smashed_grad")
+        for defense in reversed(defenses) if incoming else defenses:
+            self._check_support(defense, exchange.phase)
+            if place == "on_smashed" and axes not in defense.axes:
+                raise DefenseError(
+                    f"{type(defense).__name__} cannot defend {name!r}: its axes are {axes!r} (shape "
+                    f"{tuple(tensor.shape)}) and the defense knows {', '.join(sorted(defense.axes))}. Use "
+                    "another cut or another defense."
+                )
+            there = attrs.evolve(
+                exchange,
+                name=name,
+                role=role,
+                axes=axes,
+                generator=self._generators[self.defenses.index(defense)],
+            )
+            tensor = getattr(defense, place)(tensor, there)
+        return tensor
+
+    def _active(self, place: str) -> list[Defense]:
+        if self.bypass_defenses:
+            return []
+        base = getattr(Defense, place)
+        return [d for d in self.defenses if getattr(type(d), place) is not base]
+
+    def _check_support(self, defense: Defense, phase: Phase) -> None:
+        cell = (self.partition.kind, self.task_kind, phase)
+        for supported in defense.supports:
+            if all("*" in (ours, theirs) or ours == theirs for ours, theirs in zip(cell, supported, strict=True)):
+                return
+        cells = "; ".join(" × ".join(cell) for cell in sorted(defense.supports))
+        raise DefenseError(
+            f"{type(defense).__name__} does not support {' × '.join(cell)} (partition × task × phase). "
+            f"It supports {cells}."
+        )
+
+    def _on_embeddings(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        if self._probing or self._call is None or not self._active("on_embeddings"):
+            return None
+        phase = self._phase(self._call.inputs.get("past_key_values"))
+        exchange = Exchange(self._exchanges + 1, self.step, phase, batch=self._call.inputs)
+        defended: Tensor = self.defend(
+            "on_embeddings", output, exchange, name="embeddings", role="smashed"
+        )
+        return defended
+
+    # -- text in, text out ------------------------------------------------------------------------------
+
+    def defend_text(self, text: str) -> str:
+        """Pass one text through the defenses that change text."""
+        for defense in self._active("on_text"):
+            text = defense.on_text({"text": text})["text"]
+        return text
+
+    def defend_tokens(self, batch: Batch) -> Batch:
+        """Pass a tokenised batch through the defenses that change tokens."""
+        for defense in self._active("on_tokens"):
+            batch = defense.on_tokens(batch)
+        return batch
+
+    def defend_labels(self, labels: Tensor) -> Tensor:
+        """Pass labels through the defenses that change them."""
+        exchange = Exchange(self._exchanges + 1, self.step, "train")
+        defended: Tensor = self.defend("on_labels", labels, exchange, name="labels", role="smashed")
+        return defended
+
+    # -- messages ---------------------------------------------------------------------------------------
+
+    def open(self, optimizer: Mapping[str, Any] | None = None) -> None:
+        """Start a session with the model party; `optimizer` asks it to make one of its allow-list."""
+        from vflair_core.counterparts import describe
+
+        self._registered.clear()
+        counterparts, weights = describe(self.defenses)
+        meta = {"fingerprint": self.fingerprint, "counterparts": counterparts}
+        if optimizer is not None:
+            meta["optimizer"] = dict(optimizer)
+        self.request("open", None, weights, meta)
+
+    def request(
+        self, kind: Kind, exchange: Exchange | None, crossings: Sequence[Crossing], meta: Mapping[str, Any]
+    ) -> Message:
+        """Send one message of this session and return the reply."""
+        graphs, self._released_graphs = self._released_graphs, []
+        stale, self._released_caches = list(self._released_caches), self._released_caches
+        self._released_caches.clear()
+        self._seq += 1
+        released = {"released_graphs": graphs, "released_caches": stale} if graphs or stale else {}
+        return self.channel.request(
+            Message(
+                kind,
+                self.session,
+                self.step,
+                exchange.number if exchange else 0,
+                self._seq,
+                exchange.phase if exchange else "control",
+                tuple(crossings),
+                {**meta, **released},
+            )
+        )
+
+    def forward_meta(
+        self, program: Program, *, grad: bool, wants: list[int], cache: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """What a forward message says beside its tensors; a program is spelt out once per session."""
+        meta: dict[str, Any] = {
+            "id": program.id,
+            "grad": grad,
+            "wants": wants,
+            "training": self.model.training,
+            "cache": cache,
+        }
+        device = self.model.device.type
+        if torch.is_autocast_enabled(device):
+            meta["autocast"] = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+        if program.id not in self._registered:
+            self._registered.add(program.id)
+            meta["program"] = program.to_wire()
+        return meta
+
+    def release(self, exchange: int) -> None:
+        """Tell the model party, with the next message, that no backward will come for `exchange`."""
+        self._released_graphs.append(exchange)
+
+
+def _hand_over_forward(model: PreTrainedModel, party: DataParty) -> PreTrainedModel:
+    """Give the model a class of its own whose forward goes through the party; all else stays inherited."""
+    original = type(model)
+
+    @functools.wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names = [name for name in _parameter_names(original) if name != "self"]
+        inputs = dict(zip(names, args, strict=False)) | kwargs
+        return party.run_forward(functools.partial(original.forward, self), inputs)
+
+    model.__class__ = type(original.__name__, (original,), {"forward": forward, "__module__": __name__})
+    return model
+
+
+@functools.cache
+def _parameter_names(model_class: type) -> tuple[str, ...]:
+    import inspect
+
+    return tuple(inspect.signature(model_class.forward).parameters)  # type: ignore[attr-defined]
+
+
+def _generator(seed: int | None, index: int) -> torch.Generator:
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        digest = hashlib.sha256(f"defense {index} {seed}".encode()).digest()
+        generator.manual_seed(int.from_bytes(digest[:7], "little"))
+    return generator
+
+
+def _positions(leaves: list[Tensor], roles: tuple[Role, ...]) -> int:
+    hidden = [leaf for leaf, role in zip(leaves, roles, strict=True) if role == "smashed"]
+    return hidden[0].shape[1] if hidden and hidden[0].dim() > 1 else 1
+
+
+def _mask(inputs: Mapping[str, Any], positions: int) -> Tensor | None:
+    mask = inputs.get("attention_mask")
+    return mask[:, -positions:] if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _all_ones(inputs: Mapping[str, Any]) -> bool | None:
+    mask = inputs.get("attention_mask")
+    return bool(mask.all()) if isinstance(mask, Tensor) else None
+
+
+def _axes(tensor: Tensor, exchange: Exchange) -> str:
+    """Name the dimensions: B and T by the batch at hand, D the last one, ? where nothing fits."""
+    ids = exchange.batch.get("input_ids")
+    if ids is None:
+        ids = exchange.batch.get("inputs_embeds")
+    if ids is None or ids.dim() < 2 or tensor.dim() < 2:
+        return "BTD"[: tensor.dim()]
+    batch, positions = ids.shape[:2]
+    if tensor.dim() == 3 and tuple(tensor.shape[:2]) == (batch, positions):
+        return "BTD"
+    if tensor.dim() == 3 and tuple(tensor.shape[:2]) == (positions, batch):
+        return "TBD"
+    return "BD" if tensor.dim() == 2 and tensor.shape[0] == batch else "?" * tensor.dim()

@@ -1,0 +1,60 @@
+"""What the parties say to each other: one kind of envelope, a few tensors, each with its role."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from attrs import field, frozen
+from torch import Tensor
+
+Role = Literal[
+    "smashed",  # depends on the text: what leaves the head
+    "structure",  # does not depend on the text: masks, positions, rotary tables
+    "weight",  # derives from a weight of the data party: T5's position bias
+    "disclosed",  # depends on the text and is not a hidden state: crosses only by a recorded opt-in
+    "returned",  # what comes back
+    "hidden_grad",  # gradient the data party sends
+    "smashed_grad",  # gradient the data party receives
+    "norms",  # per-weight gradient norms of the model party
+    "counterpart",  # weights of a defense's module behind the channel
+]
+Kind = Literal["open", "forward", "backward", "norms", "commit", "release", "close"]
+Phase = Literal["train", "eval", "prefill", "decode", "control"]
+
+
+@frozen(eq=False)
+class Crossing:
+    """A tensor that crosses the cut, under the name the model gives it and the role it plays."""
+
+    name: str
+    role: Role
+    tensor: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the payload in bytes."""
+        return self.tensor.numel() * self.tensor.element_size()
+
+
+@frozen(eq=False)
+class Message:
+    """A request of the data party, or the model party's reply to it (same kind and numbers).
+
+    `step` counts optimizer steps, `exchange` counts forwards across the cut in this session (a backward
+    carries the number of its forward), `seq` counts messages. `meta` holds only what msgpack can carry.
+    """
+
+    kind: Kind
+    session: str
+    step: int
+    exchange: int
+    seq: int
+    phase: Phase = "control"
+    tensors: tuple[Crossing, ...] = ()
+    meta: Mapping[str, Any] = field(factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all payloads in bytes, without the header."""
+        return sum(crossing.nbytes for crossing in self.tensors)

@@ -1,0 +1,102 @@
+"""One round, from hidden states to gradients back. Read this file first.
+
+    text ─ tokenize ─ embed ─ head ─► smashed ─[on_smashed]─► channel ─► body (or tail, in HT)
+                                                                              │
+    loss ◄─ local tail ◄─[on_returned]◄──────────────── channel ◄── returned ─┘
+      └─ backward ─► hidden_grad ─[on_gradient]─► channel ─► … ─► smashed_grad ─[on_smashed_grad]─► head
+
+The data party's model runs its own forward (`data_party.py`). Where its absent modules would have
+computed, they recorded a program (`absent.py`); `cross` sends that program's inputs through the defenses
+and the channel, and the model party runs it (`model_party.py`). The autograd graph ends where trust ends:
+`Cut` is the only thing that touches the channel, and what it hands over are copies.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vflair_core.message import Crossing, Role
+
+if TYPE_CHECKING:
+    from vflair_core.data_party import DataParty
+    from vflair_core.defense import Exchange
+    from vflair_core.program import Program
+
+
+def cross(
+    party: DataParty,
+    exchange: Exchange,
+    program: Program,
+    leaves: list[Tensor],
+    roles: tuple[Role, ...],
+    cache: dict[str, Any] | None,
+) -> list[Tensor]:
+    """Send what `program` takes, return what it gives: one exchange, on every one of them every defense."""
+    names = [name for name, _, _ in program.leaves]
+    defended = [
+        party.defend("on_smashed", leaf, exchange, name=name, role=role) if role == "smashed" else leaf
+        for name, role, leaf in zip(names, roles, leaves, strict=True)
+    ]
+    # The model party's weights may need gradients even when nothing before the cut does.
+    anchor = torch.zeros((), requires_grad=True)
+    returned = Cut.apply(party, exchange, program, roles, cache, anchor, *defended)  # type: ignore[no-untyped-call]
+    return [
+        party.defend("on_returned", tensor, exchange, name="returned", role="returned")
+        for tensor in returned
+    ]
+
+
+class Cut(torch.autograd.Function):
+    """The cut itself: forward sends smashed data, backward sends the hidden gradient."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        party: DataParty,
+        exchange: Exchange,
+        program: Program,
+        roles: tuple[Role, ...],
+        cache: dict[str, Any] | None,
+        _anchor: Tensor,
+        *leaves: Tensor,
+    ) -> tuple[Tensor, ...]:
+        grad = any(ctx.needs_input_grad)  # False under torch.no_grad()
+        wants = [n for n, needed in enumerate(ctx.needs_input_grad[6:]) if needed]
+        crossings = [
+            Crossing(name, role, leaf.detach())
+            for (name, _, _), role, leaf in zip(program.leaves, roles, leaves, strict=True)
+        ]
+        meta = party.forward_meta(program, grad=grad, wants=wants, cache=cache)
+        reply = party.request("forward", exchange, crossings, meta)
+        outputs = tuple(crossing.tensor for crossing in reply.tensors)
+        live = [n for n, alive in enumerate(reply.meta["live"]) if alive]
+        ctx.mark_non_differentiable(*(out for n, out in enumerate(outputs) if n not in live))
+        ctx.set_materialize_grads(False)
+        ctx.party, ctx.exchange, ctx.wants, ctx.width = party, exchange, wants, len(leaves)
+        if live:
+            weakref.finalize(ctx, party.release, exchange.number)
+        return outputs
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        party, exchange = ctx.party, ctx.exchange
+        there = [n for n, gradient in enumerate(gradients) if gradient is not None]
+        defended = [
+            party.defend("on_gradient", gradients[n], exchange, name="hidden_grad", role="hidden_grad")
+            for n in there
+        ]
+        crossings = [Crossing("hidden_grad", "hidden_grad", gradient) for gradient in defended]
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        reply = party.request("backward", exchange, crossings, {"outputs": there, "keep": keep})
+        answer: list[Tensor | None] = [None] * ctx.width
+        for index, crossing in zip(ctx.wants, reply.tensors, strict=True):
+            answer[index] = party.defend(
+                "on_smashed_grad", crossing.tensor, exchange, name="smashed_grad", role="smashed_grad"
+            )
+        return (None, None, None, None, None, None, *answer)

@@ -90,7 +90,7 @@ class Program:
             ProtocolError: The form is wrong, or an operation is not on the list.
         """
         match wire:
-            case [list() as steps, list() as leaves, list() as output] if len(steps) <= MAX_STEPS:
+            case [[*steps], [*leaves], [*output]] if len(steps) <= MAX_STEPS:
                 program = cls(
                     tuple(_step(step) for step in steps),
                     tuple(_leaf(leaf) for leaf in leaves),
@@ -105,7 +105,7 @@ class Program:
 
 def _step(step: Any) -> Step:
     match step:
-        case [("module" | "op") as kind, str() as name, list() as args, list() as kwargs]:
+        case [("module" | "op") as kind, str() as name, [*args], [*kwargs]]:
             if kind == "op" and name not in OPERATIONS:
                 raise ProtocolError(
                     f"Operation {name!r} is not on the list: {', '.join(OPERATIONS)}."

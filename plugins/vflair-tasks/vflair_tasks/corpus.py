@@ -19,9 +19,9 @@ from vflair_tasks.overlap import apart_from
 def with_public_text(task: Task, *, characters: int) -> Task:
     """Return `task` with at most `characters` of docstrings, whole ones, as its public text.
 
-    Every docstring that shares 13 words in a row with the manual or with an example is left out. All
-    of the manual counts, whatever the task takes of it, so that the tasks have one public text
-    between them and one pretraining serves all.
+    A docstring that shares 13 words in a row with the manual or an example is left out. All of the
+    manual counts, whatever the task takes of it: so all tasks have one public text between them,
+    and one pretraining serves all.
     """
     if characters < 0:
         raise TaskError(

@@ -48,8 +48,8 @@ def python_manual(
     if wanted > len(prose):
         raise TaskError(
             f"Cannot take {wanted} paragraphs for {train_examples} train and {test_examples} test "
-            f"examples with records={records}: the manual of Python {platform.python_version()} has "
-            f"{len(prose)} of {min_characters} to {max_characters} characters. "
+            f"examples with records={records}: the manual of Python {platform.python_version()} "
+            f"has {len(prose)} of {min_characters} to {max_characters} characters. "
             "Ask for fewer examples, a larger share of records or other lengths."
         )
     rng = random.Random(f"python-manual {seed}")
@@ -92,8 +92,8 @@ def manual_chapters(
     tests = round(test_share * examples_per_chapter)
     if not 0 < tests < examples_per_chapter:
         raise TaskError(
-            f"test_share={test_share} of {examples_per_chapter} examples per chapter leaves train or "
-            "test empty. Both need one or more; try examples_per_chapter=56 and test_share=0.25."
+            f"test_share={test_share} of {examples_per_chapter} examples per chapter leaves a "
+            "split empty. Both need one or more; try examples_per_chapter=56 and test_share=0.25."
         )
     prose = _prose(min_characters, max_characters)
     own = [paragraph for paragraph in prose if len(paragraph.topics) == 1]
@@ -102,8 +102,8 @@ def manual_chapters(
     if not 2 <= chapters <= len(large):  # noqa: PLR2004
         largest = ", ".join(f"{topic} {size}" for topic, size in sizes[: max(chapters, 2)])
         raise TaskError(
-            f"Cannot give {chapters} chapters of {examples_per_chapter} paragraphs each: at least 2 "
-            f"make a task, and {len(large)} topics of the manual of Python "
+            f"Cannot give {chapters} chapters of {examples_per_chapter} paragraphs each: a task "
+            f"needs 2 or more, and {len(large)} topics in the manual of Python "
             f"{platform.python_version()} have that many of {min_characters} to {max_characters} "
             f"characters (largest: {largest}). "
             "Ask for another number of chapters, fewer examples_per_chapter or other lengths."

@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 from string import Formatter
 
-from vflair_core.errors import TaskError
 from vflair_core import Example
+from vflair_core.errors import TaskError
 
 FIRST_NAMES = """
     Adela Alvar Amina Anton Beatriz Bela Bruno Camille Carlos Chiara Dagmar Dalia Declan Edith Elena
@@ -22,15 +22,15 @@ LAST_NAMES = """
     Abara Albers Anders Baptiste Barros Bianchi Brandt Calder Castro Chen Cohen Dahl Delgado Dubois
     Eriksen Falk Ferrari Fischer Garnier Gomez Haddad Hansen Hayashi Horvat Ibsen Ivanova Jansen
     Kaplan Keller Kimura Kowalski Lang Larsen Lindqvist Lopes Madsen Mbeki Meyer Moreau Nakamura
-    Novak Okafor Olsen Ortega Palmer Petrov Quist Ramos Reyes Rossi Sato Schubert Silva Suzuki Tanaka
-    Torres Ueda Vargas Weber Yilmaz Zhang
+    Novak Okafor Olsen Ortega Palmer Petrov Quist Ramos Reyes Rossi Sato Schubert Silva Suzuki
+    Tanaka Torres Ueda Vargas Weber Yilmaz Zhang
 """.split()
 ADDRESSES = ("{first}.{last}", "{first}_{last}", "{last}.{first}", "{first}-{last}")
 HOSTS = "alder birch cedar delta ember fjord grove harbor island juniper kestrel lagoon".split()
 ENDINGS = ("example", "example.com", "example.net", "example.org")
 TEMPLATES = (
     "The new lease was signed by {name}, who can be reached at {email} or by phone on {phone}.",
-    "Please call {name} on {phone} before noon and send the signed offer to {email} afterwards.",
+    "Please call {name} on {phone} before noon and send the signed offer to {email} after.",
     "A parcel for {name} waits at the front desk; we wrote to {email} and left word on {phone}.",
     "Our files show that {name} moved in March, keeps the mail {email} and still uses {phone}.",
     "Refund the last invoice to account {account}, held by {name}, and confirm by mail to {email}.",

@@ -62,7 +62,7 @@ def test_docstrings_are_long_come_once_and_from_no_test_file(library):
     (library / "package/tests/test_it.py").write_text(f"'''{text['d']}'''")
     (library / "other.py").write_text(f"'''{text['d']}'''")
     read = docstrings.docstrings.__wrapped__()
-    assert sorted(read) == [text["a"], f"{text['b']}\n\n  Indented.", text["c"]]
+    assert sorted(read) == [text["a"], f"{text['b']}\n\nIndented.", text["c"]]
 
 
 def test_a_missing_library_source_is_an_error_that_names_the_module(library):
@@ -78,6 +78,25 @@ def test_every_manual_paragraph_is_printed_by_exactly_the_topics_it_names():
     for paragraph in manual.paragraphs():
         words = f" {' '.join(re.findall('[a-z]+', paragraph.text.lower()))} "
         assert {topic for topic, text in printed.items() if words in text} == set(paragraph.topics)
+
+
+def test_a_paragraph_with_another_footnote_number_is_the_same_and_a_near_copy_is_left_out(
+    monkeypatch,
+):
+    shared = "Only this one rule says\nwhat every loop does in the end when it stops [{}]."
+    longer = "And only this one rule says what every loop does in the end when it stops, too."
+    own = "Of its own are these ten words of the while loop."
+    pages = {
+        "for": f"The for statement\n*****\n\n{shared.format(1)}\n\n   for_stmt ::= 'for' ':'\n",
+        "while": f"{shared.format(7)}\n \n>>> f(1)\n\n{own}",
+        "with": longer,
+    }
+    monkeypatch.setattr(manual, "topics", pages)
+    found = {paragraph.text: paragraph.topics for paragraph in manual.paragraphs.__wrapped__()}
+    assert found == {
+        " ".join(shared.format(1).split()): ("for", "while"),
+        own: ("while",),
+    }
 
 
 def test_manual_paragraphs_are_one_line_of_prose_and_share_no_13_words():
@@ -111,11 +130,12 @@ def test_a_document_stays_exactly_if_no_13_of_its_words_occur_in_a_private_text(
     assert overlap.apart_from(private, documents) == kept
 
 
-def test_case_and_punctuation_do_not_hide_a_shared_13_gram():
+def test_case_and_punctuation_do_not_hide_13_shared_words_and_12_may_be_shared():
     phrase = "one two three four five six seven eight nine ten eleven twelve thirteen"
     shouted = f"Zero: {phrase.upper().replace(' ', ', ')}!"
     assert overlap.apart_from([phrase], [shouted]) == []
-    assert overlap.apart_from([phrase], [shouted.replace("SEVEN", "7")]) != []
+    twelve = shouted.replace("ONE, ", "")
+    assert overlap.apart_from([phrase], [twelve]) == [twelve]
 
 
 @given(st.integers(0, 2**32), st.integers(1, 30))

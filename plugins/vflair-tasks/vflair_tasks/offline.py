@@ -99,7 +99,7 @@ def manual_chapters(
     own = [paragraph for paragraph in prose if len(paragraph.topics) == 1]
     sizes = Counter(paragraph.topics[0] for paragraph in own).most_common()
     large = [topic for topic, size in sizes if size >= examples_per_chapter]
-    if not 2 <= chapters <= len(large):  # noqa: PLR2004
+    if not 1 < chapters <= len(large):
         largest = ", ".join(f"{topic} {size}" for topic, size in sizes[: max(chapters, 2)])
         raise TaskError(
             f"Cannot give {chapters} chapters of {examples_per_chapter} paragraphs each: a task "

@@ -110,6 +110,39 @@ class DataParty:
             outputs = defense.contract(outputs)
         return outputs
 
+    def smashed(self, **inputs: Any) -> Tensor:
+        """Run the head alone and return the undefended hidden states it would send: (B, T, D).
+
+        Nothing crosses. With a `past_key_values`, the local and the absent layers both advance.
+        """
+        cache = inputs.get("past_key_values")
+        if cache is not None:
+            caches.attach(cache, self._absent_layers(), lambda _id: None)
+        self._probing = True
+        try:
+            self.model(**inputs)
+        except Captured as captured:
+            hidden = captured.first_argument()
+            if cache is not None:
+                caches.advance(cache, self._absent_layers(), hidden.shape[1])
+            return hidden
+        finally:
+            self._probing = False
+            self.recorder.reset()
+        raise PartitionError("The model was run without reaching the model party.")
+
+    def complete(self, returned: Tensor, **inputs: Any) -> Any:
+        """Run the local tail on `returned` as if the model party had sent it, and return the outputs."""
+        handover = self.recorder.handover
+        self.recorder.handover = lambda _program, _leaves, _cache: [returned]
+        self._probing = True
+        try:
+            return self.model(**inputs)
+        finally:
+            self._probing = False
+            self.recorder.handover = handover
+            self.recorder.reset()
+
     def _past(self, inputs: dict[str, Any]) -> Cache | None:
         """Copy the cache before a call takes a path not seen yet: its roles must be found from there."""
         cache = inputs.get("past_key_values")

@@ -30,6 +30,12 @@ class Captured(BaseException):
     program: Program
     tensors: list[Tensor]
 
+    def first_argument(self) -> Tensor:
+        """The tensor that the first call of the program is about: the hidden states."""
+        _, _, args, kwargs = self.program.steps[0]
+        trees = [*args, *(tree for _, tree in kwargs)]
+        return self.tensors[next(tree[1] for tree in trees if tree[0] == "leaf")]
+
 
 @define(eq=False)
 class Call:

@@ -1,0 +1,164 @@
+"""What an attack is, and how its parameter names are matched with what the attacker may know.
+
+An attack is a callable; a frozen record when it has options. Its parameters name what it needs
+(`knowledge.py`); one with a default is given only if it was granted.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from attrs import define, frozen
+from torch import Tensor
+
+from vflair_core.channel import Record
+from vflair_core.errors import AttackError, did_you_mean
+from vflair_core.knowledge import VOCABULARY
+
+Attack = Callable[..., "Guess"]
+
+
+@frozen(eq=False)
+class Guess:
+    """What an attack believes. Only the core, which knows the truth, grades it.
+
+    Args:
+        tokens: (N, T) token ids; -1 where the attack has no guess.
+        labels: (N,) class indices.
+        scores: (N,) higher means more likely to be class 1; orientation fixed by the attack.
+        budget: What it spent, e.g. ``{"forwards": 1200}``.
+    """
+
+    tokens: Tensor | None = None
+    labels: Tensor | None = None
+    scores: Tensor | None = None
+    budget: Mapping[str, float] | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if self.tokens is None and self.labels is None and self.scores is None:
+            raise AttackError("A Guess must hold tokens, labels or scores.")
+        if self.tokens is not None and (self.tokens.dim() != 2 or self.tokens.is_floating_point()):
+            raise AttackError(
+                f"Guess.tokens must be whole numbers of shape (N, T), not {self.tokens.dtype} of shape "
+                f"{tuple(self.tokens.shape)}."
+            )
+
+
+def wants(attack: Attack) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names an attack cannot do without, and the names it can use.
+
+    Raises:
+        AttackError: A parameter is not in the vocabulary of knowledge.
+    """
+    parameters = list(inspect.signature(attack).parameters.values())
+    for parameter in parameters:
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            raise AttackError(
+                f"{_name(attack)} takes *{parameter.name}: an attack must name what it needs to know."
+            )
+    return (
+        tuple(p.name for p in parameters if p.default is p.empty),
+        tuple(p.name for p in parameters if p.default is not p.empty),
+    )
+
+
+def check(attack: Attack, granted: Collection[str], vocabulary: Collection[str] = VOCABULARY) -> None:
+    """See that an attack asks for nothing it is not granted.
+
+    Raises:
+        AttackError: It asks for a name that does not exist, or for more than granted.
+    """
+    needed, optional = wants(attack)
+    for name in (*needed, *optional):
+        if name not in vocabulary:
+            raise AttackError(
+                f"{_name(attack)} asks for {name!r}, which is not knowledge.{did_you_mean(name, vocabulary)} "
+                f"Possible: {', '.join(vocabulary)}. Options belong in fields, not in arguments."
+            )
+    missing = [name for name in needed if name not in granted]
+    if missing:
+        raise AttackError(
+            f"{_name(attack)} needs {', '.join(missing)}, which it is not granted. Granted: "
+            f"{', '.join(sorted(granted))}. Raise the attacker's knowledge or choose another attack."
+        )
+
+
+def launch(attack: Attack, knowledge: Mapping[str, Any]) -> Guess:
+    """Call `attack` with what it asks for of `knowledge` (name → value).
+
+    Raises:
+        AttackError: It asks for more than there is, or returns something else than a `Guess`.
+    """
+    check(attack, knowledge.keys(), {*VOCABULARY, *knowledge})
+    needed, optional = wants(attack)
+    arguments = {name: knowledge[name] for name in needed}
+    arguments |= {name: knowledge[name] for name in optional if name in knowledge}
+    guess = attack(**arguments)
+    if not isinstance(guess, Guess):
+        raise AttackError(f"{_name(attack)} returned a {type(guess).__name__}; it must return a Guess.")
+    return guess
+
+
+def _name(attack: Attack) -> str:
+    return getattr(attack, "__name__", type(attack).__name__)
+
+
+@define
+class Observables(Mapping[str, Any]):
+    """The observables of a transcript in which each example crossed alone, once per release.
+
+    `records` are those of one pass over the N victims, `releases` times over.
+    """
+
+    records: list[Record]
+    releases: int = 1
+    is_ht: bool = False
+
+    def __iter__(self) -> Any:
+        return iter(self._names())
+
+    def __len__(self) -> int:
+        return len(self._names())
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names():
+            raise KeyError(name)
+        match name:
+            case "rounds":
+                return self.records
+            case "lengths":
+                return torch.tensor([len(rows) for rows in self._rows("smashed")[: self._count()]])
+            case "mask":
+                lengths = self["lengths"]
+                return torch.arange(int(lengths.max()))[None] < lengths[:, None]
+            case "releases":
+                stacked = _pad(self._rows("smashed"))
+                return stacked.unflatten(0, (self.releases, self._count()))
+            case "logits":
+                return self["returned"]
+            case _:
+                return _pad(self._rows(name)[: self._count()])
+
+    def _names(self) -> list[str]:
+        names = ["smashed", "returned", "rounds", "lengths", "mask", "releases"]
+        names += [role for role in ("hidden_grad", "smashed_grad") if self._rows(role)]
+        return [*names, "logits"] if self.is_ht else names
+
+    def _rows(self, role: str) -> list[Tensor]:
+        chosen: dict[tuple[int, str], Tensor] = {}
+        for record in self.records:  # the first tensor of a role in an exchange: the hidden states
+            if record.role == role:
+                chosen.setdefault((record.exchange, record.kind), record.tensor)
+        return [tensor[0] for tensor in chosen.values()]
+
+    def _count(self) -> int:
+        return len(self._rows("smashed")) // self.releases
+
+
+def _pad(rows: list[Tensor]) -> Tensor:
+    if rows[0].dim() < 2:
+        return torch.stack(rows)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -1,0 +1,112 @@
+"""The data party's halves as an attacker holds them: the head and the tail as functions of their input."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from attrs import define
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from vflair_core.data_party import DataParty
+from vflair_core.errors import AttackError
+from vflair_core.partition import Partition, split
+
+
+@define(eq=False)
+class Head:
+    """The head: tokens or embeddings in, undefended smashed data (B, T, D) out, with gradients."""
+
+    party: DataParty
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,  # (B, T)
+        *,
+        inputs_embeds: Tensor | None = None,  # (B, T, D)
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        inputs = {key: value for key, value in given.items() if value is not None}
+        return self.party.smashed(**inputs, **{"use_cache": False, **options})
+
+    @property
+    def embeddings(self) -> Tensor:
+        """The token embedding table (V, D)."""
+        weight: Tensor = self.party.model.get_input_embeddings().weight
+        return weight
+
+    def cache(self) -> Cache:
+        """Return an empty cache for the head's own layers."""
+        return DynamicCache(config=self.party.model.config)
+
+    def try_tokens(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """Return the smashed row of each candidate as the next token, all in one pass: (B, C) → (B, C, D).
+
+        Each candidate attends to the cached prefix and to itself only; the cache stays as it was.
+        """
+        past, (batch, width) = cache.get_seq_length(), tokens.shape
+        dtype = self.embeddings.dtype
+        lowest = torch.finfo(dtype).min
+        alone = torch.full((width, width), lowest, dtype=dtype).fill_diagonal_(0.0)
+        mask = torch.cat([torch.zeros(width, past, dtype=dtype), alone], dim=1)
+        rows = self._extend(tokens, cache, mask.expand(batch, 1, width, past + width), repeated=True)
+        cache.crop(-width)
+        return rows
+
+    def append(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """Add one token to each prefix in the cache: (B, 1) → (B, 1, D)."""
+        return self._extend(tokens, cache, None, repeated=False)
+
+    def _extend(self, tokens: Tensor, cache: Cache, mask: Tensor | None, *, repeated: bool) -> Tensor:
+        past = cache.get_seq_length()
+        step = torch.zeros(tokens.shape[1], dtype=torch.long) if repeated else torch.arange(tokens.shape[1])
+        positions = (past + step).expand(tokens.shape)
+        return self.party.smashed(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+
+    def is_causal(self) -> bool:
+        """Whether a smashed row depends on earlier tokens only, found by trying."""
+        ids = torch.arange(3, 11)[None] % len(self.embeddings)  # (1, 8)
+        changed = ids.clone()
+        changed[0, -1] = (ids[0, -1] + 1) % len(self.embeddings)
+        with torch.no_grad():
+            return torch.equal(self(ids)[:, :-1], self(changed)[:, :-1])
+
+
+@define(eq=False)
+class Tail:
+    """The local tail of an HBT partition: returned states (B, T, D) in, logits out, with gradients."""
+
+    party: DataParty
+
+    def __call__(self, returned: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
+        ids = torch.zeros(returned.shape[:2], dtype=torch.long, device=returned.device)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(ids)
+        outputs = self.party.complete(
+            returned, input_ids=ids, attention_mask=attention_mask, use_cache=False
+        )
+        return outputs["logits"]  # type: ignore[no-any-return]
+
+
+def halves(model: PreTrainedModel, partition: Partition) -> tuple[Head, Tail | None]:
+    """Cut a copy of `model` and return its head and, in HBT, its tail, in eval mode and frozen.
+
+    Raises:
+        AttackError: The model has no weights to give.
+    """
+    if next(model.parameters(), None) is None:
+        raise AttackError("This model has no weights, so it has no halves.")
+    party, _ = split(copy.deepcopy(model), partition)
+    party.model.eval().requires_grad_(False)
+    return Head(party), Tail(party) if partition.tail else None

@@ -1,0 +1,86 @@
+"""What an attacker may know: one page, one name each. An attack asks by naming its parameters.
+
+The presets nest: K0 ⊂ K1 ⊂ K2 ⊂ K3 ⊂ K4. "Pretrained" means weights from before private fine-tuning,
+which the provider of a model has; "current" means the data party's weights at the time of the messages.
+Shapes: N examples, R releases, T positions (padded with zeros to the longest), D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vflair_core.errors import AttackError, did_you_mean
+
+OBSERVABLES = {
+    "smashed": "What leaves the head for each example: (N, T, D).",
+    "returned": "What the model party returned: (N, T, D), or logits in HT.",
+    "logits": "The same, in HT only: (N, T, V) or (N, C).",
+    "hidden_grad": "The gradient the data party sent: shaped like `returned`.",
+    "smashed_grad": "The gradient the model party sent back: (N, T, D).",
+    "mask": "Which positions are real: (N, T), bool.",
+    "lengths": "Number of positions of each example: (N,).",
+    "rounds": "All records of the transcript as they are, in order.",
+    "releases": "The smashed data of each repetition of the same example: (R, N, T, D).",
+}
+ALWAYS = {
+    "body": "The model party's own modules, as they are: nn.Module.",
+    "task_kind": "The kind of the task, e.g. 'causal-lm'.",
+    "partition": "The cut.",
+    "generator": "The attack's own random stream: torch.Generator.",
+    "progress": "Call it with (done, total) now and then.",
+}
+WEIGHTS = {
+    "embeddings": "The public token embedding table: (V, D).",
+    "tokenizer": "The tokenizer.",
+    "pretrained_head": "The head as it was before private fine-tuning: `Head`.",
+    "pretrained_tail": "The tail as it was before private fine-tuning: `Tail`; HBT only.",
+    "pretrained_model": "The whole model before private fine-tuning, as language-model prior.",
+    "current_head": "The head at the time of the messages: `Head`.",
+    "current_tail": "The tail at the time of the messages: `Tail`; HBT only.",
+    "head": "The best head that is granted: current, else pretrained.",
+    "tail": "The best tail that is granted: current, else pretrained; HBT only.",
+}
+DEFENSE = {
+    "mechanism": "How the defense works, without what it calibrated or learned: `Mechanism`.",
+    "parameters": "What the defense calibrated or learned; `mechanism` then has it too.",
+}
+AUXILIARY = {
+    "public_texts": "Text of the kind anyone can get: list of str.",
+    "in_domain": "Text like the private one, but other text: list of str.",
+    "few_labelled": "A few examples of the task with their labels: list of Example.",
+    "query": "Send public texts through the defended pipeline and see the smashed data: callable.",
+}
+VOCABULARY = OBSERVABLES | ALWAYS | WEIGHTS | DEFENSE | AUXILIARY
+
+_K0 = frozenset(OBSERVABLES) | frozenset(ALWAYS)
+_K1 = _K0 | {"embeddings", "tokenizer", "public_texts"}
+_K2 = _K1 | {"pretrained_head", "pretrained_tail", "pretrained_model", "head", "tail"}
+_K3 = _K2 | {"current_head", "current_tail"}
+_K4 = _K3 | {"mechanism", "parameters"}
+PRESETS = {"K0": _K0, "K1": _K1, "K2": _K2, "K3": _K3, "K4": _K4}
+
+
+def granted(knowledge: str | Iterable[str]) -> frozenset[str]:
+    """Return the names behind a preset, a name, or a list of presets and names.
+
+    Raises:
+        AttackError: A name is not in the vocabulary.
+    """
+    wanted = [knowledge] if isinstance(knowledge, str) else list(knowledge)
+    names = set(ALWAYS)
+    for name in wanted:
+        if name in PRESETS:
+            names |= PRESETS[name]
+        elif name in VOCABULARY:
+            names.add(name)
+        else:
+            possible = [*PRESETS, *VOCABULARY]
+            raise AttackError(
+                f"There is no knowledge called {name!r}.{did_you_mean(name, possible)} "
+                f"Possible: {', '.join(possible)}."
+            )
+    if names & {"pretrained_head", "current_head"}:
+        names.add("head")
+    if names & {"pretrained_tail", "current_tail"}:
+        names.add("tail")
+    return frozenset(names)

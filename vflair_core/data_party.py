@@ -45,6 +45,7 @@ class DataParty:
     """
 
     recorder: Recorder
+    order: tuple[str, ...] = ()  # names of all weights, in the order of the whole model
 
     def __init__(
         self,

@@ -49,10 +49,11 @@ class Grade:
     verdict: str = "ok"
     budget: dict[str, float] = field(factory=dict)
     seconds: float = 0.0
+    recovered: list[str] = field(factory=list)  # the guesses as text; not among the numbers
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values for a result file."""
-        return attrs.asdict(self)
+        """As plain values for a result file, without the recovered texts."""
+        return attrs.asdict(self, filter=lambda attribute, _: attribute.name != "recovered")
 
 
 def grade_tokens(
@@ -83,6 +84,7 @@ def grade_tokens(
         details,
         negative_control=floors["mismatched"],
         budget=dict(guess.budget or {}),
+        recovered=[decode(row[row >= 0].tolist()) for row in tokens],
     )
 
 

@@ -48,7 +48,7 @@ AUXILIARY = {
     "public_texts": "Text of the kind anyone can get: list of str.",
     "in_domain": "Text like the private one, but other text: list of str.",
     "few_labelled": "A few examples of the task with their labels: list of Example.",
-    "query": "Send public texts through the defended pipeline and see the smashed data: callable.",
+    "queries": "Public texts and the smashed data they gave in the defended pipeline: list of (str, (T, D)).",
 }
 VOCABULARY = OBSERVABLES | ALWAYS | WEIGHTS | DEFENSE | AUXILIARY
 

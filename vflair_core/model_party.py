@@ -38,6 +38,7 @@ class Session:
     caches: dict[str, Cache] = field(factory=dict)
     counterparts: list[nn.Module] = field(factory=list)
     optimizer: torch.optim.Optimizer | None = None
+    trains: bool = False
     step: int = 0
 
 
@@ -120,7 +121,7 @@ class ModelParty:
             )
         session = Session(step=message.step)
         if spec := message.meta.get("optimizer"):
-            session.optimizer = _optimizer(self.model, spec)
+            session.optimizer, session.trains = _optimizer(self.model, spec), True
         weights = {c.name: c.tensor for c in message.tensors if c.role == "counterpart"}
         session.counterparts = [
             _counterpart(spec, f"{n}.", weights)
@@ -196,20 +197,21 @@ class ModelParty:
 
     def _commit(self, session: Session, message: Message) -> Message:
         meta = message.meta
-        if session.optimizer is None:
+        if not session.trains:
             raise ProtocolError("This session was opened without an optimizer; there is no step to commit.")
         if any(other.graphs for other in self.sessions.values()):
             raise ProtocolError(
                 "A forward still waits for its backward: the weights it went through cannot be changed."
             )
-        if not meta["skip"]:
+        if session.optimizer is not None and not meta["skip"]:
             for parameter in self.model.parameters():
                 if parameter.grad is not None and meta["scale"] is not None:
                     parameter.grad.mul_(meta["scale"])
             for group in session.optimizer.param_groups:
                 group["lr"] = meta["lr"]
             session.optimizer.step()
-        session.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.model.parameters():
+            parameter.grad = None
         session.step += 1
         return _reply(message)
 

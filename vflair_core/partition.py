@@ -92,12 +92,14 @@ def split(
     partition = partition or Partition()
     blocks = locate_blocks(model, plugins)
     names = absent_names(model, blocks, partition)
+    order = tuple(name for name, _ in model.named_parameters())
     held, untied = _take(model, names)
     model_party = ModelParty(held, names, _fingerprint(model, partition))
     channel: Channel = LocalChannel(model_party.handle, wire=wire)
     data_party = DataParty(
         model, partition, channel, names, defenses=defenses, tokenizer=tokenizer, seed=seed, untied=untied
     )
+    data_party.order = order
     recorder = Recorder(data_party.exchange, last=frozenset(names[-1:]))
     for name in names:
         parent, _, leaf = name.rpartition(".")

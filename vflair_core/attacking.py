@@ -1,0 +1,287 @@
+"""Attack what crossed: record the victims, hand the evidence to the worker, grade what it guessed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+import structlog
+import torch
+from attrs import field, frozen
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vflair_core.attack import check, wants
+from vflair_core.channel import Transcript
+from vflair_core.data_party import DataParty
+from vflair_core.defense import Defense
+from vflair_core.encoding import encode, private_positions
+from vflair_core.errors import AttackError
+from vflair_core.grading import Grade, Truth, grade_labels, grade_tokens, judge, subset_accuracy
+from vflair_core.knowledge import granted
+from vflair_core.model_party import ModelParty
+from vflair_core.plugins import target_of
+from vflair_core.task import Example, Task
+from vflair_core.worker import MARK, Progress, read_guess, stream_seed, work
+
+log = structlog.get_logger()
+Isolation = Literal["process", "inline"]
+
+
+@frozen(eq=False)
+class Launch:
+    """One attack of a run: the callable, what it may know, and the seed of its random stream."""
+
+    name: str
+    attack: Callable[..., Any]
+    knowledge: str | tuple[str, ...] = "K4"
+    seed: int = 0
+
+    @property
+    def granted(self) -> frozenset[str]:
+        """All names the attack may use."""
+        return granted(self.knowledge)
+
+    @property
+    def label(self) -> str:
+        """The knowledge as a result shows it."""
+        return self.knowledge if isinstance(self.knowledge, str) else "+".join(self.knowledge)
+
+
+@frozen(eq=False)
+class Evidence:
+    """What an attacker could hold: two passes of messages, weights, and auxiliary data."""
+
+    party: DataParty
+    model_party: ModelParty
+    pretrained: dict[str, Tensor]
+    main: Transcript
+    bypassed: Transcript | None
+    releases: int
+    task: Task
+    auxiliary: dict[str, Any] = field(factory=dict)
+    queries: Transcript | None = None
+
+
+def record_victims(
+    party: DataParty,
+    examples: Sequence[Example],
+    *,
+    max_length: int,
+    releases: int = 1,
+    gradients: bool,
+    bypass: bool = False,
+) -> Transcript:
+    """Send each example across alone, `releases` times over, and return what crossed.
+
+    With `gradients` each is a training round whose step is skipped on both sides; without, an inference.
+    """
+    party.bypass_defenses, was_training = bypass, party.model.training
+    party.model.train(gradients)
+    try:
+        with party.channel.tap(Transcript()) as transcript:
+            for _ in range(releases):
+                for example in examples:
+                    _send(party, example, max_length, gradients=gradients)
+    finally:
+        party.bypass_defenses = False
+        party.model.train(was_training)
+        party.model.zero_grad(set_to_none=True)
+    return transcript
+
+
+def _send(party: DataParty, example: Example, max_length: int, *, gradients: bool) -> None:
+    batch = encode(
+        party.tokenizer,  # type: ignore[arg-type]
+        [example],
+        kind=party.task_kind,
+        max_length=max_length,
+        change=party.defend_text,
+    )
+    batch = party.defend_tokens(batch)
+    if not gradients:
+        with torch.no_grad():
+            party.model(**batch, use_cache=False)
+        return
+    labels = party.defend_labels(batch["labels"])
+    party.model(**{**batch, "labels": labels}, use_cache=False).loss.backward()
+    # A round whose step is skipped: both parties drop its gradients.
+    party.request("commit", None, (), {"scale": None, "lr": 0.0, "skip": True})
+    party.step += 1
+
+
+def truth_of(party: DataParty, examples: Sequence[Example], max_length: int) -> Truth:
+    """Return what really was there, for grading only; it never leaves this process."""
+    pairs = [private_positions(party.tokenizer, example, max_length) for example in examples]  # type: ignore[arg-type]
+    labels = [example.label for example in examples]
+    whole = all(isinstance(label, int) for label in labels)
+    return Truth(
+        [ids for ids, _ in pairs],
+        [private for _, private in pairs],
+        [example.text for example in examples],
+        [example.secrets for example in examples],
+        torch.tensor(labels) if whole else None,
+    )
+
+
+def attack_and_grade(
+    launches: Sequence[Launch],
+    evidence: Evidence,
+    truth: Truth,
+    *,
+    prior: Tensor | None,
+    subset: Sequence[int],
+    references: dict[str, float] | None = None,
+    isolation: Isolation = "process",
+    progress: Progress = lambda *_: None,
+    threads: int | None = None,
+) -> list[Grade]:
+    """Run the attacks on `evidence` and grade them against `truth`.
+
+    Args:
+        prior: (T,) the best guess of someone who knows the public text and saw no message.
+        subset: Rows of the victims that crossed again with the defense bypassed.
+        references: Attack performance of the undefended run on that subset, by attack; None for that run itself.
+
+    Raises:
+        AttackError: An attack asks for more than it is granted, or fails.
+    """
+    for launch in launches:
+        check(launch.attack, launch.granted)
+    with tempfile.TemporaryDirectory(prefix="vflair-") as name:
+        folder = Path(name)
+        _furnish(folder, launches, evidence, threads or torch.get_num_threads())
+        _run(folder, isolation, progress)
+        grades = []
+        for number, launch in enumerate(launches):
+            guess, seconds = read_guess(folder / f"guess-{number}-main")
+            if guess.tokens is not None:
+                decode = evidence.party.tokenizer.decode  # type: ignore[union-attr]
+                grade = grade_tokens(guess, truth, prior, decode, name=launch.name, knowledge=launch.label)
+            else:
+                grade = grade_labels(guess, truth, name=launch.name, knowledge=launch.label)
+            grade.seconds = seconds
+            bypassed = None
+            if evidence.bypassed is not None:
+                control, _ = read_guess(folder / f"guess-{number}-bypassed")
+                bypassed = subset_accuracy(control, truth, subset)
+            else:
+                grade.details["subset"] = _on_subset(guess, truth, subset)
+            grades.append(judge(grade, (references or {}).get(launch.name), bypassed))
+    return grades
+
+
+def _on_subset(guess: Any, truth: Truth, subset: Sequence[int]) -> float:
+    rows = {
+        name: value[list(subset)]
+        for name in ("tokens", "labels", "scores")
+        if (value := getattr(guess, name)) is not None
+    }
+    return subset_accuracy(type(guess)(**rows), truth, subset)
+
+
+def _run(folder: Path, isolation: Isolation, progress: Progress) -> None:
+    if isolation == "inline":
+        work(folder, progress)
+        return
+    command = [sys.executable, "-m", "vflair_core.worker", str(folder)]
+    with (folder / "stderr.txt").open("w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)  # noqa: S603
+        assert process.stdout is not None  # noqa: S101 - PIPE was asked for
+        for line in process.stdout:
+            if line.startswith(MARK):
+                progress(*json.loads(line.removeprefix(MARK)))
+        code = process.wait()
+    if code:
+        report = folder / "error.json"
+        if report.exists():
+            facts = json.loads(report.read_text())
+            log.error("attack_failed", traceback=facts["traceback"])
+            raise AttackError(f"An attack failed: {facts['error']}")
+        said = (folder / "stderr.txt").read_text()[-2000:]
+        raise AttackError(f"The attack worker ended with code {code}: {said}")
+
+
+def _furnish(folder: Path, launches: Sequence[Launch], evidence: Evidence, threads: int) -> None:
+    """Write the transcript and what is granted into the folder, and nothing else."""
+    party, names = evidence.party, {n for launch in launches for n in launch.granted}
+    asked = {n for launch in launches for kind in wants(launch.attack) for n in kind} & names
+    model = party.model
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = config.tie_word_embeddings and not party.untied
+    config.to_json_file(folder / "config.json", use_diff=False)
+    evidence.main.save(folder / "main.safetensors")
+    releases = {"main": evidence.releases}
+    if evidence.bypassed is not None:
+        evidence.bypassed.save(folder / "bypassed.safetensors")
+        releases["bypassed"] = 1
+    if asked & {"head", "tail", "pretrained_head", "pretrained_tail", "pretrained_model"}:
+        _save_weights(folder / "pretrained.safetensors", evidence.pretrained)
+    theirs = {n: p.detach() for n, p in evidence.model_party.model.state_dict().items()}
+    if asked & {"body"}:
+        _save_weights(folder / "body.safetensors", theirs)
+    if "current_head" in names and asked & {"head", "tail", "current_head", "current_tail"}:
+        _save_weights(folder / "current.safetensors", {**model.state_dict(), **theirs})
+    if "embeddings" in asked:
+        table = evidence.pretrained[_embedding_name(model)]
+        _save_weights(folder / "embeddings.safetensors", {"embeddings": table})
+    if asked & {"tokenizer"}:
+        party.tokenizer.save_pretrained(folder)  # type: ignore[union-attr]
+    if asked & {"parameters", "mechanism"} and "parameters" in names:
+        state = {f"{n}.{k}": v for n, d in enumerate(party.defenses) for k, v in d.state().items()}
+        _save_weights(folder / "defenses.safetensors", state)
+    if evidence.queries is not None:
+        evidence.queries.save(folder / "queries.safetensors")
+    job = {
+        "attacks": [_describe(n, launch, evidence) for n, launch in enumerate(launches)],
+        "releases": releases,
+        "partition": attrs.asdict(party.partition),
+        "task_kind": evidence.task.kind,
+        "model_class": type(model).__mro__[1].__name__,
+        "defenses": [_defense(defense) for defense in party.defenses] if asked & {"mechanism"} else
+        [{} for _ in party.defenses],
+        "auxiliary": {k: v for k, v in evidence.auxiliary.items() if k in asked},
+        "threads": threads,
+    }  # fmt: skip
+    (folder / "job.json").write_text(json.dumps(job))
+
+
+def _describe(number: int, launch: Launch, evidence: Evidence) -> dict[str, Any]:
+    attack = launch.attack
+    options = attrs.asdict(attack) if attrs.has(type(attack)) else {}
+    return {
+        "number": number,
+        "name": launch.name,
+        "target": target_of(attack),
+        "options": options,
+        "granted": sorted(launch.granted),
+        "seed": stream_seed(launch.seed, f"attack {launch.name}"),
+        "passes": ["main", "bypassed"] if evidence.bypassed is not None else ["main"],
+    }
+
+
+def _defense(defense: Defense) -> dict[str, Any]:
+    if not attrs.has(type(defense)):
+        raise AttackError(
+            f"{type(defense).__name__} cannot be told to an adaptive attacker: make it an attrs class whose "
+            "fields are its options."
+        )
+    fields = [f.name for f in attrs.fields(type(defense)) if f.init]
+    options = {name.lstrip("_"): getattr(defense, name) for name in fields}
+    return {"target": target_of(defense), "options": options}
+
+
+def _embedding_name(model: nn.Module) -> str:
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    return next(f"{name}.weight" for name, m in model.named_modules() if m is embeddings)
+
+
+def _save_weights(path: Path, weights: dict[str, Tensor]) -> None:
+    save_file({k: v.detach().clone().contiguous() for k, v in weights.items() if v.numel()}, path)

@@ -1,0 +1,153 @@
+"""An experiment: everything that decides the numbers of a run, as one frozen record.
+
+Each field's comment is its line in the documentation: what it is, in which unit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import attrs
+from attrs import field, frozen, validators
+
+from vflair_core.errors import ExperimentError
+from vflair_core.partition import Partition
+from vflair_core.training import Train
+
+
+@frozen
+class Model:
+    """The model and its tokenizer: a name to load, or a config to build a random one from.
+
+    Attributes:
+        name: Name on the hub or folder of a pretrained model; with it, no config.
+        config: Fields of a transformers config, `model_type` first; weights start random.
+        vocab_size: Entries of the tokenizer that is trained on the public text when a config is given.
+    """
+
+    name: str = ""
+    config: Mapping[str, Any] = field(factory=dict)
+    vocab_size: int = field(default=2048, validator=validators.ge(259))
+
+    def __attrs_post_init__(self) -> None:
+        if bool(self.name) == bool(self.config):
+            raise ExperimentError(
+                "[model] needs either name = 'a model to load' or config = { model_type = 'llama', … }, "
+                "and not both."
+            )
+        if self.config and "model_type" not in self.config:
+            raise ExperimentError("model.config needs a model_type, e.g. model_type = 'llama'.")
+
+
+@frozen
+class Pretrain:
+    """The public phase: language modelling on the task's public text, before any cut.
+
+    Attributes:
+        steps: Optimizer steps; 0 skips the phase.
+        batch_size: Sequences per step.
+        learning_rate: Peak learning rate of AdamW, cosine to 0.
+        length: Tokens per sequence.
+    """
+
+    steps: int = field(default=0, validator=validators.ge(0))
+    batch_size: int = field(default=16, validator=validators.ge(1))
+    learning_rate: float = field(default=1e-3, validator=validators.gt(0))
+    length: int = field(default=64, validator=validators.ge(2))
+
+
+@frozen
+class Named:
+    """Something a plugin offers, with options: a task, a defense.
+
+    Attributes:
+        name: Its name, as `vflair list` shows it.
+        options: Its options, as `vflair show NAME` lists them.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(factory=dict)
+
+
+@frozen
+class AttackSpec(Named):
+    """An attack and what its attacker may know.
+
+    Attributes:
+        name: Its name, as `vflair list attacks` shows it.
+        options: Its options, as `vflair show NAME` lists them.
+        knowledge: A preset K0 … K4, a name of the vocabulary, or a list of them.
+    """
+
+    knowledge: str | tuple[str, ...] = "K4"
+
+
+@frozen
+class Victims:
+    """Whose messages are attacked.
+
+    Attributes:
+        count: Examples attacked.
+        split: Where they are taken from, in order: train or test.
+        phase: train sends each through a training round, inference through a forward only.
+        releases: How often each example crosses.
+        max_length: Tokens kept of each victim; 0 takes train.max_length.
+        bypass: Victims that cross once more with the defense bypassed, for the positive control.
+        queries: Public texts sent through the defended pipeline for attacks that ask for `queries`.
+    """
+
+    count: int = field(default=16, validator=validators.ge(2))
+    split: Literal["train", "test"] = "train"
+    phase: Literal["train", "inference"] = "train"
+    releases: int = field(default=1, validator=validators.ge(1))
+    max_length: int = field(default=0, validator=validators.ge(0))
+    bypass: int = field(default=4, validator=validators.ge(1))
+    queries: int = field(default=64, validator=validators.ge(0))
+
+
+@frozen
+class Experiment:
+    """Everything that decides the numbers.
+
+    Attributes:
+        seed: Seed of every random stream.
+        model: The model.
+        pretrain: The public phase.
+        task: The private task.
+        partition: The cut.
+        train: The private fine-tuning.
+        defenses: Applied in this order; with any, an undefended reference runs first.
+        attacks: Attacks on both.
+        victims: Whose messages are attacked.
+        check_unsplit: Train the unsplit model beside the undefended split and compare all losses.
+        wire: Pass every message through the codec.
+        isolation: process grades attacks in a worker of their own; inline is for notebooks, and recorded.
+        threads: CPU threads; 0 leaves torch's choice.
+    """
+
+    task: Named
+    model: Model
+    seed: int = 0
+    pretrain: Pretrain = Pretrain()
+    partition: Partition = Partition()
+    train: Train = Train()
+    defenses: tuple[Named, ...] = ()
+    attacks: tuple[AttackSpec, ...] = ()
+    victims: Victims = Victims()
+    check_unsplit: bool = False
+    wire: bool = False
+    isolation: Literal["process", "inline"] = "process"
+    threads: int = field(default=0, validator=validators.ge(0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, in the order of the fields."""
+        return attrs.asdict(self)
+
+    @property
+    def digest(self) -> str:
+        """Hash of all fields: equal for experiments that must give equal numbers."""
+        text = json.dumps(self.to_dict(), sort_keys=True, default=list)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]

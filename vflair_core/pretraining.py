@@ -1,0 +1,158 @@
+"""The public phase: build or load the model, train its tokenizer and its weights on public text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vflair_core.errors import ExperimentError
+from vflair_core.experiment import Experiment
+from vflair_core.task import Task
+from vflair_core.training import Train
+from vflair_core.worker import stream_seed
+
+Report = Callable[[str, int, int], None]
+
+AUTO = {
+    "causal-lm": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+}
+
+
+def prepare_model(experiment: Experiment, task: Task, report: Report) -> tuple[Any, Any]:
+    """Return the model as the public knows it, and its tokenizer.
+
+    Raises:
+        ExperimentError: The task's kind has no model class here, or the config is not one of transformers.
+    """
+    import transformers
+
+    from vflair_core.encoding import train_tokenizer
+
+    spec = experiment.model
+    if task.kind not in AUTO:
+        raise ExperimentError(f"Tasks of kind {task.kind!r} cannot be run yet. Possible: {', '.join(AUTO)}.")
+    auto = getattr(transformers, AUTO[task.kind])
+    heads = {} if task.kind == "causal-lm" else {"num_labels": max(len(task.labels), 1)}
+    if spec.name:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(spec.name)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model = auto.from_pretrained(spec.name, **heads)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
+    else:
+        tokenizer = train_tokenizer(task.public, spec.vocab_size)
+        fields = dict(spec.config)
+        try:
+            config = transformers.AutoConfig.for_model(
+                fields.pop("model_type"),
+                vocab_size=len(tokenizer),
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                **fields,
+                **heads,
+            )
+        except (ValueError, TypeError) as error:
+            raise ExperimentError(f"model.config is not a transformers config: {error}.") from error
+        torch.manual_seed(stream_seed(experiment.seed, "weights"))
+        model = auto.from_config(config)
+    if experiment.pretrain.steps:
+        _pretrain(model, tokenizer, task.public, experiment, report)
+    return model, tokenizer
+
+
+def _pretrain(model: Any, tokenizer: Any, texts: Sequence[str], experiment: Experiment, report: Report) -> None:
+    """Language modelling for a causal model, masked language modelling for an encoder."""
+    import transformers
+
+    options, kind = experiment.pretrain, type(model).__name__
+    stream = _stream(tokenizer, texts)
+    if len(stream) <= options.length:
+        raise ExperimentError(f"There are {len(stream)} public tokens, fewer than pretrain.length.")
+    if kind.endswith("ForCausalLM") or kind.endswith("LMHeadModel"):
+        learner, masks = model, False
+    else:
+        learner = _language_model_around(model, transformers)
+        masks = type(learner).__name__.endswith("ForMaskedLM")
+    generator = torch.Generator().manual_seed(stream_seed(experiment.seed, "pretraining"))
+    schedule = Train(
+        steps=options.steps, learning_rate=options.learning_rate, schedule="cosine",
+        warmup=min(20, options.steps),
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=options.learning_rate, weight_decay=0.01)
+    learner.train()
+    for step in range(options.steps):
+        starts = torch.randint(len(stream) - options.length, (options.batch_size,), generator=generator)
+        ids = torch.stack([stream[s : s + options.length] for s in starts.tolist()])
+        ids[:, 0] = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else ids[:, 0]
+        inputs, labels = _masked(ids, tokenizer, generator) if masks else (ids, ids)
+        loss = learner(input_ids=inputs, labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = schedule.rate(step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        report(f"pretraining on public text, loss {float(loss.detach()):.3f}", step + 1, options.steps)
+    model.eval()
+
+
+def _stream(tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    ids = [token for row in tokenizer(list(texts))["input_ids"] for token in row]
+    return torch.tensor(ids)
+
+
+def _language_model_around(model: Any, transformers: Any) -> Any:
+    """Put a language-model head around a classifier's own base: what it learns stays in the classifier."""
+    prefix = model.base_model_prefix
+    for auto in ("AutoModelForMaskedLM", "AutoModelForCausalLM"):
+        try:
+            learner = getattr(transformers, auto).from_config(model.config)
+        except ValueError:
+            continue
+        old, new = getattr(learner, prefix, None), getattr(model, prefix)
+        if type(old) is type(new):
+            setattr(learner, prefix, new)
+            learner.tie_weights()
+            return learner
+    raise ExperimentError(
+        f"{type(model).__name__} has no language-model twin to pretrain: set pretrain.steps = 0."
+    )
+
+
+def _masked(ids: Tensor, tokenizer: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Replace 15 % of the tokens by the padding token, which stands for the mask, and learn those."""
+    chosen = torch.rand(ids.shape, generator=generator) < 0.15  # noqa: PLR2004 - Devlin et al., 2019
+    chosen[:, 0] = False
+    stand_in = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.eos_token_id
+    return ids.masked_fill(chosen, stand_in), ids.masked_fill(~chosen, -100)
+
+
+def prior_guess(model: Any, tokenizer: Any, texts: Sequence[str], length: int) -> Tensor | None:
+    """The best guess (length,) of someone who knows the public text and saw no message.
+
+    The public model continues greedily from the first token of most public texts.
+    """
+    if not texts:
+        return None
+    rows = tokenizer(list(texts[:2000]), truncation=True, max_length=length)["input_ids"]
+    first = Counter(row[0] for row in rows if row).most_common(1)[0][0]
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        guess = model.generate(
+            torch.tensor([[first]]),
+            attention_mask=torch.ones(1, 1, dtype=torch.long),
+            max_new_tokens=length - 1,
+            min_new_tokens=length - 1,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )[0]
+    model.train(training)
+    return guess  # type: ignore[no-any-return]

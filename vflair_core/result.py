@@ -1,0 +1,43 @@
+"""What a run found: numbers that equal seeds reproduce, and what it cost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import attrs
+from attrs import field, frozen
+
+
+@frozen
+class Result:
+    """The outcome of one experiment.
+
+    `numbers` holds, per arm (``undefended``, ``defended``), main-task performance, grades, guarantee and
+    losses; equal experiments give equal numbers. `cost` holds bytes, messages and seconds. `samples` are
+    private sentences beside what each attack recovered: look at them, do not publish them.
+    """
+
+    numbers: dict[str, Any]
+    cost: dict[str, Any]
+    experiment: dict[str, Any]
+    config_hash: str
+    versions: dict[str, str] = field(factory=dict)
+    plugins: list[dict[str, Any]] = field(factory=list)
+    task: dict[str, Any] = field(factory=dict)
+    samples: list[dict[str, Any]] = field(factory=list)
+
+    @property
+    def numbers_hash(self) -> str:
+        """Hash of `numbers`."""
+        text = json.dumps(self.numbers, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Return the result as JSON, and write it to `path` when one is given."""
+        text = json.dumps({**attrs.asdict(self), "numbers_hash": self.numbers_hash}, indent=2)
+        if path is not None:
+            Path(path).write_text(text + "\n")
+        return text

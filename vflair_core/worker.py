@@ -1,0 +1,244 @@
+"""Runs attacks in a process of their own: ``python -m vflair_core.worker FOLDER``.
+
+The folder holds the transcript and the granted knowledge. It holds no truth, no noise seed and no private
+text, so no attack can find them here. Guesses are written back into the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import define
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vflair_core.attack import Guess, Observables, launch
+from vflair_core.channel import Transcript
+from vflair_core.defense import Defense, Mechanism
+from vflair_core.errors import AttackError
+from vflair_core.halves import Head, Tail, halves
+from vflair_core.partition import Partition
+from vflair_core.plugins import load_target
+from vflair_core.task import Example
+
+MARK = "@vflair "
+Progress = Callable[[str, int, int], None]
+
+
+class Room:
+    """The folder, opened: every piece of knowledge is loaded when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.job: dict[str, Any] = json.loads((folder / "job.json").read_text())
+        self.partition = Partition(**self.job["partition"])
+
+    def observables(self, which: str) -> Observables:
+        """What crossed in one pass over the victims: ``"main"`` or ``"bypassed"``."""
+        records = Transcript.load(self.folder / f"{which}.safetensors").messages
+        return Observables(records, self.job["releases"][which], is_ht=self.partition.kind == "HT")
+
+    def model(self, weights: str) -> Any:
+        """Build the model with one of the two sets of weights: ``"pretrained"`` or ``"current"``."""
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(self.folder)
+        model = getattr(transformers, self.job["model_class"])(config)
+        there = load_file(self.folder / f"{weights}.safetensors")
+        odd = model.load_state_dict(there, strict=False)
+        if odd.unexpected_keys or (odd.missing_keys and weights != "body"):
+            raise AttackError(f"The {weights} weights do not fit {self.job['model_class']}: {odd}.")
+        return model.eval().requires_grad_(False)
+
+    @cached_property
+    def pretrained(self) -> tuple[Head, Tail | None]:
+        return halves(self.model("pretrained"), self.partition)
+
+    @cached_property
+    def current(self) -> tuple[Head, Tail | None]:
+        return halves(self.model("current"), self.partition)
+
+    @cached_property
+    def pretrained_model(self) -> Any:
+        return self.model("pretrained")
+
+    @cached_property
+    def body(self) -> Any:
+        """The model party's modules, and nothing of the data party's."""
+        from vflair_core.partition import split
+
+        return split(self.model("body"), self.partition)[1].model
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder)
+
+    def mechanism(self, *, with_parameters: bool) -> Mechanism:
+        """The defenses of the run as one mechanism, in their order."""
+        parts = []
+        for number, spec in enumerate(self.job["defenses"]):
+            defense: Defense = load_target(spec["target"])(**spec["options"])
+            if with_parameters:
+                state = load_file(self.folder / "defenses.safetensors")
+                prefix = f"{number}."
+                defense.load_state(
+                    {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+                )
+            if (part := defense.mechanism()) is not None:
+                parts.append(part)
+        return Chain(parts)
+
+
+@define
+class Chain(Mechanism):
+    """Several mechanisms, one after the other; the last one's noise is the one that is seen."""
+
+    parts: list[Mechanism]
+
+    def expected(self, hidden: Tensor) -> Tensor:
+        for part in self.parts:
+            hidden = part.expected(hidden)
+        return hidden
+
+    def log_likelihood(self, observed: Tensor, hidden: Tensor) -> Tensor:
+        for part in self.parts[:-1]:
+            hidden = part.expected(hidden)
+        last = self.parts[-1] if self.parts else Mechanism()
+        return last.log_likelihood(observed, hidden)
+
+
+class Granted(Mapping[str, Any]):
+    """Name → knowledge, for one attack in one pass: what was granted, and no more."""
+
+    def __init__(self, room: Room, attack: dict[str, Any], which: str, progress: Any) -> None:
+        self.room, self.attack, self.progress = room, attack, progress
+        self.seen = room.observables(which)
+        names = set(attack["granted"])
+        if which == "bypassed" or not room.job["defenses"]:
+            names -= {"mechanism", "parameters"}  # nothing was applied to these messages
+        if room.partition.kind == "HT":
+            names -= {"tail", "pretrained_tail", "current_tail"}
+        absent = {"queries", "few_labelled"} - set(room.job["auxiliary"])
+        self.names = [n for n in sorted(names - absent) if n not in _SEEN or n in self.seen]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.names:
+            raise KeyError(name)
+        if name in self.seen:
+            return self.seen[name]
+        room = self.room
+        best = room.current if "current_head" in self.attack["granted"] and name in ("head", "tail") else None
+        match name:
+            case "task_kind":
+                return room.job["task_kind"]
+            case "partition":
+                return room.partition
+            case "generator":
+                return torch.Generator().manual_seed(self.attack["seed"])
+            case "progress":
+                return self.progress
+            case "body" | "tokenizer" | "pretrained_model":
+                return getattr(room, name)
+            case "embeddings":
+                return load_file(room.folder / "embeddings.safetensors")["embeddings"]
+            case "head" | "pretrained_head" | "current_head":
+                return (best or (room.current if name == "current_head" else room.pretrained))[0]
+            case "tail" | "pretrained_tail" | "current_tail":
+                return (best or (room.current if name == "current_tail" else room.pretrained))[1]
+            case "mechanism" | "parameters":
+                return room.mechanism(with_parameters="parameters" in self.attack["granted"])
+            case "few_labelled":
+                return [Example(**row) for row in room.job["auxiliary"]["few_labelled"]]
+            case "queries":
+                records = Transcript.load(room.folder / "queries.safetensors").messages
+                rows = [r.tensor[0] for r in records if r.role == "smashed"]
+                return list(zip(room.job["auxiliary"]["queries"], rows, strict=True))
+            case _:
+                return room.job["auxiliary"][name]
+
+
+_SEEN = ("hidden_grad", "smashed_grad", "logits")
+
+
+def work(folder: Path, progress: Progress) -> None:
+    """Run every attack of the job on every pass it is asked for, and write the guesses."""
+    room = Room(folder)
+    for attack in room.job["attacks"]:
+        callable_ = load_target(attack["target"])
+        callable_ = callable_(**attack["options"]) if isinstance(callable_, type) else callable_
+        for which in attack["passes"]:
+            label = f"{attack['name']} ({which})"
+            start = time.perf_counter()
+
+            def report(done: int, total: int, label: str = label) -> None:
+                progress(label, done, total)
+
+            torch.manual_seed(attack["seed"])
+            guess = launch(callable_, Granted(room, attack, which, report))
+            _write(folder / f"guess-{attack['number']}-{which}", guess, time.perf_counter() - start)
+
+
+def _write(path: Path, guess: Guess, seconds: float) -> None:
+    tensors = {
+        name: value.contiguous()
+        for name in ("tokens", "labels", "scores")
+        if (value := getattr(guess, name)) is not None
+    }
+    budget = {key: float(value) for key, value in dict(guess.budget or {}).items()}
+    facts = json.dumps({"budget": budget, "seconds": seconds})
+    save_file(tensors, path.with_suffix(".safetensors"), metadata={"vflair_guess": facts})
+
+
+def read_guess(path: Path) -> tuple[Guess, float]:
+    """Read a guess and the seconds it took."""
+    from safetensors import safe_open
+
+    with safe_open(path.with_suffix(".safetensors"), framework="pt") as file:
+        facts = json.loads(file.metadata()["vflair_guess"])
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
+    return Guess(**tensors, budget=facts["budget"]), facts["seconds"]
+
+
+def stream_seed(seed: int, name: str) -> int:
+    """The seed of a named random stream: adding a stream changes no other."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "little")
+
+
+def main(folder: str) -> int:
+    """Entry point of the process; tells its parent how far it is by lines on standard output."""
+
+    def tell(label: str, done: int, total: int) -> None:
+        sys.stdout.write(MARK + json.dumps([label, done, total]) + "\n")
+        sys.stdout.flush()
+
+    job = json.loads((Path(folder) / "job.json").read_text())
+    torch.set_num_threads(job["threads"])
+    try:
+        work(Path(folder), tell)
+    except Exception as error:  # noqa: BLE001 - the parent raises it by name
+        report = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        (Path(folder) / "error.json").write_text(json.dumps(report))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

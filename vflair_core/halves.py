@@ -54,8 +54,10 @@ class Head:
         lowest = torch.finfo(dtype).min
         alone = torch.full((width, width), lowest, dtype=dtype).fill_diagonal_(0.0)
         mask = torch.cat([torch.zeros(width, past, dtype=dtype), alone], dim=1)
-        rows = self._extend(tokens, cache, mask.expand(batch, 1, width, past + width), repeated=True)
-        cache.crop(-width)
+        # An empty cache would stay bound to this batch size, so it is left untouched.
+        scratch = cache if past else self.cache()
+        rows = self._extend(tokens, scratch, mask.expand(batch, 1, width, past + width), repeated=True)
+        scratch.crop(-width)
         return rows
 
     def append(self, tokens: Tensor, cache: Cache) -> Tensor:

@@ -201,7 +201,7 @@ class _Run:
         with self._watched(party):
             with clock("fine-tuning"):
                 losses, evaluations = self._fine_tune(name, party, task, batches)
-            released = _rows(party)
+            releases = self._releases(task, len(evaluations))
             with clock("victims"):
                 main, bypassed, queries = self._record(party, task, victims, bool(defenses))
         evidence = Evidence(
@@ -234,12 +234,13 @@ class _Run:
             "evaluations": evaluations,
             "attacks": [_without_times(grade) for grade in grades],
             "guarantees": [
-                {"defense": spec.name, **defense.guarantee(released).to_dict()}
+                {"defense": spec.name, **defense.guarantee(releases).to_dict()}
                 for spec, defense in zip(e.defenses, defenses, strict=bool(defenses))
             ]
             if defenses
             else [],
-            "rows_released": released,
+            "releases_per_example": releases,
+            "rows_sent": _rows(party),
             "untied": list(party.untied),
             "disclosed": sorted(_disclosed(party)),
         }
@@ -275,6 +276,14 @@ class _Run:
         evaluations.append(self._evaluate(party, task))
         return losses, evaluations
 
+    def _releases(self, task: Task, evaluations: int) -> int:
+        """Rows of smashed data of the example that crosses most often: its length times its crossings."""
+        e = self.experiment
+        train = -(-e.train.steps * e.train.batch_size // len(task.train))
+        crossings = {"train": train, "test": evaluations}
+        crossings[e.victims.split] += e.victims.releases
+        return max(crossings.values()) * max(e.train.max_length, self._victim_length())
+
     def _evaluate(self, party: DataParty, task: Task) -> dict[str, Any]:
         options = self.experiment.train
         metrics = evaluate_party(
@@ -294,7 +303,7 @@ class _Run:
         bypassed = queries = None
         if defended:
             bypassed = record_victims(
-                party, victims, max_length=length, gradients=gradients, bypass=True
+                party, victims[: v.bypass], max_length=length, gradients=gradients, bypass=True
             )
         if v.queries and task.public:
             publics = [Example(text, label=0) for text in task.public[: v.queries]]

@@ -1,0 +1,22 @@
+"""Attacks on split learning of language models: the table of contents.
+
+| name | file | needs |
+|---|---|---|
+| vocabulary-search | vocabulary_search.py | smashed data, a head |
+| greedy-search | vocabulary_search.py | smashed data, a head |
+| nearest-embedding | nearest_embedding.py | smashed data, the embedding table |
+| gradient-sign | gradient_sign.py | the gradient of the logits (HT training) |
+"""
+
+from vflair_core import hookimpl
+
+
+@hookimpl
+def vflair_attacks() -> dict[str, str]:
+    """Offer all attacks; each is imported on first use."""
+    return {
+        "vocabulary-search": "vflair_attacks.vocabulary_search:VocabularySearch",
+        "greedy-search": "vflair_attacks.vocabulary_search:GreedySearch",
+        "nearest-embedding": "vflair_attacks.nearest_embedding:NearestEmbedding",
+        "gradient-sign": "vflair_attacks.gradient_sign:GradientSign",
+    }

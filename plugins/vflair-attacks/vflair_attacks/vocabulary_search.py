@@ -1,0 +1,220 @@
+"""Exact search for the text behind hidden states: try every token, keep what explains the observation.
+
+With a causal head, row t depends on tokens ≤ t only, so the text can be found from left to right.
+Thomas et al., "Hidden No More", ICML 2025, arXiv 2505.18332; Nikolaou et al., "Language Models are
+Injective and Hence Invertible", arXiv 2510.15511.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from attrs import define, field, frozen, validators
+from torch import Tensor
+
+from vflair_core import AttackError, Guess
+
+Progress = Callable[[int, int], None]
+# Of the variance of the observations: what rounding leaves when there is no noise.
+ROUNDING = 1e-8
+
+
+@frozen
+class VocabularySearch:
+    """Beam search over the log-likelihood of the known mechanism, with a language-model prior.
+
+    Maximises Σ_t log p_noise(H̃_t − f(H_t(v))) + prior · log p_LM(v_t | v_<t), where f is the defense's
+    deterministic part; repeated releases of a row add up. Without a known mechanism the noise is taken to
+    be Gaussian with the variance that the best candidates leave over. Differs from the papers: a beam
+    and a likelihood instead of the nearest candidate in L1, all candidates of a position in one pass.
+
+    Attributes:
+        beam: Hypotheses kept per example.
+        prior: Weight of the language model's log-probability; 0 for none.
+        margin: A hypothesis this many nats behind the best is dropped.
+        chunk: Candidates tried in one pass.
+        group: Examples searched together.
+    """
+
+    beam: int = field(default=8, validator=validators.ge(1))
+    prior: float = field(default=1.0, validator=validators.ge(0))
+    margin: float = field(default=50.0, validator=validators.gt(0))
+    chunk: int = field(default=256, validator=validators.ge(1))
+    group: int = field(default=16, validator=validators.ge(1))
+
+    def __call__(
+        self,
+        releases: Tensor,  # (R, N, T, D)
+        lengths: Tensor,  # (N,)
+        head: Any,
+        mechanism: Any = None,
+        parameters: Any = None,
+        pretrained_model: Any = None,
+        progress: Progress = lambda *_: None,
+    ) -> Guess:
+        """Return the tokens (N, T) of every example."""
+        _refuse_unless_causal(head)
+        known = parameters if parameters is not None else mechanism
+        likelihood = None if known is None else known.log_likelihood
+        model = pretrained_model if self.prior else None
+        options = (likelihood, head, model, self)
+        return _search_all(releases, lengths, options, progress)
+
+
+@frozen
+class GreedySearch:
+    """The baseline: at each position the one token whose hidden state is nearest in L1.
+
+    Thomas et al., arXiv 2505.18332, without its proposal model and threshold: all tokens are tried. It
+    knows no mechanism and looks at the first release only.
+
+    Attributes:
+        chunk: Candidates tried in one pass.
+        group: Examples searched together.
+    """
+
+    chunk: int = field(default=256, validator=validators.ge(1))
+    group: int = field(default=16, validator=validators.ge(1))
+
+    def __call__(
+        self,
+        releases: Tensor,  # (R, N, T, D)
+        lengths: Tensor,  # (N,)
+        head: Any,
+        progress: Progress = lambda *_: None,
+    ) -> Guess:
+        """Return the tokens (N, T) of every example."""
+        _refuse_unless_causal(head)
+        plan = VocabularySearch(beam=1, prior=0.0, chunk=self.chunk, group=self.group)
+        return _search_all(releases[:1], lengths, (_nearest_l1, head, None, plan), progress)
+
+
+def _nearest_l1(observed: Tensor, hidden: Tensor) -> Tensor:
+    return -(observed - hidden).abs().sum(-1)
+
+
+def _refuse_unless_causal(head: Any) -> None:
+    if not head.is_causal():
+        raise AttackError(
+            "Vocabulary search needs a causal head: in this one, a row depends on later tokens too. "
+            "Use nearest-embedding."
+        )
+
+
+def _search_all(
+    releases: Tensor, lengths: Tensor, options: tuple[Any, ...], progress: Progress
+) -> Guess:
+    count, longest = releases.shape[1:3]
+    tokens = torch.full((count, longest), -1)
+    plan: VocabularySearch = options[3]
+    forwards, done, total = 0, 0, int(lengths.sum())
+    order = lengths.argsort(descending=True)  # examples of like length together
+    for rows in order.split(plan.group):
+        beam = _Beam(releases[:, rows], lengths[rows], *options)
+        with torch.no_grad():
+            for position in range(int(lengths[rows].max())):
+                alive = beam.advance(position)
+                done += alive
+                progress(done, total)
+        for row, sequence in zip(rows.tolist(), beam.finish(), strict=True):
+            tokens[row, : len(sequence)] = sequence
+        forwards += beam.forwards
+    return Guess(tokens=tokens, budget={"forwards": forwards})
+
+
+@define(slots=False)
+class _Beam:
+    """The hypotheses for a few examples: `tokens` (N, W, t), `scores` (N, W) in nats, caches of N·W rows."""
+
+    observed: Tensor  # (R, N, T, D)
+    lengths: Tensor
+    likelihood: Callable[[Tensor, Tensor], Tensor] | None
+    head: Any
+    model: Any
+    plan: VocabularySearch
+    forwards: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        count = len(self.lengths)
+        self.alive = torch.arange(count)
+        self.tokens = torch.zeros(count, 1, 0, dtype=torch.long)
+        self.scores = torch.zeros(count, 1)
+        self.cache = self.head.cache()
+        self.prior_cache: Any = None
+        self.found: dict[int, Tensor] = {}
+        self.scale = self.observed.var().item() * ROUNDING
+
+    def advance(self, position: int) -> int:
+        """Extend every hypothesis by one token and return how many examples were still running."""
+        self._retire(position)
+        count, width = self.scores.shape
+        observed = self.observed[:, self.alive, position]  # (R, N, D)
+        gain = self._likelihoods(observed)  # (N, W, V)
+        if self.model is not None and position:
+            gain += self.plan.prior * self._prior()
+        total = (self.scores[..., None] + gain).flatten(1)  # (N, W·V)
+        vocabulary = gain.shape[-1]
+        scores, flat = total.topk(min(self.plan.beam, total.shape[1]), dim=1)
+        keep = int((scores > scores[:, :1] - self.plan.margin).sum(1).max())
+        scores, flat = scores[:, :keep], flat[:, :keep]
+        parents, chosen = flat // vocabulary, flat % vocabulary  # (N, W')
+        rows = (torch.arange(count)[:, None] * width + parents).flatten()
+        self._select(rows)
+        self.head.append(chosen.reshape(-1, 1), self.cache)
+        earlier = self.tokens.gather(1, parents[..., None].expand(-1, -1, self.tokens.shape[2]))
+        self.tokens = torch.cat([earlier, chosen[..., None]], dim=2)
+        self.scores = scores - scores[:, :1]  # only differences matter
+        return count
+
+    def finish(self) -> list[Tensor]:
+        """Return the best sequence of each example, in order."""
+        self._retire(int(self.lengths.max()))
+        return [self.found[n] for n in range(len(self.lengths))]
+
+    def _likelihoods(self, observed: Tensor) -> Tensor:
+        """Score every token as the next one of every hypothesis: (N, W, V)."""
+        count, width = self.scores.shape
+        vocabulary = len(self.head.embeddings)
+        measure = self.likelihood or (lambda seen, hidden: -(seen - hidden).square().sum(-1))
+        pieces = []
+        for start in range(0, vocabulary, self.plan.chunk):
+            candidates = torch.arange(start, min(start + self.plan.chunk, vocabulary))
+            hidden = self.head.try_tokens(candidates.expand(count * width, -1), self.cache)
+            hidden = hidden.unflatten(0, (count, width))  # (N, W, C, D)
+            self.forwards += count * width * len(candidates)
+            pieces.append(sum(measure(seen[:, None, None], hidden) for seen in observed))
+        scores = torch.cat(pieces, dim=2)
+        return scores if self.likelihood is not None else self._in_nats(scores, observed)
+
+    def _in_nats(self, distances: Tensor, observed: Tensor) -> Tensor:
+        """Turn minus squared distances into log-likelihoods by the noise that the best candidates leave."""
+        releases, _, size = observed.shape
+        best = -distances.flatten(1).max(1).values.mean().item() / (releases * size)
+        variance = max(best, self.scale)
+        return distances / (2 * variance)
+
+    def _prior(self) -> Tensor:
+        """log p_LM of every next token of every hypothesis: (N, W, V)."""
+        latest = self.tokens[:, :, -1].reshape(-1, 1)
+        outputs = self.model(input_ids=latest, past_key_values=self.prior_cache, use_cache=True)
+        self.prior_cache = outputs.past_key_values
+        return outputs.logits[:, -1].log_softmax(-1).unflatten(0, self.scores.shape)
+
+    def _retire(self, position: int) -> None:
+        """Take finished examples out of the beam."""
+        going = self.lengths[self.alive] > position
+        for slot in (~going).nonzero().flatten().tolist():
+            self.found[int(self.alive[slot])] = self.tokens[slot, 0]
+        if bool(going.all()):
+            return
+        width = self.scores.shape[1]
+        slots = going.nonzero().flatten()
+        self._select((slots[:, None] * width + torch.arange(width)).flatten())
+        self.alive, self.tokens, self.scores = self.alive[going], self.tokens[going], self.scores[going]
+
+    def _select(self, rows: Tensor) -> None:
+        self.cache.batch_select_indices(rows)
+        if self.prior_cache is not None:
+            self.prior_cache.batch_select_indices(rows)

@@ -1,0 +1,196 @@
+"""Defenses that act around the whole model: penalties, added rows, counterparts, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from vflair_core.defense import Defense
+from vflair_core.errors import DefenseError
+from vflair_core.testing import tiny_batch
+
+
+def rotation(seed, width=16):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
+
+
+class Rotate(Defense):
+    def __init__(self, seed):
+        self.matrix = rotation(seed)
+
+    def on_smashed(self, smashed, exchange):
+        return smashed @ self.matrix
+
+    def counterpart(self):
+        inverse = nn.Linear(16, 16, bias=False)
+        inverse.weight = nn.Parameter(self.matrix.clone())  # x W^T undoes x W: W is orthogonal
+        return inverse
+
+
+class Shift(Rotate):
+    """Does not commute with a rotation."""
+
+    def on_smashed(self, smashed, exchange):
+        return smashed + 3.0
+
+    def counterpart(self):
+        inverse = nn.Linear(16, 16)
+        inverse.weight = nn.Parameter(torch.eye(16))
+        inverse.bias = nn.Parameter(torch.full((16,), -3.0))
+        return inverse
+
+
+@pytest.mark.parametrize("wire", [False, True], ids=["clones", "wire"])
+@pytest.mark.parametrize("tail", [1, 0])
+@pytest.mark.parametrize(
+    "seeds", [[0], [0, 1], [0, None], [None, 0]], ids=["one", "two", "rotate-shift", "shift-rotate"]
+)
+def test_counterparts_undo_at_the_model_party_what_was_done_here(cut, seeds, tail, wire):
+    defenses = [Shift(0) if seed is None else Rotate(seed) for seed in seeds]
+    parties = cut("llama", 1, tail, defenses=defenses, wire=wire)
+    batch = tiny_batch(parties.whole, labels="tokens")
+    expected, ours = parties.whole(**batch), parties.data_party.model(**batch)
+    assert torch.allclose(ours.logits, expected.logits, atol=1e-3)
+    expected.loss.backward()
+    ours.loss.backward()
+    theirs = dict(parties.whole.named_parameters())
+    for name, weight in (*parties.data_party.named_parameters(), *parties.model_party.named_parameters()):
+        assert torch.allclose(weight.grad, theirs[name].grad, atol=1e-3), name
+    prompt = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    texts = [m.generate(**prompt, max_new_tokens=4, do_sample=False) for m in (parties.whole, parties.data_party.model)]
+    assert torch.equal(*texts)
+
+
+def test_a_layer_norm_may_be_a_counterpart(cut):
+    class Normed(Defense):
+        def counterpart(self):
+            return nn.LayerNorm(16)
+
+    parties = cut("llama", defenses=[Normed()])
+    batch = tiny_batch(parties.whole)
+    parties.whole.model.layers[0].register_forward_hook(lambda _m, _a, out: nn.functional.layer_norm(out, (16,)))
+    ours, expected = parties.data_party.model(**batch).logits, parties.whole(**batch).logits
+    assert torch.allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("module", [nn.ReLU(), nn.Sequential(nn.Linear(16, 16)), nn.Conv1d(1, 1, 1)], ids=str)
+def test_a_counterpart_of_another_kind_is_refused_by_name(cut, module):
+    class Odd(Defense):
+        def counterpart(self):
+            return module
+
+    words = rf"Odd asks the model party for a {type(module).__name__}\. It builds nn.Linear and nn.LayerNorm"
+    with pytest.raises(DefenseError, match=words):
+        cut("llama", defenses=[Odd()])
+
+
+def test_a_penalty_is_added_to_the_loss_in_training_only(cut):
+    class Two(Defense):
+        def penalty(self, exchange):
+            assert exchange.phase == "train"
+            return torch.tensor(2.0)
+
+    parties = cut("llama", defenses=[Two()])
+    batch = tiny_batch(parties.whole, labels="tokens")
+    expected = parties.whole(**batch).loss
+    assert torch.equal(parties.data_party.model(**batch).loss, expected)
+    parties.data_party.model.train()
+    assert torch.equal(parties.data_party.model(**batch).loss, expected + 2.0)
+
+
+def test_a_penalty_sees_the_memo_of_its_exchange_and_trains_what_it_was_made_of(cut):
+    class Shrink(Defense):
+        def on_smashed(self, smashed, exchange):
+            exchange.memo["smashed"] = smashed
+            return smashed
+
+        def penalty(self, exchange):
+            return exchange.memo["smashed"].square().mean()
+
+    parties = cut("llama", defenses=[Shrink()])
+    parties.data_party.model.train()
+    batch = tiny_batch(parties.whole, labels="tokens")
+    parties.data_party.model(**batch).loss.backward()
+    kept = []
+    parties.whole.model.layers[0].register_forward_hook(lambda _m, _a, out: kept.append(out))
+    (parties.whole(**batch).loss + kept[0].square().mean()).backward()
+    expected = dict(parties.whole.named_parameters())
+    for name, weight in parties.data_party.named_parameters():
+        gradient = expected[name].grad
+        assert (weight.grad - gradient).abs().max() <= 1e-6 * gradient.abs().max(), name
+
+
+def test_rows_that_are_added_cross_and_are_dropped_again(cut):
+    class Decoys(Defense):
+        def expand(self, batch):
+            return {key: torch.cat([value, value.flip(0)]) for key, value in batch.items()}
+
+        def contract(self, outputs):
+            outputs["logits"] = outputs["logits"].chunk(2)[0]
+            return outputs
+
+    parties = cut("llama", defenses=[Decoys()])
+    batch = tiny_batch(parties.whole, rows=3, length=7)
+    out = parties.data_party.model(**batch, use_cache=False)
+    assert torch.allclose(out.logits, parties.whole(**batch).logits, atol=1e-5)
+    assert parties.data_party.channel.traffic["smashed", "sent"].rows == 2 * 3 * 7
+
+
+@pytest.mark.parametrize(
+    ("supports", "phase"),
+    [({("HBT", "*", "train")}, "prefill"), ({("HT", "*", "*")}, "train"), ({("*", "*", "decode")}, "train")],
+)
+def test_a_cell_that_a_defense_does_not_support_is_refused_by_name(cut, supports, phase):
+    class Picky(Defense):
+        def on_smashed(self, smashed, exchange):
+            return smashed
+
+    Picky.supports = frozenset(supports)
+    parties = cut("llama", 1, 1, defenses=[Picky()])
+    batch = tiny_batch(parties.whole, labels="tokens")
+    before = parties.data_party.channel.messages
+    with pytest.raises(DefenseError, match=rf"Picky does not support HBT × \S+ × {phase}.*It supports"):
+        if phase == "train":
+            parties.data_party.model.train()
+            parties.data_party.model(**batch)
+        else:
+            parties.data_party.model.generate(batch["input_ids"], max_new_tokens=2)
+    assert parties.data_party.channel.messages == before
+
+
+def test_axes_that_a_defense_cannot_defend_are_refused_by_name(cut):
+    class Transposed(Defense):
+        axes = frozenset({"TBD"})
+
+        def on_smashed(self, smashed, exchange):
+            return smashed
+
+    parties = cut("llama", defenses=[Transposed()])
+    with pytest.raises(DefenseError, match=r"Transposed cannot defend 'hidden_states': its axes are 'BTD'"):
+        parties.data_party.model(**tiny_batch(parties.whole))
+
+
+def test_a_bypass_switches_every_place_off_and_on_again(cut):
+    class Zero(Defense):
+        def on_smashed(self, smashed, exchange):
+            return smashed * 0
+
+    parties = cut("llama", defenses=[Zero()])
+    batch = tiny_batch(parties.whole)
+    expected = parties.whole(**batch).logits
+    parties.data_party.bypass_defenses = True
+    assert torch.equal(parties.data_party.model(**batch).logits, expected)
+    parties.data_party.bypass_defenses = False
+    assert not torch.allclose(parties.data_party.model(**batch).logits, expected)
+
+
+def test_an_integer_mask_of_the_attention_is_left_alone_by_defenses(cut):
+    class Negate(Defense):
+        def on_smashed(self, smashed, exchange):
+            assert smashed.is_floating_point()
+            return -smashed
+
+    parties = cut("llama", defenses=[Negate()])
+    parties.data_party.model(**tiny_batch(parties.whole, padding="left"))

@@ -81,7 +81,11 @@ class Deferred(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Any,
+        _types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func in _FREE:
@@ -95,20 +99,26 @@ class Deferred(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, _types: Any, _args: Any = (), _kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        cls, func: Any, _types: Any, _args: Any = (), _kwargs: Any = None
+    ) -> Any:
         raise PartitionError(
             f"The model computes {func} on a value that only the model party has. "
             "Move the cut so that this layer is held by one party; `verify` says which cuts work."
         )
 
     def __repr__(self, **_: Any) -> str:
-        return f"Deferred(shape={tuple(self.meta.shape)}, dtype={self.meta.dtype}, node={self.node})"
+        return (
+            f"Deferred(shape={tuple(self.meta.shape)}, dtype={self.meta.dtype}, node={self.node})"
+        )
 
 
 def _are_literal(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     literal = (bool, int, float, str, slice, type(None), type(...), torch.dtype)
     flat = [*args, *kwargs.values()]
-    flat = [item for value in flat for item in (value if isinstance(value, (tuple, list)) else (value,))]
+    flat = [
+        item for value in flat for item in (value if isinstance(value, (tuple, list)) else (value,))
+    ]
     return all(isinstance(value, literal) for value in flat)
 
 
@@ -199,7 +209,9 @@ class Recorder:
             return _map(structure, lambda _meta, _path: next(real), local_cache)
         device, step = _device_of(named), len(self.steps) - 1
         return _map(
-            structure, lambda m, path: Deferred.of(m, device, self, ("out", step, *path)), local_cache
+            structure,
+            lambda m, path: Deferred.of(m, device, self, ("out", step, *path)),
+            local_cache,
         )
 
     def apply(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -210,7 +222,9 @@ class Recorder:
         self.steps.append(("op", name, trees, named))
         device, step = subject.device, len(self.steps) - 1
         shapes = OPERATIONS[name](subject.meta, *args[1:], **kwargs)
-        return _map(shapes, lambda m, path: Deferred.of(m, device, self, ("out", step, *path)), None)
+        return _map(
+            shapes, lambda m, path: Deferred.of(m, device, self, ("out", step, *path)), None
+        )
 
     def realise(self, deferred: Deferred) -> Tensor:
         """Fetch the value of a deferred tensor before the program is complete."""
@@ -251,7 +265,10 @@ class Recorder:
                 kind = "tuple" if isinstance(value, tuple) else "list"
                 return (kind, *(self._tree(item, f"{name}.{n}") for n, item in enumerate(value)))
             case dict():
-                return ("dict", *((key, self._tree(item, f"{name}.{key}")) for key, item in value.items()))
+                return (
+                    "dict",
+                    *((key, self._tree(item, f"{name}.{key}")) for key, item in value.items()),
+                )
             case slice():
                 return "slice", value.start, value.stop, value.step
             case torch.dtype():
@@ -326,7 +343,10 @@ def _run_skeleton(absent: Absent, named: dict[str, Any]) -> Any:
 
 
 def _map(
-    value: Any, change: Callable[[Tensor, tuple[int | str, ...]], Tensor], cache: Any, path: Tree = ()
+    value: Any,
+    change: Callable[[Tensor, tuple[int | str, ...]], Tensor],
+    cache: Any,
+    path: Tree = (),
 ) -> Any:
     """Rebuild a nested output with `change(tensor, path)` for each tensor and the local cache for a cache."""
     if isinstance(value, Tensor):

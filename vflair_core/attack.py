@@ -65,7 +65,9 @@ def wants(attack: Attack) -> tuple[tuple[str, ...], tuple[str, ...]]:
     )
 
 
-def check(attack: Attack, granted: Collection[str], vocabulary: Collection[str] = VOCABULARY) -> None:
+def check(
+    attack: Attack, granted: Collection[str], vocabulary: Collection[str] = VOCABULARY
+) -> None:
     """See that an attack asks for nothing it is not granted.
 
     Raises:
@@ -98,7 +100,9 @@ def launch(attack: Attack, knowledge: Mapping[str, Any]) -> Guess:
     arguments |= {name: knowledge[name] for name in optional if name in knowledge}
     guess = attack(**arguments)
     if not isinstance(guess, Guess):
-        raise AttackError(f"{_name(attack)} returned a {type(guess).__name__}; it must return a Guess.")
+        raise AttackError(
+            f"{_name(attack)} returned a {type(guess).__name__}; it must return a Guess."
+        )
     return guess
 
 

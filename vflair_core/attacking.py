@@ -164,7 +164,9 @@ def attack_and_grade(
             guess, seconds = read_guess(folder / f"guess-{number}-main")
             if guess.tokens is not None:
                 decode = evidence.party.tokenizer.decode  # type: ignore[union-attr]
-                grade = grade_tokens(guess, truth, prior, decode, name=launch.name, knowledge=launch.label)
+                grade = grade_tokens(
+                    guess, truth, prior, decode, name=launch.name, knowledge=launch.label
+                )
             else:
                 grade = grade_labels(guess, truth, name=launch.name, knowledge=launch.label)
             grade.seconds = seconds
@@ -194,7 +196,7 @@ def _run(folder: Path, isolation: Isolation, progress: Progress) -> None:
     command = [sys.executable, "-m", "vflair_core.worker", str(folder)]
     with (folder / "stderr.txt").open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)  # noqa: S603
-        assert process.stdout is not None  # noqa: S101 - PIPE was asked for
+        assert process.stdout is not None
         for line in process.stdout:
             if line.startswith(MARK):
                 progress(*json.loads(line.removeprefix(MARK)))

@@ -48,7 +48,9 @@ class RemoteLayer(CacheLayerMixin):
         raise ProtocolError("This cache layer belongs to the model party.")
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
-        raise ProtocolError("This cache layer belongs to the model party: its block is not held here.")
+        raise ProtocolError(
+            "This cache layer belongs to the model party: its block is not held here."
+        )
 
     def get_seq_length(self) -> int:
         return self.length
@@ -84,7 +86,9 @@ class RemoteLayer(CacheLayerMixin):
             self.remote.deeds.append(deed)
 
 
-def attach(cache: Cache, absent_layers: Iterable[int], released: Callable[[str], None]) -> RemoteCache:
+def attach(
+    cache: Cache, absent_layers: Iterable[int], released: Callable[[str], None]
+) -> RemoteCache:
     """Make `cache` ready for the cut, once: absent layers become `RemoteLayer`s.
 
     `released` is called with the cache's id when it is no longer used.
@@ -131,7 +135,9 @@ def build(layers: Any) -> Cache:
             case ["DynamicSlidingWindowLayer", int() as window] if window > 1:
                 made.append(DynamicSlidingWindowLayer(sliding_window=window))
             case _:
-                raise ProtocolError(f"{entry!r} is not a cache layer. Possible: {', '.join(KINDS)}.")
+                raise ProtocolError(
+                    f"{entry!r} is not a cache layer. Possible: {', '.join(KINDS)}."
+                )
     return Cache(layers=made)
 
 

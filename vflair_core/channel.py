@@ -160,7 +160,9 @@ class Transcript:
             if "vflair_transcript" not in metadata:
                 raise ProtocolError(f"{path} is not a transcript: it lacks the vflair metadata.")
             facts = json.loads(metadata["vflair_transcript"])
-            return cls([Record(**f, tensor=file.get_tensor(f"{n:06d}")) for n, f in enumerate(facts)])
+            return cls(
+                [Record(**f, tensor=file.get_tensor(f"{n:06d}")) for n, f in enumerate(facts)]
+            )
 
 
 def _copy(message: Message) -> Message:

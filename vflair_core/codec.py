@@ -132,10 +132,14 @@ def _check_entry(entry: Any) -> None:
     match entry:
         case [str(), str() as role, str() as dtype, list() as shape]:
             if role not in get_args(Role):
-                raise ProtocolError(f"Unknown role {role!r}. Possible: {', '.join(get_args(Role))}.")
+                raise ProtocolError(
+                    f"Unknown role {role!r}. Possible: {', '.join(get_args(Role))}."
+                )
             if dtype not in DTYPES:
                 raise ProtocolError(f"Unknown dtype {dtype!r}. Possible: {', '.join(DTYPES)}.")
             if len(shape) > MAX_RANK or not all(type(n) is int and n >= 0 for n in shape):
                 raise ProtocolError(f"{shape!r} is not a shape of at most {MAX_RANK} dimensions.")
         case _:
-            raise ProtocolError(f"A tensor entry must be (name, role, dtype, shape), not {entry!r}.")
+            raise ProtocolError(
+                f"A tensor entry must be (name, role, dtype, shape), not {entry!r}."
+            )

@@ -58,10 +58,14 @@ def _converter() -> Converter:
     converter = Converter(forbid_extra_keys=True, detailed_validation=True)
     for kind in (int, float, str, bool):
         converter.register_structure_hook(kind, _exactly)
-    converter.register_structure_hook_func(lambda t: t == Mapping[str, Any], lambda value, _: dict(value))
+    converter.register_structure_hook_func(
+        lambda t: t == Mapping[str, Any], lambda value, _: dict(value)
+    )
     converter.register_structure_hook_func(
         lambda t: t == str | tuple[str, ...],
-        lambda value, _: value if isinstance(value, str) else tuple(_exactly(item, str) for item in value),
+        lambda value, _: (
+            value if isinstance(value, str) else tuple(_exactly(item, str) for item in value)
+        ),
     )
     return converter
 

@@ -95,7 +95,10 @@ class DataParty:
         if self._probing:
             return forward(**inputs)
         for defense in self._active("expand"):
-            inputs = {**inputs, **defense.expand({k: v for k, v in inputs.items() if torch.is_tensor(v)})}
+            inputs = {
+                **inputs,
+                **defense.expand({k: v for k, v in inputs.items() if torch.is_tensor(v)}),
+            }
         self.recorder.reset()
         self._call = Call(forward, inputs, self._past(inputs))
         try:
@@ -265,7 +268,10 @@ class DataParty:
     def _check_support(self, defense: Defense, phase: Phase) -> None:
         cell = (self.partition.kind, self.task_kind, phase)
         for supported in defense.supports:
-            if all("*" in (ours, theirs) or ours == theirs for ours, theirs in zip(cell, supported, strict=True)):
+            if all(
+                "*" in (ours, theirs) or ours == theirs
+                for ours, theirs in zip(cell, supported, strict=True)
+            ):
                 return
         cells = "; ".join(" × ".join(cell) for cell in sorted(defense.supports))
         raise DefenseError(
@@ -317,7 +323,11 @@ class DataParty:
         self.request("open", None, weights, meta)
 
     def request(
-        self, kind: Kind, exchange: Exchange | None, crossings: Sequence[Crossing], meta: Mapping[str, Any]
+        self,
+        kind: Kind,
+        exchange: Exchange | None,
+        crossings: Sequence[Crossing],
+        meta: Mapping[str, Any],
     ) -> Message:
         """Send one message of this session and return the reply."""
         graphs, self._released_graphs = self._released_graphs, []
@@ -372,7 +382,9 @@ def _hand_over_forward(model: PreTrainedModel, party: DataParty) -> PreTrainedMo
         inputs = dict(zip(names, args, strict=False)) | kwargs
         return party.run_forward(functools.partial(original.forward, self), inputs)
 
-    model.__class__ = type(original.__name__, (original,), {"forward": forward, "__module__": __name__})
+    model.__class__ = type(
+        original.__name__, (original,), {"forward": forward, "__module__": __name__}
+    )
     return model
 
 

@@ -32,7 +32,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     if not texts:
         raise TaskError("A tokenizer cannot be trained without public text: this task has none.")
     if vocab_size < 256 + len(special):
-        raise TaskError(f"model.vocab_size is {vocab_size}; it must be at least {256 + len(special)}.")
+        raise TaskError(
+            f"model.vocab_size is {vocab_size}; it must be at least {256 + len(special)}."
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -67,7 +69,10 @@ def encode(
     Raises:
         TaskError: The kind cannot be encoded.
     """
-    rows = [tokenizer(change(e.text), truncation=True, max_length=max_length)["input_ids"] for e in examples]
+    rows = [
+        tokenizer(change(e.text), truncation=True, max_length=max_length)["input_ids"]
+        for e in examples
+    ]
     longest = max(len(row) for row in rows)
     pad = tokenizer.pad_token_id
     if pad is None:
@@ -98,7 +103,9 @@ def private_positions(
         TaskError: The tokenizer is not a fast one, so it cannot say where in the text a token stands.
     """
     if not tokenizer.is_fast:
-        raise TaskError("Private spans need a fast tokenizer, which knows where in the text a token stands.")
+        raise TaskError(
+            "Private spans need a fast tokenizer, which knows where in the text a token stands."
+        )
     encoded = tokenizer(
         example.text,
         truncation=True,

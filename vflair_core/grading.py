@@ -107,8 +107,13 @@ def grade_labels(guess: Guess, truth: Truth, *, name: str, knowledge: str) -> Gr
         )
     hits = [(int(a == b), 1) for a, b in zip(guessed.tolist(), labels.tolist(), strict=True)]
     rolled = _mean_over_shifts(
-        [[(int(a == b), 1) for a, b in zip(guessed.tolist(), labels.roll(s).tolist(), strict=True)]
-         for s in range(1, len(labels))]
+        [
+            [
+                (int(a == b), 1)
+                for a, b in zip(guessed.tolist(), labels.roll(s).tolist(), strict=True)
+            ]
+            for s in range(1, len(labels))
+        ]
     )
     largest = max(torch.bincount(labels).tolist()) / len(labels)
     floors = {"constant": largest, "mismatched": rolled}
@@ -145,7 +150,7 @@ def subset_accuracy(guess: Guess, truth: Truth, rows: Sequence[int]) -> float:
         labels, guessed = truth.labels, guess.labels
         if guessed is None and guess.scores is not None:
             guessed = (guess.scores > 0).long()
-        assert labels is not None and guessed is not None  # noqa: S101 - grade_labels has checked both
+        assert labels is not None and guessed is not None
         return float((guessed == labels[list(rows)]).float().mean())
     chosen = Truth([truth.tokens[n] for n in rows], [truth.private[n] for n in rows])
     tokens = _checked_tokens(guess, chosen)
@@ -219,7 +224,9 @@ def interval(hits: Sequence[tuple[int, int]]) -> tuple[float, float]:
     if total == count:
         return tail ** (1 / sentences), 1.0
     table = torch.tensor(hits, dtype=torch.float64)
-    draws = torch.randint(sentences, (RESAMPLES, sentences), generator=torch.Generator().manual_seed(0))
+    draws = torch.randint(
+        sentences, (RESAMPLES, sentences), generator=torch.Generator().manual_seed(0)
+    )
     sums = table[draws].sum(1)  # (resamples, 2)
     rates = (sums[:, 0] / sums[:, 1].clamp_min(1)).sort().values
     low, high = int(tail * RESAMPLES), int((1 - tail) * RESAMPLES) - 1
@@ -233,11 +240,14 @@ def _token_details(tokens: list[Tensor], truth: Truth, decode: Any) -> dict[str,
     bags = [_bag(g, t) for g, t, _ in triples]
     details = {
         "exact_sequences": sum(exact) / len(exact),
-        "rouge_l": sum(rouge_l(g[g >= 0].tolist(), t.tolist()) for g, t, _ in triples) / len(triples),
+        "rouge_l": sum(rouge_l(g[g >= 0].tolist(), t.tolist()) for g, t, _ in triples)
+        / len(triples),
         "bag_recall": sum(r for r, _ in bags) / len(bags),
         "bag_precision": sum(p for _, p in bags) / len(bags),
     }
-    planted = [(g, secret) for g, secrets in zip(tokens, truth.secrets, strict=False) for secret in secrets]
+    planted = [
+        (g, secret) for g, secrets in zip(tokens, truth.secrets, strict=False) for secret in secrets
+    ]
     if planted:
         texts = {id(g): decode(g[g >= 0].tolist()) for g, _ in planted}
         found = sum(secret in texts[id(g)] for g, secret in planted)

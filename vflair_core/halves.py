@@ -30,7 +30,11 @@ class Head:
         attention_mask: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        given = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+        }
         inputs = {key: value for key, value in given.items() if value is not None}
         return self.party.smashed(**inputs, **{"use_cache": False, **options})
 
@@ -56,7 +60,9 @@ class Head:
         mask = torch.cat([torch.zeros(width, past, dtype=dtype), alone], dim=1)
         # An empty cache would stay bound to this batch size, so it is left untouched.
         scratch = cache if past else self.cache()
-        rows = self._extend(tokens, scratch, mask.expand(batch, 1, width, past + width), repeated=True)
+        rows = self._extend(
+            tokens, scratch, mask.expand(batch, 1, width, past + width), repeated=True
+        )
         scratch.crop(-width)
         return rows
 
@@ -64,9 +70,15 @@ class Head:
         """Add one token to each prefix in the cache: (B, 1) → (B, 1, D)."""
         return self._extend(tokens, cache, None, repeated=False)
 
-    def _extend(self, tokens: Tensor, cache: Cache, mask: Tensor | None, *, repeated: bool) -> Tensor:
+    def _extend(
+        self, tokens: Tensor, cache: Cache, mask: Tensor | None, *, repeated: bool
+    ) -> Tensor:
         past = cache.get_seq_length()
-        step = torch.zeros(tokens.shape[1], dtype=torch.long) if repeated else torch.arange(tokens.shape[1])
+        step = (
+            torch.zeros(tokens.shape[1], dtype=torch.long)
+            if repeated
+            else torch.arange(tokens.shape[1])
+        )
         positions = (past + step).expand(tokens.shape)
         return self.party.smashed(
             input_ids=tokens,

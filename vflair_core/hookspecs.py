@@ -55,9 +55,7 @@ class Decide:
         """Say where the blocks of a model lie that the core cannot place; None to pass."""
 
     @hookspec
-    def vflair_partition(
-        self, model: torch.nn.Module, partition: Partition
-    ) -> Partition | None:
+    def vflair_partition(self, model: torch.nn.Module, partition: Partition) -> Partition | None:
         """Choose the cut when the experiment says ``partition.plugin``; None to pass."""
 
     @hookspec

@@ -41,7 +41,9 @@ def evaluate(
     return dict(task.score(predictions, task.test)) | metrics if task.score else metrics
 
 
-def evaluate_party(party: DataParty, task: Task, *, batch_size: int, max_length: int) -> dict[str, float]:
+def evaluate_party(
+    party: DataParty, task: Task, *, batch_size: int, max_length: int
+) -> dict[str, float]:
     """Evaluate across the cut, defenses on, in eval mode; the mode is put back."""
     training = party.model.training
     party.model.eval()

@@ -198,7 +198,9 @@ class ModelParty:
     def _commit(self, session: Session, message: Message) -> Message:
         meta = message.meta
         if not session.trains:
-            raise ProtocolError("This session was opened without an optimizer; there is no step to commit.")
+            raise ProtocolError(
+                "This session was opened without an optimizer; there is no step to commit."
+            )
         if any(other.graphs for other in self.sessions.values()):
             raise ProtocolError(
                 "A forward still waits for its backward: the weights it went through cannot be changed."
@@ -235,9 +237,13 @@ class ModelParty:
             )
         for number, step in enumerate(program.steps[1:], start=1):
             if not any(source == number - 1 for source in _sources(step)):
-                raise ProtocolError(f"Step {number} ({step[1]}) does not use the output of the step before.")
+                raise ProtocolError(
+                    f"Step {number} ({step[1]}) does not use the output of the step before."
+                )
             if any(source >= number for source in _sources(step)):
-                raise ProtocolError(f"Step {number} ({step[1]}) uses an output that does not exist yet.")
+                raise ProtocolError(
+                    f"Step {number} ({step[1]}) uses an output that does not exist yet."
+                )
 
     def _cache(self, session: Session, spec: Any) -> Cache | None:
         if spec is None:
@@ -247,7 +253,9 @@ class ModelParty:
             if "layers" not in spec:
                 raise ProtocolError(f"There is no cache {key!r} in this session.")
             if len(session.caches) >= self.max_caches:
-                raise ProtocolError(f"A session may keep {self.max_caches} caches; delete unused ones.")
+                raise ProtocolError(
+                    f"A session may keep {self.max_caches} caches; delete unused ones."
+                )
             session.caches[key] = caches.build(spec["layers"])
         found = session.caches[key]
         caches.repeat(found, spec["deeds"], self._layers)
@@ -313,6 +321,12 @@ def _reply(
     message: Message, tensors: tuple[Crossing, ...] = (), meta: dict[str, Any] | None = None
 ) -> Message:
     return Message(
-        message.kind, message.session, message.step, message.exchange, message.seq, message.phase,
-        tensors, meta or {},
+        message.kind,
+        message.session,
+        message.step,
+        message.exchange,
+        message.seq,
+        message.phase,
+        tensors,
+        meta or {},
     )

@@ -97,7 +97,14 @@ def split(
     model_party = ModelParty(held, names, _fingerprint(model, partition))
     channel: Channel = LocalChannel(model_party.handle, wire=wire)
     data_party = DataParty(
-        model, partition, channel, names, defenses=defenses, tokenizer=tokenizer, seed=seed, untied=untied
+        model,
+        partition,
+        channel,
+        names,
+        defenses=defenses,
+        tokenizer=tokenizer,
+        seed=seed,
+        untied=untied,
     )
     data_party.order = order
     recorder = Recorder(data_party.exchange, last=frozenset(names[-1:]))
@@ -131,7 +138,12 @@ def locate_blocks(model: nn.Module, plugins: pluggy.PluginManager | None = None)
     found: list[str] = []
     for name, module in model.named_modules():
         nested = any(name.startswith(outer + ".") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) and not nested and all(map(is_block, module)):
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module)
+            and not nested
+            and all(map(is_block, module))
+        ):
             found.append(name)
     if len(found) != 1 and plugins is not None:
         from vflair_core.plugins import decide

@@ -61,7 +61,9 @@ class PluginManager(pluggy.PluginManager):
         return loaded + self.failures
 
 
-def plugin_manager(files: Iterable[str | Path] = (), *, entry_point_group: str = PROJECT) -> PluginManager:
+def plugin_manager(
+    files: Iterable[str | Path] = (), *, entry_point_group: str = PROJECT
+) -> PluginManager:
     """Make a manager with every installed plugin and the given one-file plugins.
 
     Raises:
@@ -101,7 +103,9 @@ def load_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise PluginError(f"Plugin {path} failed on import: {type(error).__name__}: {error}") from error
+        raise PluginError(
+            f"Plugin {path} failed on import: {type(error).__name__}: {error}"
+        ) from error
     return module
 
 
@@ -137,7 +141,9 @@ def _without_self(function: Callable[..., Any]) -> Any:
 
 
 HOOKS: dict[str, str] = {
-    name: inspect.getdoc(function) or "" for kind in KINDS for name, function in _hooks_of(kind).items()
+    name: inspect.getdoc(function) or ""
+    for kind in KINDS
+    for name, function in _hooks_of(kind).items()
 }
 
 
@@ -180,7 +186,9 @@ def load_target(target: str) -> Callable[..., Any]:
         for part in attribute.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError) as error:
-        raise PluginError(f"{target!r} cannot be imported: {type(error).__name__}: {error}") from error
+        raise PluginError(
+            f"{target!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     return found  # type: ignore[no-any-return]
 
 
@@ -270,7 +278,9 @@ def decide(manager: pluggy.PluginManager, hook: str, **arguments: Any) -> Any:
     return answers[0][1] if answers else None
 
 
-def observe(manager: pluggy.PluginManager | None, hook: str, /, *, strict: bool = False, **facts: Any) -> None:
+def observe(
+    manager: pluggy.PluginManager | None, hook: str, /, *, strict: bool = False, **facts: Any
+) -> None:
     """Tell all observers. One that raises is named in the log and stops nothing, unless `strict`.
 
     Raises:
@@ -282,7 +292,9 @@ def observe(manager: pluggy.PluginManager | None, hook: str, /, *, strict: bool 
         try:
             implementation.function(**{key: facts[key] for key in implementation.argnames})
         except Exception as error:
-            log.warning("observer_failed", plugin=implementation.plugin_name, hook=hook, error=repr(error))
+            log.warning(
+                "observer_failed", plugin=implementation.plugin_name, hook=hook, error=repr(error)
+            )
             if strict:
                 raise PluginError(
                     f"Plugin {implementation.plugin_name} failed in {hook}: {error!r}."

@@ -36,7 +36,9 @@ def prepare_model(experiment: Experiment, task: Task, report: Report) -> tuple[A
 
     spec = experiment.model
     if task.kind not in AUTO:
-        raise ExperimentError(f"Tasks of kind {task.kind!r} cannot be run yet. Possible: {', '.join(AUTO)}.")
+        raise ExperimentError(
+            f"Tasks of kind {task.kind!r} cannot be run yet. Possible: {', '.join(AUTO)}."
+        )
     auto = getattr(transformers, AUTO[task.kind])
     heads = {} if task.kind == "causal-lm" else {"num_labels": max(len(task.labels), 1)}
     if spec.name:
@@ -68,7 +70,9 @@ def prepare_model(experiment: Experiment, task: Task, report: Report) -> tuple[A
     return model, tokenizer
 
 
-def _pretrain(model: Any, tokenizer: Any, texts: Sequence[str], experiment: Experiment, report: Report) -> None:
+def _pretrain(
+    model: Any, tokenizer: Any, texts: Sequence[str], experiment: Experiment, report: Report
+) -> None:
     """Language modelling for a causal model, masked language modelling for an encoder."""
     import transformers
 
@@ -89,7 +93,9 @@ def _pretrain(model: Any, tokenizer: Any, texts: Sequence[str], experiment: Expe
     optimizer = torch.optim.AdamW(learner.parameters(), lr=options.learning_rate, weight_decay=0.01)
     learner.train()
     for step in range(options.steps):
-        starts = torch.randint(len(stream) - options.length, (options.batch_size,), generator=generator)
+        starts = torch.randint(
+            len(stream) - options.length, (options.batch_size,), generator=generator
+        )
         ids = torch.stack([stream[s : s + options.length] for s in starts.tolist()])
         ids[:, 0] = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else ids[:, 0]
         inputs, labels = _masked(ids, tokenizer, generator) if masks else (ids, ids)
@@ -99,7 +105,9 @@ def _pretrain(model: Any, tokenizer: Any, texts: Sequence[str], experiment: Expe
         optimizer.param_groups[0]["lr"] = schedule.rate(step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        report(f"pretraining on public text, loss {float(loss.detach()):.3f}", step + 1, options.steps)
+        report(
+            f"pretraining on public text, loss {float(loss.detach()):.3f}", step + 1, options.steps
+        )
     model.eval()
 
 
@@ -128,9 +136,11 @@ def _language_model_around(model: Any, transformers: Any) -> Any:
 
 def _masked(ids: Tensor, tokenizer: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Replace 15 % of the tokens by the padding token, which stands for the mask, and learn those."""
-    chosen = torch.rand(ids.shape, generator=generator) < 0.15  # noqa: PLR2004 - Devlin et al., 2019
+    chosen = torch.rand(ids.shape, generator=generator) < 0.15
     chosen[:, 0] = False
-    stand_in = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.eos_token_id
+    stand_in = (
+        tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.eos_token_id
+    )
     return ids.masked_fill(chosen, stand_in), ids.masked_fill(~chosen, -100)
 
 

@@ -30,7 +30,9 @@ from vflair_core.codec import DTYPES
 from vflair_core.errors import ProtocolError
 
 Tree = tuple[Any, ...]
-Step = tuple[str, str, tuple[Tree, ...], tuple[tuple[str, Tree], ...]]  # ("module"|"op", name, args, kwargs)
+Step = tuple[
+    str, str, tuple[Tree, ...], tuple[tuple[str, Tree], ...]
+]  # ("module"|"op", name, args, kwargs)
 Leaf = tuple[str, str, int]  # (name, dtype, rank)
 
 MAX_STEPS = 4096
@@ -97,7 +99,9 @@ class Program:
                     tuple(output),
                 )
             case _:
-                raise ProtocolError(f"A program must be [steps, leaves, output], <= {MAX_STEPS} steps.")
+                raise ProtocolError(
+                    f"A program must be [steps, leaves, output], <= {MAX_STEPS} steps."
+                )
         if not program.steps:
             raise ProtocolError("A program must have at least one step.")
         return program
@@ -130,7 +134,9 @@ def _tree(tree: Any, depth: int = 0) -> Tree:
     match tree:
         case ["leaf", int() as index] if index >= 0:
             return "leaf", index
-        case ["out", int() as step, *path] if step >= 0 and all(type(p) in (int, str) for p in path):
+        case ["out", int() as step, *path] if step >= 0 and all(
+            type(p) in (int, str) for p in path
+        ):
             return ("out", step, *path)
         case ["cache"] | ["ellipsis"]:
             return (tree[0],)

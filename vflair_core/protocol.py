@@ -39,7 +39,9 @@ def cross(
     """Send what `program` takes, return what it gives: one exchange, on every one of them every defense."""
     names = [name for name, _, _ in program.leaves]
     defended = [
-        party.defend("on_smashed", leaf, exchange, name=name, role=role) if role == "smashed" else leaf
+        party.defend("on_smashed", leaf, exchange, name=name, role=role)
+        if role == "smashed"
+        else leaf
         for name, role, leaf in zip(names, roles, leaves, strict=True)
     ]
     # The model party's weights may need gradients even when nothing before the cut does.
@@ -88,7 +90,9 @@ class Cut(torch.autograd.Function):
         party, exchange = ctx.party, ctx.exchange
         there = [n for n, gradient in enumerate(gradients) if gradient is not None]
         defended = [
-            party.defend("on_gradient", gradients[n], exchange, name="hidden_grad", role="hidden_grad")
+            party.defend(
+                "on_gradient", gradients[n], exchange, name="hidden_grad", role="hidden_grad"
+            )
             for n in there
         ]
         crossings = [Crossing("hidden_grad", "hidden_grad", gradient) for gradient in defended]
@@ -97,6 +101,10 @@ class Cut(torch.autograd.Function):
         answer: list[Tensor | None] = [None] * ctx.width
         for index, crossing in zip(ctx.wants, reply.tensors, strict=True):
             answer[index] = party.defend(
-                "on_smashed_grad", crossing.tensor, exchange, name="smashed_grad", role="smashed_grad"
+                "on_smashed_grad",
+                crossing.tensor,
+                exchange,
+                name="smashed_grad",
+                role="smashed_grad",
             )
         return (None, None, None, None, None, None, *answer)

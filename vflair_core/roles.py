@@ -64,7 +64,8 @@ def find_roles(
             )
     columns = zip(*(run.tensors for run in runs), strict=True)
     return tuple(
-        _role(leaf, list(column), disclose) for leaf, column in zip(program.leaves, columns, strict=True)
+        _role(leaf, list(column), disclose)
+        for leaf, column in zip(program.leaves, columns, strict=True)
     )
 
 
@@ -102,7 +103,9 @@ def _probe(model: nn.Module, call: Call, seed: int) -> Captured:
             return captured
         finally:
             hook.remove()
-    raise LeakError("The model made no call to the model party when it was run again with other text.")
+    raise LeakError(
+        "The model made no call to the model party when it was run again with other text."
+    )
 
 
 def _copy_cache(cache: Cache | None) -> Cache | None:

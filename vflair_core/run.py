@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     import pluggy
 
     from vflair_core.data_party import DataParty
-    from vflair_core.model_party import ModelParty
 
 log = structlog.get_logger()
 
@@ -103,7 +102,9 @@ def run(
     return result
 
 
-def _write(out: Path, experiment: Experiment, result: Result, transcripts: dict[str, Transcript]) -> None:
+def _write(
+    out: Path, experiment: Experiment, result: Result, transcripts: dict[str, Transcript]
+) -> None:
     from vflair_core.config import to_toml
 
     out.mkdir(parents=True, exist_ok=True)
@@ -140,7 +141,8 @@ class _Run:
         offered = [(spec, find(self.plugins, "defenses", spec.name)) for spec in e.defenses]
         defenses = lambda: [build(offer, spec.options) for spec, offer in offered]  # noqa: E731
         launches = [
-            Launch(spec.name, _attack(self.plugins, spec), spec.knowledge, e.seed) for spec in e.attacks
+            Launch(spec.name, _attack(self.plugins, spec), spec.knowledge, e.seed)
+            for spec in e.attacks
         ]
         defenses()  # a wrong option must fail now, not after the first arm
         with clock("pretraining"):
@@ -270,7 +272,11 @@ class _Run:
             log.debug("step_finished", arm=name, step=party.step, loss=losses[-1])
             if number % per_epoch == 0:
                 observe(self.plugins, "vflair_epoch_finished", epoch=number // per_epoch, **facts)
-            if options.evaluate_every and number % options.evaluate_every == 0 and number < len(batches):
+            if (
+                options.evaluate_every
+                and number % options.evaluate_every == 0
+                and number < len(batches)
+            ):
                 evaluations.append(self._evaluate(party, task))
             self.report(f"{name}: fine-tuning, loss {losses[-1]:.3f}", number, len(batches))
         evaluations.append(self._evaluate(party, task))
@@ -289,7 +295,9 @@ class _Run:
         metrics = evaluate_party(
             party, task, batch_size=max(options.batch_size, 16), max_length=options.max_length
         )
-        observe(self.plugins, "vflair_evaluated", step=party.step, metrics=metrics, strict=self.strict)
+        observe(
+            self.plugins, "vflair_evaluated", step=party.step, metrics=metrics, strict=self.strict
+        )
         return {"step": party.step, "metrics": metrics}
 
     def _record(
@@ -315,7 +323,9 @@ class _Run:
         """Tell the observers of messages, if there are any: a tap costs a copy of everything."""
         hooks = ("vflair_message_sent", "vflair_message_received")
         heard = any(getattr(self.plugins.hook, hook).get_hookimpls() for hook in hooks)
-        taps: AbstractContextManager[Any] = party.channel.tap(self._tell) if heard else nullcontext()
+        taps: AbstractContextManager[Any] = (
+            party.channel.tap(self._tell) if heard else nullcontext()
+        )
         with taps:
             yield
 
@@ -404,7 +414,9 @@ def _attack(plugins: Any, spec: Any) -> Callable[..., Any]:
     if isinstance(thing, type):
         return build(offered, spec.options)  # type: ignore[no-any-return]
     if spec.options:
-        raise ExperimentError(f"Attack {spec.name!r} has no options; {', '.join(spec.options)} given.")
+        raise ExperimentError(
+            f"Attack {spec.name!r} has no options; {', '.join(spec.options)} given."
+        )
     return thing
 
 
@@ -414,7 +426,11 @@ def _rows(party: DataParty) -> int:
 
 
 def _disclosed(party: DataParty) -> set[str]:
-    return set(party.partition.disclose) if any("disclosed" in r for r in party.roles.values()) else set()
+    return (
+        set(party.partition.disclose)
+        if any("disclosed" in r for r in party.roles.values())
+        else set()
+    )
 
 
 def _untied(model: Any) -> Any:

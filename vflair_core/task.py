@@ -90,7 +90,9 @@ class Task:
         if self.kind == "classification":
             for split in ("train", "test"):
                 for row, example in enumerate(getattr(self, split)):
-                    if not isinstance(example.label, int) or not 0 <= example.label < len(self.labels):
+                    if not isinstance(example.label, int) or not 0 <= example.label < len(
+                        self.labels
+                    ):
                         raise TaskError(
                             f"Task {self.name!r}, {split} row {row}: label {example.label!r} is not an "
                             f"index into its {len(self.labels)} labels {self.labels!r}."

@@ -1,7 +1,7 @@
 """Small random models and batches for tests, ours and those of plugin authors: no download, no file.
 
-    model = tiny_model("llama")
-    batch = tiny_batch(model, padding="left", labels="tokens")
+model = tiny_model("llama")
+batch = tiny_batch(model, padding="left", labels="tokens")
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(kind: str, task: str = "causal-lm", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+def tiny_model(
+    kind: str, task: str = "causal-lm", *, seed: int = 0, **overrides: Any
+) -> PreTrainedModel:
     """Build a random model of four blocks of width 16, in evaluation mode as `from_pretrained` returns it.
 
     Args:

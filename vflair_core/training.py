@@ -83,7 +83,9 @@ class FineTuning:
         losses = []
         for batch in batches:
             labels = self.party.defend_labels(batch["labels"])
-            loss = self.party.model(**{**batch, "labels": labels}, use_cache=False).loss / len(batches)
+            loss = self.party.model(**{**batch, "labels": labels}, use_cache=False).loss / len(
+                batches
+            )
             loss.backward()
             losses.append(loss.detach())
         rate = self.options.rate(self.party.step)
@@ -94,7 +96,9 @@ class FineTuning:
 
     def commit(self, rate: float) -> None:
         """Decide scale and skip from all gradient norms, then let both parties step."""
-        own = [p for group in _groups(self.optimizer) for p in group["params"] if p.grad is not None]
+        own = [
+            p for group in _groups(self.optimizer) for p in group["params"] if p.grad is not None
+        ]
         scale, skip = None, False
         if self.options.clip:
             norms = self._norms()

@@ -144,7 +144,11 @@ class Granted(Mapping[str, Any]):
         if name in self.seen:
             return self.seen[name]
         room = self.room
-        best = room.current if "current_head" in self.attack["granted"] and name in ("head", "tail") else None
+        best = (
+            room.current
+            if "current_head" in self.attack["granted"] and name in ("head", "tail")
+            else None
+        )
         match name:
             case "task_kind":
                 return room.job["task_kind"]

@@ -125,12 +125,18 @@ def test_a_tap_that_zeroes_what_it_sees_changes_nothing(cut):
     batch = tiny_batch(parties.whole, labels="tokens")
     expected = parties.whole(**batch)
     expected.loss.backward()
-    with parties.data_party.channel.tap(vandal), parties.data_party.channel.tap(Transcript()) as transcript:
+    with (
+        parties.data_party.channel.tap(vandal),
+        parties.data_party.channel.tap(Transcript()) as transcript,
+    ):
         ours = parties.data_party.model(**batch)
         ours.loss.backward()
     assert torch.equal(ours.logits, expected.logits)
     weights = dict(parties.whole.named_parameters())
-    for name, weight in (*parties.data_party.named_parameters(), *parties.model_party.named_parameters()):
+    for name, weight in (
+        *parties.data_party.named_parameters(),
+        *parties.model_party.named_parameters(),
+    ):
         assert torch.equal(weight.grad, weights[name].grad)
     assert any(record.tensor.count_nonzero() for record in transcript.messages)
 
@@ -161,7 +167,9 @@ def test_a_transcript_says_of_each_tensor_what_it_was(cut):
         parties.data_party.model(**batch, use_cache=False).loss.backward()
         parties.data_party.model.eval()
         prompt = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        parties.data_party.model.generate(**prompt, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+        parties.data_party.model.generate(
+            **prompt, max_new_tokens=2, min_new_tokens=2, do_sample=False
+        )
     facts = [(r.kind, r.direction, r.role, r.name, r.phase, r.step) for r in transcript.messages]
     about = [
         ("sent", "smashed", "hidden_states"),
@@ -172,7 +180,9 @@ def test_a_transcript_says_of_each_tensor_what_it_was(cut):
         ("backward", "sent", "hidden_grad", "hidden_grad", "train", 0),
         ("backward", "received", "smashed_grad", "smashed_grad", "train", 0),
     ]
-    prefill, decode = ([("forward", *what, phase, 0) for what in about] for phase in ("prefill", "decode"))
+    prefill, decode = (
+        [("forward", *what, phase, 0) for what in about] for phase in ("prefill", "decode")
+    )
     assert [fact for fact in facts if fact[3] != "position_ids"] == training + prefill + decode
     exchanges = [record.exchange for record in transcript.messages]
     assert exchanges == sorted(exchanges)

@@ -18,7 +18,11 @@ SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 META = st.dictionaries(
     st.text(max_size=8),
     st.recursive(
-        st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text(),
+        st.none()
+        | st.booleans()
+        | st.integers(-(2**63), 2**64 - 1)
+        | st.floats(allow_nan=False)
+        | st.text(),
         lambda inner: st.lists(inner, max_size=3),
         max_leaves=6,
     ),
@@ -44,13 +48,27 @@ def bits(tensor):
 
 def message(*some, **fields):
     crossings = tuple(Crossing(f"t{n}", "smashed", tensor) for n, tensor in enumerate(some))
-    defaults = {"kind": "forward", "session": "s", "step": 3, "exchange": 5, "seq": 7, "phase": "train"}
+    defaults = {
+        "kind": "forward",
+        "session": "s",
+        "step": 3,
+        "exchange": 5,
+        "seq": 7,
+        "phase": "train",
+    }
     return Message(**{**defaults, **fields}, tensors=crossings)
 
 
 def frame(entries, payload=b"", **changes):
     """Write a frame by hand whose header says what it likes."""
-    header = {"kind": "forward", "session": "s", "step": 0, "exchange": 0, "seq": 0, "phase": "eval"}
+    header = {
+        "kind": "forward",
+        "session": "s",
+        "step": 0,
+        "exchange": 0,
+        "seq": 0,
+        "phase": "eval",
+    }
     header |= {"meta": {}, "tensors": entries, **changes}
     packed = msgpack.packb(header)
     return b"vfl1" + len(packed).to_bytes(4, "little") + packed + payload

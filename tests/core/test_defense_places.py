@@ -9,7 +9,6 @@ from torch import nn
 
 from vflair_core.channel import Transcript
 from vflair_core.defense import Defense
-from vflair_core.errors import DefenseError
 from vflair_core.testing import tiny_batch
 
 PROMPT = ("input_ids", "attention_mask")
@@ -104,7 +103,11 @@ def test_each_place_is_called_once_an_exchange_in_the_order_of_the_round(cut, ta
         ("on_gradient", "train"),
         ("on_smashed_grad", "train"),
     ]
-    assert [place for place, *_ in defense.calls[:5]] == [*forward, "on_gradient", "on_smashed_grad"]
+    assert [place for place, *_ in defense.calls[:5]] == [
+        *forward,
+        "on_gradient",
+        "on_smashed_grad",
+    ]
 
 
 def test_evaluation_without_a_cache_is_the_phase_eval(cut):
@@ -166,7 +169,11 @@ def test_the_mask_in_a_decode_step_covers_the_new_position_only(cut):
     defense = Recording()
     parties = cut("gpt2", defenses=[defense])
     train_and_write(parties.data_party)
-    found = [e.mask.shape for place, e, _, t in defense.calls if place == "on_smashed" and e.phase == "decode"]
+    found = [
+        e.mask.shape
+        for place, e, _, t in defense.calls
+        if place == "on_smashed" and e.phase == "decode"
+    ]
     assert found == [(3, 1)] * 3
 
 
@@ -214,8 +221,12 @@ def test_no_smashed_payload_crosses_undefended(cut, kind, generation, head, tail
     for record, twin in zip(sent, undefended, strict=True):
         assert torch.equal(record.tensor, twin + 1.0)
         assert (record.tensor != twin).all()
-    others = [r.tensor for r in transcript.messages if r.direction == "sent" and r.role != "smashed"]
-    assert not [t for t in others for twin in undefended if t.shape == twin.shape and torch.equal(t, twin)]
+    others = [
+        r.tensor for r in transcript.messages if r.direction == "sent" and r.role != "smashed"
+    ]
+    assert not [
+        t for t in others for twin in undefended if t.shape == twin.shape and torch.equal(t, twin)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -250,7 +261,9 @@ def test_a_learned_defense_gets_its_gradient(cut):
         defense.scale.fill_(1.1)
     batch = tiny_batch(parties.whole, labels="tokens")
     parties.data_party.model(**batch).loss.backward()
-    scale = torch.tensor(1.1, requires_grad=True)  # by hand: scale what leaves block 0 of the whole model
+    scale = torch.tensor(
+        1.1, requires_grad=True
+    )  # by hand: scale what leaves block 0 of the whole model
     parties.whole.model.layers[0].register_forward_hook(lambda _m, _a, out: out * scale)
     parties.whole(**batch).loss.backward()
     assert defense.scale.grad.item() == pytest.approx(scale.grad.item(), rel=1e-5)

@@ -56,10 +56,16 @@ def test_counterparts_undo_at_the_model_party_what_was_done_here(cut, seeds, tai
     expected.loss.backward()
     ours.loss.backward()
     theirs = dict(parties.whole.named_parameters())
-    for name, weight in (*parties.data_party.named_parameters(), *parties.model_party.named_parameters()):
+    for name, weight in (
+        *parties.data_party.named_parameters(),
+        *parties.model_party.named_parameters(),
+    ):
         assert torch.allclose(weight.grad, theirs[name].grad, atol=1e-3), name
     prompt = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    texts = [m.generate(**prompt, max_new_tokens=4, do_sample=False) for m in (parties.whole, parties.data_party.model)]
+    texts = [
+        m.generate(**prompt, max_new_tokens=4, do_sample=False)
+        for m in (parties.whole, parties.data_party.model)
+    ]
     assert torch.equal(*texts)
 
 
@@ -70,12 +76,16 @@ def test_a_layer_norm_may_be_a_counterpart(cut):
 
     parties = cut("llama", defenses=[Normed()])
     batch = tiny_batch(parties.whole)
-    parties.whole.model.layers[0].register_forward_hook(lambda _m, _a, out: nn.functional.layer_norm(out, (16,)))
+    parties.whole.model.layers[0].register_forward_hook(
+        lambda _m, _a, out: nn.functional.layer_norm(out, (16,))
+    )
     ours, expected = parties.data_party.model(**batch).logits, parties.whole(**batch).logits
     assert torch.allclose(ours, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("module", [nn.ReLU(), nn.Sequential(nn.Linear(16, 16)), nn.Conv1d(1, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "module", [nn.ReLU(), nn.Sequential(nn.Linear(16, 16)), nn.Conv1d(1, 1, 1)], ids=str
+)
 def test_a_counterpart_of_another_kind_is_refused_by_name(cut, module):
     class Odd(Defense):
         def counterpart(self):
@@ -140,7 +150,11 @@ def test_rows_that_are_added_cross_and_are_dropped_again(cut):
 
 @pytest.mark.parametrize(
     ("supports", "phase"),
-    [({("HBT", "*", "train")}, "prefill"), ({("HT", "*", "*")}, "train"), ({("*", "*", "decode")}, "train")],
+    [
+        ({("HBT", "*", "train")}, "prefill"),
+        ({("HT", "*", "*")}, "train"),
+        ({("*", "*", "decode")}, "train"),
+    ],
 )
 def test_a_cell_that_a_defense_does_not_support_is_refused_by_name(cut, supports, phase):
     class Picky(Defense):
@@ -151,7 +165,9 @@ def test_a_cell_that_a_defense_does_not_support_is_refused_by_name(cut, supports
     parties = cut("llama", 1, 1, defenses=[Picky()])
     batch = tiny_batch(parties.whole, labels="tokens")
     before = parties.data_party.channel.messages
-    with pytest.raises(DefenseError, match=rf"Picky does not support HBT × \S+ × {phase}.*It supports"):
+    with pytest.raises(
+        DefenseError, match=rf"Picky does not support HBT × \S+ × {phase}.*It supports"
+    ):
         if phase == "train":
             parties.data_party.model.train()
             parties.data_party.model(**batch)
@@ -168,7 +184,9 @@ def test_axes_that_a_defense_cannot_defend_are_refused_by_name(cut):
             return smashed
 
     parties = cut("llama", defenses=[Transposed()])
-    with pytest.raises(DefenseError, match=r"Transposed cannot defend 'hidden_states': its axes are 'BTD'"):
+    with pytest.raises(
+        DefenseError, match=r"Transposed cannot defend 'hidden_states': its axes are 'BTD'"
+    ):
         parties.data_party.model(**tiny_batch(parties.whole))
 
 

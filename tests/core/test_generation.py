@@ -42,12 +42,16 @@ def remote_caches(parties):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(("head", "tail"), CUTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_generated_tokens_and_logits_equal_those_of_the_whole_model(cut, kind, head, tail, strategy):
+def test_generated_tokens_and_logits_equal_those_of_the_whole_model(
+    cut, kind, head, tail, strategy
+):
     parties = cut(kind, head, tail, wire=True)
     for padding in ("left", None):
         prompt = tiny_batch(parties.whole, padding=padding)
         expected = write(parties.whole, prompt, **STRATEGIES[strategy])
-        assert_same_writing(write(parties.data_party.model, prompt, **STRATEGIES[strategy]), expected)
+        assert_same_writing(
+            write(parties.data_party.model, prompt, **STRATEGIES[strategy]), expected
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,7 +66,9 @@ def test_generation_without_a_cache_equals_the_whole_model(cut, kind):
     parties = cut(kind)
     prompt = tiny_batch(parties.whole, padding="left")
     expected = write(parties.whole, prompt, use_cache=False, do_sample=False)
-    assert_same_writing(write(parties.data_party.model, prompt, use_cache=False, do_sample=False), expected)
+    assert_same_writing(
+        write(parties.data_party.model, prompt, use_cache=False, do_sample=False), expected
+    )
 
 
 def test_training_after_generation_and_generation_after_training_stay_equal(cut):
@@ -110,7 +116,9 @@ def test_what_is_done_to_the_cache_reaches_the_model_party(cut, kind, head, tail
         read(model, ids, cache)
         deed(cache)
         more = torch.arange(3, 3 + 2 * rows).view(rows, 2)
-        outputs.append((read(model, more, cache), cache.get_seq_length(), read(model, more[:, :1], cache)))
+        outputs.append(
+            (read(model, more, cache), cache.get_seq_length(), read(model, more[:, :1], cache))
+        )
     (expected, length, then), (ours, our_length, our_then) = outputs
     assert torch.equal(ours, expected)
     assert our_length == length

@@ -31,7 +31,12 @@ def labelled(model, task, padding=None):
 
 
 def gradients_of(*owners):
-    return {name: p.grad for owner in owners for name, p in owner.named_parameters() if p.grad is not None}
+    return {
+        name: p.grad
+        for owner in owners
+        for name, p in owner.named_parameters()
+        if p.grad is not None
+    }
 
 
 def assert_gradients_agree(found, expected, tolerance=1e-6):
@@ -57,13 +62,17 @@ def test_split_model_equals_whole_model_bit_for_bit(cut, kind, task, head, tail,
 @pytest.mark.parametrize("wire", [False, True], ids=["clones", "wire"])
 @pytest.mark.parametrize(("head", "tail"), [(1, 1), (0, 2), (2, 0), (0, 0)])
 @pytest.mark.parametrize(("kind", "task"), MODELS)
-def test_gradients_of_both_parties_equal_those_of_the_whole_model(cut, kind, task, head, tail, wire):
+def test_gradients_of_both_parties_equal_those_of_the_whole_model(
+    cut, kind, task, head, tail, wire
+):
     parties = cut(kind, head, tail, task=task, wire=wire)
     batch = labelled(parties.whole, task, "right")
     parties.whole(**batch).loss.backward()
     parties.data_party.model(**batch).loss.backward()
     expected = gradients_of(parties.whole)
-    for copied in parties.data_party.untied:  # one weight there, two here: their gradients add up to it
+    for (
+        copied
+    ) in parties.data_party.untied:  # one weight there, two here: their gradients add up to it
         twin = "transformer.wte.weight"
         theirs = dict(parties.model_party.named_parameters())[copied].grad
         ours = dict(parties.data_party.named_parameters())[twin].grad
@@ -75,7 +84,9 @@ def test_gradients_of_both_parties_equal_those_of_the_whole_model(cut, kind, tas
 
 
 @pytest.mark.parametrize(("head", "tail"), [(1, 1), (1, 0)])
-@pytest.mark.parametrize(("kind", "task"), [("gpt2", "causal-lm"), ("bert", "sequence-classification")])
+@pytest.mark.parametrize(
+    ("kind", "task"), [("gpt2", "causal-lm"), ("bert", "sequence-classification")]
+)
 def test_training_mode_draws_the_dropout_of_the_whole_model(cut, kind, task, head, tail):
     parties = cut(kind, head, tail, task=task)
     batch = labelled(parties.whole, task)
@@ -102,7 +113,9 @@ def test_gradient_free_forward_in_inference_mode_equals_the_whole_model(cut):
 
 
 @pytest.mark.parametrize(("kind", "tail"), [("gpt2", 1), ("llama", 1), ("llama", 0)])
-def test_three_steps_of_one_optimizer_over_both_parties_give_the_losses_of_the_whole_model(cut, kind, tail):
+def test_three_steps_of_one_optimizer_over_both_parties_give_the_losses_of_the_whole_model(
+    cut, kind, tail
+):
     parties = cut(kind, 1, tail)
     batch = labelled(parties.whole, "causal-lm", "right")
 
@@ -127,7 +140,10 @@ def test_three_steps_of_one_optimizer_over_both_parties_give_the_losses_of_the_w
 @pytest.mark.parametrize(("kind", "task"), MODELS)
 def test_the_parties_names_are_disjoint_and_together_the_whole_model(cut, kind, task, head, tail):
     parties = cut(kind, head, tail, task=task)
-    ours, theirs = dict(parties.data_party.named_parameters()), dict(parties.model_party.named_parameters())
+    ours, theirs = (
+        dict(parties.data_party.named_parameters()),
+        dict(parties.model_party.named_parameters()),
+    )
     expected = dict(parties.whole.named_parameters())
     assert not ours.keys() & theirs.keys()
     assert not {id(p) for p in ours.values()} & {id(p) for p in theirs.values()}
@@ -175,7 +191,9 @@ def test_a_partition_takes_whole_numbers_only(side, value):
 
 
 def test_a_model_without_blocks_names_the_hook_that_can_help():
-    with pytest.raises(PartitionError, match=r"Linear lie: found no list of blocks.*vflair_locate_blocks"):
+    with pytest.raises(
+        PartitionError, match=r"Linear lie: found no list of blocks.*vflair_locate_blocks"
+    ):
         locate_blocks(nn.Linear(2, 2))
 
 
@@ -199,7 +217,9 @@ def test_a_refused_cut_leaves_the_model_whole(tiny_model, batch):
 def test_lora_on_all_linear_layers_touches_only_local_ones_and_learns(cut, kind):
     parties = cut(kind)
     before = {name: p.clone() for name, p in parties.model_party.named_parameters()}
-    config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=4, init_lora_weights=True)
+    config = LoraConfig(
+        target_modules="all-linear", task_type="CAUSAL_LM", r=4, init_lora_weights=True
+    )
     if kind == "gpt2":
         config.fan_in_fan_out = True
     model = get_peft_model(parties.data_party.model, config)

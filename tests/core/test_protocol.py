@@ -27,7 +27,10 @@ def gradients_of(*owners):
 
 
 def assert_gradients_agree(parties):
-    ours, expected = gradients_of(parties.data_party, parties.model_party), gradients_of(parties.whole)
+    ours, expected = (
+        gradients_of(parties.data_party, parties.model_party),
+        gradients_of(parties.whole),
+    )
     assert ours.keys() == expected.keys()
     for name, gradient in expected.items():
         assert (ours[name] - gradient).abs().max() <= 1e-6 * gradient.abs().max(), name
@@ -42,7 +45,9 @@ def test_a_second_backward_without_retaining_is_refused_as_torch_refuses_it(part
 
 
 def test_a_second_backward_through_the_cut_alone_is_refused_by_name(cut):
-    parties = cut("llama", 1, 0)  # HT: the logits are what came back, no local layer lies behind the cut
+    parties = cut(
+        "llama", 1, 0
+    )  # HT: the logits are what came back, no local layer lies behind the cut
     logits = parties.data_party.model(**tiny_batch(parties.whole)).logits
     gradient = torch.ones_like(logits)
     logits.backward(gradient)
@@ -113,7 +118,9 @@ def test_forwards_without_gradients_leave_no_graph_at_all(parties):
 def test_graphs_over_the_cap_are_refused_and_none_is_dropped(parties):
     parties.model_party.max_graphs = 2
     losses = [parties.data_party.model(**parties.batch).loss for _ in range(2)]
-    with pytest.raises(ProtocolError, match="2 forwards wait for their backward. Use torch.no_grad"):
+    with pytest.raises(
+        ProtocolError, match="2 forwards wait for their backward. Use torch.no_grad"
+    ):
         parties.data_party.model(**parties.batch)
     for loss in losses:
         loss.backward()
@@ -159,7 +166,9 @@ def test_a_program_whose_first_message_was_refused_is_spelt_out_again(parties):
 
 def test_a_program_is_spelt_out_once_and_then_called_by_its_id(parties):
     spelt = []
-    with parties.data_party.channel.tap(lambda message, *_: spelt.append("program" in message.meta)):
+    with parties.data_party.channel.tap(
+        lambda message, *_: spelt.append("program" in message.meta)
+    ):
         for length in (7, 7, 5):
             parties.data_party.model(**tiny_batch(parties.whole, length=length), use_cache=False)
     assert spelt == [True, False] + 2 * [False, False]

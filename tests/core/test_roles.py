@@ -86,7 +86,9 @@ def sent_messages(party, **inputs):
 
 @pytest.mark.parametrize(("head", "tail"), [(1, 1), (0, 1), (1, 0)])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
-def test_masks_positions_and_rotary_tables_are_structure_and_hidden_states_are_smashed(cut, kind, head, tail):
+def test_masks_positions_and_rotary_tables_are_structure_and_hidden_states_are_smashed(
+    cut, kind, head, tail
+):
     parties = cut(kind, head, tail)
     roles = sent_roles(parties, **tiny_batch(parties.whole, padding="left", labels="tokens"))
     assert roles.pop("hidden_states") == "smashed"
@@ -102,7 +104,9 @@ def test_every_tensor_that_crosses_in_a_training_step_has_a_role(cut, kind, wire
     parties = cut(kind, task=task, wire=wire)
     labels = "tokens" if kind != "bert" else "classes"
     with parties.data_party.channel.tap(Transcript()) as transcript:
-        parties.data_party.model(**tiny_batch(parties.whole, padding="right", labels=labels)).loss.backward()
+        parties.data_party.model(
+            **tiny_batch(parties.whole, padding="right", labels=labels)
+        ).loss.backward()
     sent = {r.role for r in transcript.messages if r.direction == "sent"}
     received = {r.role for r in transcript.messages if r.direction == "received"}
     assert sent <= {"smashed", "structure", "hidden_grad"}
@@ -113,15 +117,23 @@ def test_every_tensor_that_crosses_in_a_training_step_has_a_role(cut, kind, wire
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
 def test_two_texts_of_equal_form_differ_in_smashed_data_only(cut, kind, head, tail):
     parties = cut(kind, head, tail)
-    texts = [tiny_batch(parties.whole, padding="left", labels="tokens", seed=seed) for seed in (1, 2)]
+    texts = [
+        tiny_batch(parties.whole, padding="left", labels="tokens", seed=seed) for seed in (1, 2)
+    ]
     assert not torch.equal(texts[0]["input_ids"], texts[1]["input_ids"])
     sent_messages(parties.data_party, **texts[0])  # the program is spelt out the first time only
     (first,), (second,) = (
-        sent_messages(parties.data_party, **text, num_items_in_batch=text["labels"].max(), use_cache=False)
+        sent_messages(
+            parties.data_party, **text, num_items_in_batch=text["labels"].max(), use_cache=False
+        )
         for text in texts
     )
     (again,) = sent_messages(parties.data_party, **texts[1], use_cache=False)
-    own = {"program", "released_graphs", "released_caches"}  # tell of messages before, not of the text
+    own = {
+        "program",
+        "released_graphs",
+        "released_caches",
+    }  # tell of messages before, not of the text
     facts = [{k: v for k, v in m.meta.items() if k not in own} for m in (first, second, again)]
     assert facts[0] == facts[1] == facts[2]
     for ours, theirs in zip(first.tensors, second.tensors, strict=True):
@@ -135,7 +147,9 @@ def test_labels_ids_and_the_number_of_items_never_cross(cut, kind):
     batch = tiny_batch(parties.whole, padding="right", labels="tokens")
     batch["num_items_in_batch"] = (batch["labels"] >= 0).sum()
     (message,) = sent_messages(parties.data_party, **batch)
-    assert not {"labels", "input_ids", "num_items_in_batch", "shift_labels"} & {c.name for c in message.tensors}
+    assert not {"labels", "input_ids", "num_items_in_batch", "shift_labels"} & {
+        c.name for c in message.tensors
+    }
     said = repr(message.meta)
     assert not [name for name in ("labels", "input_ids", "num_items_in_batch") if name in said]
     for crossing in message.tensors:
@@ -225,7 +239,9 @@ def test_frozen_embeddings_do_not_hide_the_text(cut):
 
 def test_given_embeddings_are_smashed_like_looked_up_ones(cut):
     parties = cut("llama")
-    embeddings = parties.whole.get_input_embeddings()(tiny_batch(parties.whole)["input_ids"]).detach()
+    embeddings = parties.whole.get_input_embeddings()(
+        tiny_batch(parties.whole)["input_ids"]
+    ).detach()
     assert sent_roles(parties, inputs_embeds=embeddings)["hidden_states"] == "smashed"
     ours = parties.data_party.model(inputs_embeds=embeddings).logits
     assert torch.equal(ours, parties.whole(inputs_embeds=embeddings).logits)

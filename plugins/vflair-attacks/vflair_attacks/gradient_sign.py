@@ -18,7 +18,9 @@ class GradientSign:
     Rows whose gradient is zero carry no label and are left out.
     """
 
-    def __call__(self, hidden_grad: Tensor, lengths: Tensor, partition: object, task_kind: str) -> Guess:
+    def __call__(
+        self, hidden_grad: Tensor, lengths: Tensor, partition: object, task_kind: str
+    ) -> Guess:
         if getattr(partition, "kind", "") != "HT":
             raise AttackError(
                 "In HBT the gradient that crosses is of hidden states, not of logits, so it has no label "

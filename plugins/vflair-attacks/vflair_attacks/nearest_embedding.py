@@ -22,7 +22,9 @@ class NearestEmbedding:
 
     chunk: int = field(default=4096, validator=validators.ge(1))
 
-    def __call__(self, smashed: Tensor, mask: Tensor, embeddings: Tensor) -> Guess:  # (N, T, D), (N, T), (V, D)
+    def __call__(
+        self, smashed: Tensor, mask: Tensor, embeddings: Tensor
+    ) -> Guess:  # (N, T, D), (N, T), (V, D)
         table = normalize(embeddings, dim=-1)
         tokens = mask.long() - 1  # -1 where there is nothing to guess
         real = smashed[mask]  # (rows, D)

@@ -196,7 +196,7 @@ class _Beam:
         return distances / (2 * variance)
 
     def _prior(self) -> Tensor:
-        """log p_LM of every next token of every hypothesis: (N, W, V)."""
+        """Log p_LM of every next token of every hypothesis: (N, W, V)."""
         latest = self.tokens[:, :, -1].reshape(-1, 1)
         outputs = self.model(input_ids=latest, past_key_values=self.prior_cache, use_cache=True)
         self.prior_cache = outputs.past_key_values
@@ -212,7 +212,11 @@ class _Beam:
         width = self.scores.shape[1]
         slots = going.nonzero().flatten()
         self._select((slots[:, None] * width + torch.arange(width)).flatten())
-        self.alive, self.tokens, self.scores = self.alive[going], self.tokens[going], self.scores[going]
+        self.alive, self.tokens, self.scores = (
+            self.alive[going],
+            self.tokens[going],
+            self.scores[going],
+        )
 
     def _select(self, rows: Tensor) -> None:
         self.cache.batch_select_indices(rows)

@@ -51,7 +51,9 @@ def gaussian_sigma(epsilon: float, delta: float) -> float:
         high *= 2
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (middle, high) if gaussian_epsilon(1 / middle, delta) > epsilon else (low, middle)
+        low, high = (
+            (middle, high) if gaussian_epsilon(1 / middle, delta) > epsilon else (low, middle)
+        )
     return high
 
 

@@ -67,7 +67,9 @@ class GaussianNoise(Defense):
         norms = []
         with torch.no_grad():
             for text in public_texts[:128]:
-                encoded = data_party.tokenizer(text, truncation=True, max_length=64, return_tensors="pt")
+                encoded = data_party.tokenizer(
+                    text, truncation=True, max_length=64, return_tensors="pt"
+                )
                 rows = data_party.smashed(input_ids=encoded["input_ids"], use_cache=False)
                 norms.append(rows.norm(dim=-1).flatten())
         self._bound = float(torch.cat(norms).quantile(self.quantile))
@@ -76,7 +78,9 @@ class GaussianNoise(Defense):
         bound = self._ready()
         if math.isinf(bound):
             if self.ratio:
-                raise DefenseError("Noise is set as a multiple of the clip, so clip = inf needs noise 0.")
+                raise DefenseError(
+                    "Noise is set as a multiple of the clip, so clip = inf needs noise 0."
+                )
             return smashed
         clipped = clip_rows(smashed, bound)
         if not self.ratio:
@@ -117,7 +121,9 @@ class GaussianNoise(Defense):
 
     def _ready(self) -> float:
         if not self._bound:
-            raise DefenseError("GaussianNoise has no clip yet: call prepare(public_texts, data_party) first.")
+            raise DefenseError(
+                "GaussianNoise has no clip yet: call prepare(public_texts, data_party) first."
+            )
         return self._bound
 
 

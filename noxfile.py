@@ -1,0 +1,102 @@
+"""What can be run, one session each; plain ``nox`` runs what must always pass."""
+
+from __future__ import annotations
+
+import nox
+
+nox.needs_version = ">=2024.10"
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["tests", "lint", "types", "docs", "alone"]
+
+PLUGINS = {name: f"plugins/vflair-{name}" for name in ("attacks", "defenses", "tasks")}
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+def install(session: nox.Session, *plugins: str, groups: tuple[str, ...] = ()) -> None:
+    """Install core, the named plugins and dependency groups; torch first, so that nothing picks another."""
+    project = nox.project.load_toml("pyproject.toml")
+    wanted = nox.project.dependency_groups(project, *groups) if groups else ()
+    session.install("-c", "constraints.txt", "torch")
+    folders = [".", *(PLUGINS[name] for name in plugins)]
+    session.install("-c", "constraints.txt", *(f"-e{folder}" for folder in folders), *wanted)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run all tests with every plugin installed."""
+    install(session, *PLUGINS, groups=("tests",))
+    session.run("pytest", "-n2", "--dist=loadfile", "-q", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and format."""
+    install_groups(session, "lint")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types strictly."""
+    install(session, *PLUGINS, groups=("types",))
+    packages = [f"{folder}/vflair_{name}" for name, folder in PLUGINS.items()]
+    session.run("mypy", "vflair_core", *packages)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation, warnings as errors; its snippets run in the tests."""
+    install(session, *PLUGINS, groups=("docs",))
+    session.run("sphinx-build", "-W", "-q", "-b", "html", "docs", "docs/_build/html", env=OFFLINE)
+
+
+@nox.session
+@nox.parametrize("plugin", list(PLUGINS))
+def alone(session: nox.Session, plugin: str) -> None:
+    """Install core and one plugin, and run the plugin's own tests without the others."""
+    install(session, plugin, groups=("tests",))
+    session.run("pytest", "-q", f"tests/plugins/{plugin}", env=OFFLINE)
+
+
+@nox.session
+def minimums(session: nox.Session) -> None:
+    """Run the tests with the lowest declared versions (torch aside: only one is at hand)."""
+    install(session, *PLUGINS, groups=("tests",))
+    session.install("-c", "constraints.txt", *lowest())
+    session.run("pytest", "-n2", "--dist=loadfile", "-q", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure speed against the unsplit model."""
+    install(session, *PLUGINS)
+    session.run("python", "benchmarks/speed.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def quickstart(session: nox.Session) -> None:
+    """Run the main job, offline."""
+    install(session, *PLUGINS)
+    session.run("vflair", "run", "examples/quickstart.toml", *session.posargs, env=OFFLINE)
+
+
+def install_groups(session: nox.Session, *groups: str) -> None:
+    """Install dependency groups only."""
+    session.install(
+        *nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), *groups)
+    )
+
+
+def lowest() -> list[str]:
+    """Every declared lower bound as an exact version, torch aside."""
+    bounds = []
+    for folder in (".", *PLUGINS.values()):
+        project = nox.project.load_toml(f"{folder}/pyproject.toml")["project"]
+        bounds += [d.replace(">=", "==") for d in project["dependencies"] if ">=" in d]
+    return sorted({bound for bound in bounds if not bound.startswith(("torch=", "vflair-"))})

@@ -1,0 +1,204 @@
+"""The ``vflair`` program. Nothing here imports torch until a command needs it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+from vflair_core import __version__
+from vflair_core.errors import VflairError
+
+app = App(name="vflair", version=__version__, help="Split learning of large language models.")
+
+Plugin = Annotated[
+    list[Path] | None, Parameter(name="--plugin", help="A one-file plugin; repeatable.")
+]
+Json = Annotated[bool, Parameter(name="--json", help="Print JSON.")]
+Overrides = Annotated[
+    list[str] | None, Parameter(name=["--override", "-o"], help="key=value in TOML; repeatable.")
+]
+
+
+@app.command
+def run(
+    file: Path,
+    *,
+    override: Overrides = None,
+    plugin: Plugin = None,
+    out: Annotated[
+        Path | None, Parameter(help="Folder for the result; runs/NAME by default.")
+    ] = None,
+    json_: Json = False,
+    strict: Annotated[bool, Parameter(help="Stop when a watching plugin raises.")] = False,
+    verbose: Annotated[bool, Parameter(help="Log every step.")] = False,
+) -> None:
+    """Run the experiment in FILE and write result.json, transcript.safetensors and experiment.toml."""
+    _configure_logging(verbose=verbose)
+    from vflair_core import report
+    from vflair_core.config import read_experiment
+    from vflair_core.plugins import plugin_manager
+    from vflair_core.run import run as run_experiment
+
+    experiment = read_experiment(file, override or ())
+    folder = out or Path("runs") / file.stem
+    with report.bars(quiet=json_) as progress:
+        result = run_experiment(
+            experiment,
+            plugins=plugin_manager(plugin or ()),
+            report=progress,
+            out=folder,
+            strict=strict,
+        )
+    if json_:
+        _print(result.to_json())
+    else:
+        report.show_result(result, folder)
+
+
+@app.command
+def plugins(*, plugin: Plugin = None, json_: Json = False) -> None:
+    """List every plugin, where it came from, what it implements, and why it failed if it did."""
+    import attrs
+
+    from vflair_core.plugins import plugin_manager
+
+    _configure_logging(verbose=False, level=logging.ERROR)
+    infos = plugin_manager(plugin or ()).about()
+    if json_:
+        _print(json.dumps([attrs.asdict(info) for info in infos], indent=2))
+        return
+    rows = [
+        (info.name, f"{info.source} {info.version}".strip(), info.error or ", ".join(info.hooks))
+        for info in infos
+    ]
+    _table(("plugin", "from", "hooks, or why it failed"), rows)
+
+
+@app.command(name="list")
+def list_(what: str, *, plugin: Plugin = None, json_: Json = False) -> None:
+    """List attacks, defenses, tasks or models (types that `verify` found exact)."""
+    if what == "models":
+        from vflair_core.verified import VERIFIED
+
+        rows = [(kind, ", ".join(cuts)) for kind, cuts in VERIFIED.items()]
+        _print(json.dumps(VERIFIED, indent=2)) if json_ else _table(
+            ("model type", "exact for"), rows
+        )
+        return
+    from vflair_core.plugins import offers, plugin_manager
+
+    shelves = ("attacks", "defenses", "tasks", "commands")
+    if what not in shelves:
+        raise VflairError(f"Cannot list {what!r}. Possible: {', '.join(shelves)}, models.")
+    found = offers(plugin_manager(plugin or ()), what)  # type: ignore[arg-type]
+    rows = [(name, offered.source, _summary(offered.load())) for name, offered in found.items()]
+    if json_:
+        _print(
+            json.dumps(
+                [dict(zip(("name", "from", "summary"), row, strict=True)) for row in rows], indent=2
+            )
+        )
+    else:
+        _table(("name", "from", "what it does"), rows)
+
+
+@app.command
+def show(name: str, *, plugin: Plugin = None, json_: Json = False) -> None:
+    """Show an attack, a defense or a task: its options with types and defaults, and its source."""
+    from vflair_core.catalogue import describe
+    from vflair_core.plugins import plugin_manager
+
+    facts = describe(plugin_manager(plugin or ()), name)
+    if json_:
+        _print(json.dumps(facts, indent=2))
+        return
+    _print(f"{facts['name']} ({facts['sort']}, from {facts['from']})\n\n{facts['text']}\n")
+    if facts.get("knowledge"):
+        _print(f"needs: {', '.join(facts['knowledge']['needs']) or 'nothing'}")
+        _print(f"can use: {', '.join(facts['knowledge']['can use']) or 'nothing else'}\n")
+    _table(
+        ("option", "type", "default"),
+        [(o["name"], o["type"], o["default"]) for o in facts["options"]],
+    )
+
+
+@app.command
+def explain(
+    file: Path, *, override: Overrides = None, plugin: Plugin = None, json_: Json = False
+) -> None:
+    """Say what an experiment sends across the cut: tensors, roles, bytes, and who owns each weight."""
+    _configure_logging(verbose=False)
+    from vflair_core.config import read_experiment
+    from vflair_core.explain import explain as explain_experiment
+    from vflair_core.plugins import plugin_manager
+
+    facts = explain_experiment(read_experiment(file, override or ()), plugin_manager(plugin or ()))
+    if json_:
+        _print(json.dumps(facts, indent=2))
+        return
+    columns = ("message", "direction", "tensor", "role", "dtype", "shape", "bytes")
+    _table(columns, [tuple(str(row[c]) for c in columns) for row in facts["crossings"]])
+    _table(("weight", "owner"), list(facts["owners"].items()))
+    for note in facts["notes"]:
+        _print(f"• {note}")
+
+
+def main() -> None:
+    """Run the program; an error of ours is one message, not a traceback."""
+    try:
+        _add_plugin_commands(sys.argv[1:])
+        app()
+    except VflairError as error:
+        sys.stderr.write(f"vflair: {error}\n")
+        sys.exit(1)
+
+
+def _add_plugin_commands(arguments: list[str]) -> None:
+    """Plugins' commands are looked up only when the core has no command of that name."""
+    known = {"run", "plugins", "list", "show", "explain"}
+    if not arguments or arguments[0].startswith("-") or arguments[0] in known:
+        return
+    from vflair_core.plugins import find, plugin_manager
+
+    command: Callable[..., Any] = find(plugin_manager(), "commands", arguments[0]).load()
+    app.command(command, name=arguments[0])
+
+
+def _summary(thing: Any) -> str:
+    import inspect
+
+    return (inspect.getdoc(thing) or "").split("\n", 1)[0]
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _configure_logging(*, verbose: bool, level: int = logging.WARNING) -> None:
+    import structlog
+
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if verbose else level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What an experiment sends across the cut, found by sending one training batch of public text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from vflair_core.channel import Transcript
+from vflair_core.encoding import encode
+from vflair_core.experiment import Experiment
+from vflair_core.partition import split
+from vflair_core.plugins import PluginManager, build, find
+from vflair_core.pretraining import prepare_model
+from vflair_core.task import Example, Task
+from vflair_core.worker import stream_seed
+
+
+def explain(experiment: Experiment, plugins: PluginManager) -> dict[str, Any]:
+    """Return every crossing of one training round, the owner of every weight, and what to know about both.
+
+    Nothing private is sent: the batch is public text (the task's examples if it has none).
+    """
+    task: Task = build(find(plugins, "tasks", experiment.task.name), experiment.task.options)
+    untrained = attrs.evolve(experiment.pretrain, steps=0)
+    model, tokenizer = prepare_model(
+        attrs.evolve(experiment, pretrain=untrained), task, lambda *_: None
+    )
+    defenses = [build(find(plugins, "defenses", d.name), d.options) for d in experiment.defenses]
+    seed = stream_seed(experiment.seed, "noise")
+    party, model_party = split(
+        model,
+        experiment.partition,
+        defenses=defenses,
+        tokenizer=tokenizer,
+        seed=seed,
+        plugins=plugins,
+    )
+    party.task_kind = task.kind
+    for defense in defenses:
+        defense.prepare(task.public, party)
+    texts = [Example(text, label=0) for text in task.public[: experiment.train.batch_size]]
+    batch = encode(
+        tokenizer,
+        texts or list(task.train[: experiment.train.batch_size]),
+        kind=task.kind,
+        max_length=experiment.train.max_length,
+    )
+    party.model.train()
+    with party.channel.tap(Transcript()) as transcript:
+        party.model(**batch, use_cache=False).loss.backward()
+    crossings = [
+        {
+            "message": record.kind,
+            "direction": record.direction,
+            "tensor": record.name,
+            "role": record.role,
+            "dtype": str(record.tensor.dtype).removeprefix("torch."),
+            "shape": list(record.tensor.shape),
+            "bytes": record.tensor.numel() * record.tensor.element_size(),
+        }
+        for record in transcript.messages
+    ]
+    owners = {name: "data party" for name, _ in party.named_parameters()}
+    owners |= {name: "model party" for name, _ in model_party.named_parameters()}
+    return {
+        "crossings": crossings,
+        "owners": owners,
+        "notes": _notes(experiment, task, party.untied),
+    }
+
+
+def _notes(experiment: Experiment, task: Task, untied: tuple[str, ...]) -> list[str]:
+    notes = []
+    if experiment.partition.kind == "HT":
+        text = ", which are the text itself" if task.kind == "causal-lm" else ""
+        notes.append(
+            "HT training hands the labels over: the gradient of the logits has one negative entry per row, "
+            f"at the label{text}."
+        )
+    notes += [
+        f"{name} was tied to a weight of the data party; each side now has its own."
+        for name in untied
+    ]
+    if experiment.partition.disclose:
+        names = ", ".join(experiment.partition.disclose)
+        notes.append(
+            f"Crosses although it depends on the text, because the experiment says so: {names}."
+        )
+    covered = {place for d in experiment.defenses for place in (d.name,)}
+    notes.append(
+        f"Defenses: {', '.join(sorted(covered)) or 'none; hidden states cross as they are'}."
+    )
+    return notes

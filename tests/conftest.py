@@ -35,7 +35,7 @@ def batch(tiny_model):
 
 @pytest.fixture
 def cut():
-    """A factory: cut(model or kind, head, tail, ...) returns `whole` (a copy), `data_party`, `model_party`."""
+    """A factory: cut(kind, head, tail, ...) returns the `whole` model and its two halves."""
 
     def make(kind="gpt2", head=1, tail=1, *, task="causal-lm", disclose=(), model=None, **options):
         model = model if model is not None else make_tiny_model(kind, task)

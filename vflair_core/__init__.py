@@ -38,7 +38,7 @@ _HOMES = {
     "Result": "result",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the table is the one list of names
 
 
 def __getattr__(name: str) -> Any:

@@ -35,7 +35,7 @@ ALLOWED = frozenset(
     "cache_position cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k is_causal "
     "encoder_hidden_states encoder_attention_mask".split()
 )
-_OPERATION_NAMES = {
+_OPERATION_NAMES: dict[Any, str] = {
     **{function: name for name, function in OPERATIONS.items()},
     torch.Tensor.__mul__: "mul",
     torch.Tensor.__rmul__: "mul",
@@ -107,7 +107,7 @@ class Deferred(Tensor):
             "Move the cut so that this layer is held by one party; `verify` says which cuts work."
         )
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return (
             f"Deferred(shape={tuple(self.meta.shape)}, dtype={self.meta.dtype}, node={self.node})"
         )

@@ -126,9 +126,19 @@ def truth_of(party: DataParty, examples: Sequence[Example], max_length: int) -> 
         [ids for ids, _ in pairs],
         [private for _, private in pairs],
         [example.text for example in examples],
-        [example.secrets for example in examples],
+        [
+            _kept_secrets(party, example, len(ids))
+            for example, (ids, _) in zip(examples, pairs, strict=True)
+        ],
         torch.tensor(labels) if whole else None,
     )
+
+
+def _kept_secrets(party: DataParty, example: Example, count: int) -> tuple[str, ...]:
+    """The secrets that the first `count` tokens hold whole: nobody can recover what did not cross."""
+    offsets = party.tokenizer(example.text, return_offsets_mapping=True)["offset_mapping"]  # type: ignore[misc]
+    end = max(right for _, right in offsets[:count])
+    return tuple(example.text[left:right] for left, right in example.private or () if right <= end)
 
 
 def attack_and_grade(
@@ -146,9 +156,15 @@ def attack_and_grade(
     """Run the attacks on `evidence` and grade them against `truth`.
 
     Args:
+        launches: The attacks.
+        evidence: What they may see, before it is cut down to what each is granted.
+        truth: What really was there; it stays in this process.
         prior: (T,) the best guess of someone who knows the public text and saw no message.
         subset: Rows of the victims that crossed again with the defense bypassed.
         references: Attack performance of the undefended run on that subset, by attack; None for that run itself.
+        isolation: process for a worker of its own, inline for this process.
+        progress: Told (attack, done, total) now and then.
+        threads: CPU threads of the worker.
 
     Raises:
         AttackError: An attack asks for more than it is granted, or fails.
@@ -256,8 +272,8 @@ def _furnish(folder: Path, launches: Sequence[Launch], evidence: Evidence, threa
 
 
 def _describe(number: int, launch: Launch, evidence: Evidence) -> dict[str, Any]:
-    attack = launch.attack
-    options = attrs.asdict(attack) if attrs.has(type(attack)) else {}
+    attack: Any = launch.attack
+    options: dict[str, Any] = attrs.asdict(attack) if attrs.has(type(attack)) else {}
     return {
         "number": number,
         "name": launch.name,
@@ -269,7 +285,7 @@ def _describe(number: int, launch: Launch, evidence: Evidence) -> dict[str, Any]
     }
 
 
-def _defense(defense: Defense) -> dict[str, Any]:
+def _defense(defense: Any) -> dict[str, Any]:
     if not attrs.has(type(defense)):
         raise AttackError(
             f"{type(defense).__name__} cannot be told to an adaptive attacker: make it an attrs class whose "

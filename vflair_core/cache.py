@@ -127,7 +127,7 @@ def advance(cache: Cache, absent_layers: Iterable[int], positions: int) -> None:
 
 def build(layers: Any) -> Cache:
     """Build the model party's half from the description that `attach` wrote."""
-    made = []
+    made: list[Any] = []
     for entry in layers:
         match entry:
             case ["DynamicLayer", None]:
@@ -144,7 +144,8 @@ def build(layers: Any) -> Cache:
 def repeat(cache: Cache, deeds: Any, held_layers: Iterable[int]) -> None:
     """Do to the model party's half what was done to the data party's."""
     for deed in deeds:
-        for layer in (cache.layers[index] for index in held_layers):
+        layers: list[Any] = [cache.layers[index] for index in held_layers]
+        for layer in layers:
             match deed:
                 case ["reorder", list() as indices]:
                     layer.reorder_cache(torch.tensor(indices))

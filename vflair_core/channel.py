@@ -33,10 +33,10 @@ class Traffic:
 class Watcher(Protocol):
     """Anything that `Channel.tap` accepts; it gets a message whose tensors are copies."""
 
-    def __call__(self, message: Message, direction: Direction, seconds: float) -> None: ...
+    def __call__(self, message: Message, direction: Direction, seconds: float, /) -> None: ...
 
 
-W = TypeVar("W", bound=Watcher)
+W = TypeVar("W", bound="Watcher")
 
 
 class Channel(ABC):
@@ -128,7 +128,7 @@ class Transcript:
 
     messages: list[Record] = field(factory=list)
 
-    def __call__(self, message: Message, direction: Direction, _seconds: float) -> None:
+    def __call__(self, message: Message, direction: Direction, _seconds: float, /) -> None:
         about = (message.phase, message.step, message.exchange)
         self.messages.extend(
             Record(message.kind, direction, crossing.role, crossing.name, *about, crossing.tensor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,7 +86,7 @@ def list_(what: str, *, plugin: Plugin = None, json_: Json = False) -> None:
     if what == "models":
         from vflair_core.verified import VERIFIED
 
-        rows = [(kind, ", ".join(cuts)) for kind, cuts in VERIFIED.items()]
+        types = [(kind, ", ".join(cuts)) for kind, cuts in VERIFIED.items()]
         _print(json.dumps(VERIFIED, indent=2)) if json_ else _table(
             ("model type", "exact for"), rows
         )
@@ -176,7 +176,7 @@ def _summary(thing: Any) -> str:
     return (inspect.getdoc(thing) or "").split("\n", 1)[0]
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -23,8 +23,10 @@ MAX_RANK = 8
 
 DTYPES = {
     name: getattr(torch, name)
-    for name in ("float64", "float32", "float16", "bfloat16")
-    + ("int64", "int32", "int16", "int8", "uint8", "bool")
+    for name in (
+        *("float64", "float32", "float16", "bfloat16"),
+        *("int64", "int32", "int16", "int8", "uint8", "bool"),
+    )
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -23,7 +23,7 @@ def describe(defenses: Sequence[Defense]) -> tuple[list[dict[str, Any]], list[Cr
     for number, (defense, module) in enumerate(modules):
         match module:
             case nn.Linear():
-                options = {
+                options: dict[str, Any] = {
                     "in_features": module.in_features,
                     "out_features": module.out_features,
                     "bias": module.bias is not None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import inspect
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -317,7 +318,7 @@ class DataParty:
 
         self._registered.clear()
         counterparts, weights = describe(self.defenses)
-        meta = {"fingerprint": self.fingerprint, "counterparts": counterparts}
+        meta: dict[str, Any] = {"fingerprint": self.fingerprint, "counterparts": counterparts}
         if optimizer is not None:
             meta["optimizer"] = dict(optimizer)
         self.request("open", None, weights, meta)
@@ -375,10 +376,10 @@ class DataParty:
 def _hand_over_forward(model: PreTrainedModel, party: DataParty) -> PreTrainedModel:
     """Give the model a class of its own whose forward goes through the party; all else stays inherited."""
     original = type(model)
+    names = [name for name in inspect.signature(original.forward).parameters if name != "self"]
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        names = [name for name in _parameter_names(original) if name != "self"]
         inputs = dict(zip(names, args, strict=False)) | kwargs
         return party.run_forward(functools.partial(original.forward, self), inputs)
 
@@ -386,13 +387,6 @@ def _hand_over_forward(model: PreTrainedModel, party: DataParty) -> PreTrainedMo
         original.__name__, (original,), {"forward": forward, "__module__": __name__}
     )
     return model
-
-
-@functools.cache
-def _parameter_names(model_class: type) -> tuple[str, ...]:
-    import inspect
-
-    return tuple(inspect.signature(model_class.forward).parameters)  # type: ignore[attr-defined]
 
 
 def _generator(seed: int | None, index: int) -> torch.Generator:

@@ -100,7 +100,7 @@ def grade_labels(guess: Guess, truth: Truth, *, name: str, knowledge: str) -> Gr
     details: dict[str, float] = {}
     if guess.scores is not None and set(labels.tolist()) <= {0, 1}:
         details["auc"] = auc(guess.scores, labels)
-    guessed = guess.labels if guess.labels is not None else (guess.scores > 0).long()  # type: ignore[operator]
+    guessed = guess.labels if guess.labels is not None else (guess.scores > 0).long()  # type: ignore[operator, union-attr]
     if guessed.shape != labels.shape:
         raise AttackError(
             f"{name} returned labels of shape {tuple(guessed.shape)} for {len(labels)} victims."

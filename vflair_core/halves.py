@@ -41,8 +41,7 @@ class Head:
     @property
     def embeddings(self) -> Tensor:
         """The token embedding table (V, D)."""
-        weight: Tensor = self.party.model.get_input_embeddings().weight
-        return weight
+        return self.party.model.get_input_embeddings().weight  # type: ignore[return-value]
 
     def cache(self) -> Cache:
         """Return an empty cache for the head's own layers."""

@@ -71,7 +71,7 @@ def plugin_manager(
     """
     manager = PluginManager()
     for kind in KINDS:
-        manager.add_hookspecs(_Specs(kind))
+        manager.add_hookspecs(_Specs(kind))  # type: ignore[arg-type]
     for point in sorted(entry_points(group=entry_point_group), key=lambda point: point.name):
         source = point.dist.name if point.dist else point.value
         version = point.dist.version if point.dist else ""

@@ -42,7 +42,7 @@ def prepare_model(experiment: Experiment, task: Task, report: Report) -> tuple[A
     auto = getattr(transformers, AUTO[task.kind])
     heads = {} if task.kind == "causal-lm" else {"num_labels": max(len(task.labels), 1)}
     if spec.name:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(spec.name)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(spec.name)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         model = auto.from_pretrained(spec.name, **heads)
@@ -80,7 +80,7 @@ def _pretrain(
     stream = _stream(tokenizer, texts)
     if len(stream) <= options.length:
         raise ExperimentError(f"There are {len(stream)} public tokens, fewer than pretrain.length.")
-    if kind.endswith("ForCausalLM") or kind.endswith("LMHeadModel"):
+    if kind.endswith(("ForCausalLM", "LMHeadModel")):
         learner, masks = model, False
     else:
         learner = _language_model_around(model, transformers)

@@ -45,7 +45,7 @@ log = structlog.get_logger()
 class Reporter(Protocol):
     """Shows how far a run is; the command line draws bars, a library user can pass anything."""
 
-    def __call__(self, phase: str, done: int, total: int) -> None: ...
+    def __call__(self, phase: str, done: int, total: int, /) -> None: ...
 
 
 @define
@@ -74,6 +74,7 @@ def run(
     """Run `experiment` and return what it found; with `out`, write result, transcript and experiment there.
 
     Args:
+        experiment: What to run.
         plugins: Where tasks, defenses and attacks come from; by default everything installed.
         report: Told (phase, done, total) now and then.
         out: Folder to write to; it is made.
@@ -205,7 +206,9 @@ class _Run:
                 losses, evaluations = self._fine_tune(name, party, task, batches)
             releases = self._releases(task, len(evaluations))
             with clock("victims"):
-                main, bypassed, queries = self._record(party, task, victims, bool(defenses))
+                main, bypassed, queries = self._record(
+                    party, task, victims, defended=bool(defenses)
+                )
         evidence = Evidence(
             party, model_party, pretrained, main, bypassed, e.victims.releases, task,
             self._auxiliary(task), queries,
@@ -267,7 +270,7 @@ class _Run:
         for number, batch in enumerate(batches, start=1):
             observe(self.plugins, "vflair_step_started", step=party.step, strict=self.strict)
             losses.append(rounds.step(party.defend_tokens(batch)))
-            facts = {"step": party.step, "strict": self.strict}
+            facts: dict[str, Any] = {"step": party.step, "strict": self.strict}
             observe(self.plugins, "vflair_step_finished", loss=losses[-1], **facts)
             log.debug("step_finished", arm=name, step=party.step, loss=losses[-1])
             if number % per_epoch == 0:
@@ -301,7 +304,7 @@ class _Run:
         return {"step": party.step, "metrics": metrics}
 
     def _record(
-        self, party: DataParty, task: Task, victims: list[Example], defended: bool
+        self, party: DataParty, task: Task, victims: list[Example], *, defended: bool
     ) -> tuple[Transcript, Transcript | None, Transcript | None]:
         v, length = self.experiment.victims, self._victim_length()
         gradients = v.phase == "train"
@@ -392,7 +395,7 @@ class _Run:
         undefended, defended = arms["undefended"], arms["defended"]
         best, main = undefended.numbers["main_performance"], defended.numbers["main_performance"]
         chance = 1 / len(task.labels) if task.kind == "classification" else 0.0
-        scores = []
+        scores: list[dict[str, Any]] = []
         for before, after in zip(undefended.grades, defended.grades, strict=True):
             normalised = normalised_dcs(
                 after.attack_performance, after.floor, before.attack_performance, main, chance, best

@@ -1,4 +1,4 @@
-"""Bytes that come back as they went, and bytes that were tampered with, which are refused before they cost."""
+"""Bytes that come back as they went; tampered ones are refused before they cost anything."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -165,14 +167,17 @@ def test_a_cell_that_a_defense_does_not_support_is_refused_by_name(cut, supports
     parties = cut("llama", 1, 1, defenses=[Picky()])
     batch = tiny_batch(parties.whole, labels="tokens")
     before = parties.data_party.channel.messages
+    if phase == "train":
+        parties.data_party.model.train()
+        act = functools.partial(parties.data_party.model, **batch)
+    else:
+        act = functools.partial(
+            parties.data_party.model.generate, batch["input_ids"], max_new_tokens=2
+        )
     with pytest.raises(
         DefenseError, match=rf"Picky does not support HBT × \S+ × {phase}.*It supports"
     ):
-        if phase == "train":
-            parties.data_party.model.train()
-            parties.data_party.model(**batch)
-        else:
-            parties.data_party.model.generate(batch["input_ids"], max_new_tokens=2)
+        act()
     assert parties.data_party.channel.messages == before
 
 

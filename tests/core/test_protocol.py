@@ -119,7 +119,7 @@ def test_graphs_over_the_cap_are_refused_and_none_is_dropped(parties):
     parties.model_party.max_graphs = 2
     losses = [parties.data_party.model(**parties.batch).loss for _ in range(2)]
     with pytest.raises(
-        ProtocolError, match="2 forwards wait for their backward. Use torch.no_grad"
+        ProtocolError, match=r"2 forwards wait for their backward. Use torch.no_grad"
     ):
         parties.data_party.model(**parties.batch)
     for loss in losses:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from vflair_core.attack import check, wants
 from vflair_core.channel import Transcript
 from vflair_core.data_party import DataParty
-from vflair_core.defense import Defense
 from vflair_core.encoding import encode, private_positions
 from vflair_core.errors import AttackError
 from vflair_core.grading import Grade, Truth, grade_labels, grade_tokens, judge, subset_accuracy

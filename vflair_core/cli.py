@@ -86,10 +86,11 @@ def list_(what: str, *, plugin: Plugin = None, json_: Json = False) -> None:
     if what == "models":
         from vflair_core.verified import VERIFIED
 
-        types = [(kind, ", ".join(cuts)) for kind, cuts in VERIFIED.items()]
-        _print(json.dumps(VERIFIED, indent=2)) if json_ else _table(
-            ("model type", "exact for"), rows
-        )
+        if json_:
+            _print(json.dumps(VERIFIED, indent=2))
+        else:
+            types = [(kind, ", ".join(cuts)) for kind, cuts in VERIFIED.items()]
+            _table(("model type · task", "exact for"), types)
         return
     from vflair_core.plugins import offers, plugin_manager
 

@@ -150,7 +150,8 @@ def subset_accuracy(guess: Guess, truth: Truth, rows: Sequence[int]) -> float:
         labels, guessed = truth.labels, guess.labels
         if guessed is None and guess.scores is not None:
             guessed = (guess.scores > 0).long()
-        assert labels is not None and guessed is not None
+        assert labels is not None  # grade_labels has checked both
+        assert guessed is not None
         return float((guessed == labels[list(rows)]).float().mean())
     chosen = Truth([truth.tokens[n] for n in rows], [truth.private[n] for n in rows])
     tokens = _checked_tokens(guess, chosen)

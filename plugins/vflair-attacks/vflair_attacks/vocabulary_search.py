@@ -184,7 +184,8 @@ class _Beam:
             hidden = self.head.try_tokens(candidates.expand(count * width, -1), self.cache)
             hidden = hidden.unflatten(0, (count, width))  # (N, W, C, D)
             self.forwards += count * width * len(candidates)
-            pieces.append(sum(measure(seen[:, None, None], hidden) for seen in observed))
+            scored = [measure(seen[:, None, None], hidden) for seen in observed]
+            pieces.append(torch.stack(scored).sum(0))
         scores = torch.cat(pieces, dim=2)
         return scores if self.likelihood is not None else self._in_nats(scores, observed)
 

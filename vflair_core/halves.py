@@ -30,6 +30,9 @@ class Head:
         attention_mask: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
+        if attention_mask is None:
+            shape = input_ids.shape if input_ids is not None else inputs_embeds.shape[:2]  # type: ignore[union-attr]
+            attention_mask = torch.ones(shape, dtype=torch.long)
         given = {
             "input_ids": input_ids,
             "inputs_embeds": inputs_embeds,
@@ -67,10 +70,11 @@ class Head:
 
     def append(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Add one token to each prefix in the cache: (B, 1) → (B, 1, D)."""
-        return self._extend(tokens, cache, None, repeated=False)
+        everything = torch.ones(len(tokens), cache.get_seq_length() + tokens.shape[1], dtype=torch.long)
+        return self._extend(tokens, cache, everything, repeated=False)
 
     def _extend(
-        self, tokens: Tensor, cache: Cache, mask: Tensor | None, *, repeated: bool
+        self, tokens: Tensor, cache: Cache, mask: Tensor, *, repeated: bool
     ) -> Tensor:
         past = cache.get_seq_length()
         step = (

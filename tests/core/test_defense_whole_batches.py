@@ -217,3 +217,23 @@ def test_an_integer_mask_of_the_attention_is_left_alone_by_defenses(cut):
 
     parties = cut("llama", defenses=[Negate()])
     parties.data_party.model(**tiny_batch(parties.whole, padding="left"))
+
+
+def test_defenses_act_in_order_on_the_way_out_and_in_reverse_on_the_way_back(cut):
+    order = []
+
+    class Named(Defense):
+        def __init__(self, name):
+            self.name = name
+
+        def on_smashed(self, smashed, exchange):
+            order.append((self.name, "out"))
+            return smashed
+
+        def on_returned(self, returned, exchange):
+            order.append((self.name, "back"))
+            return returned
+
+    parties = cut("llama", defenses=[Named("first"), Named("second")])
+    parties.data_party.model(**tiny_batch(parties.whole))
+    assert order == [("first", "out"), ("second", "out"), ("second", "back"), ("first", "back")]

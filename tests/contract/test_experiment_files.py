@@ -1,0 +1,89 @@
+"""Experiment files: read back what was written, and say precisely what does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vflair_core import read_experiment
+from vflair_core.config import experiment_from, to_toml
+from vflair_core.errors import ExperimentError, PartitionError
+
+SMALL = {"task": {"name": "t"}, "model": {"config": {"model_type": "llama"}}}
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def mistake(table) -> str:
+    with pytest.raises(ExperimentError) as error:
+        experiment_from(table)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.toml")), ids=lambda f: f.stem)
+def test_every_example_reads_and_survives_being_written(file, tmp_path):
+    experiment = read_experiment(file)
+    again = tmp_path / "again.toml"
+    again.write_text(to_toml(experiment))
+    assert read_experiment(again) == experiment
+    assert read_experiment(again).digest == experiment.digest
+
+
+def test_a_misspelt_key_says_where_and_what_was_meant():
+    said = mistake({**SMALL, "train": {"stepz": 3}})
+    assert "train.stepz: there is no such key. Did you mean 'steps'" in said
+
+
+def test_a_wrong_type_says_what_was_expected_and_given():
+    assert "train.steps: expected int, got '3'" in mistake({**SMALL, "train": {"steps": "3"}})
+    assert "seed: expected int, got True" in mistake({**SMALL, "seed": True})
+
+
+def test_a_missing_key_is_named():
+    assert "task" in mistake({"model": SMALL["model"]})
+
+
+def test_all_mistakes_are_listed_at_once():
+    said = mistake({**SMALL, "seeds": 1, "train": {"stepz": 3}, "attacks": [{"nam": "x"}]})
+    assert "seeds" in said
+    assert "train.stepz" in said
+    assert "attacks.0.nam" in said
+
+
+def test_an_impossible_cut_and_an_impossible_number_are_explained_with_their_key():
+    assert "partition.head: head must be a whole number of blocks >= 0" in mistake(
+        {**SMALL, "partition": {"head": -1}}
+    )
+    assert "train.batch_size" in mistake({**SMALL, "train": {"batch_size": 0}})
+
+
+def test_a_model_needs_a_name_or_a_config_and_not_both():
+    assert "[model] needs either name" in mistake({"task": {"name": "t"}, "model": {}})
+    assert "needs a model_type" in mistake({"task": {"name": "t"}, "model": {"config": {"n": 1}}})
+
+
+def test_overrides_change_single_keys_and_refuse_nonsense(tmp_path):
+    file = EXAMPLES / "quickstart.toml"
+    changed = read_experiment(file, ["train.steps=7", "attacks.0.knowledge=K2", "task.name=other"])
+    assert (changed.train.steps, changed.attacks[0].knowledge, changed.task.name) == (
+        7,
+        "K2",
+        "other",
+    )
+    with pytest.raises(ExperimentError, match="is not key=value"):
+        read_experiment(file, ["train.steps"])
+    with pytest.raises(ExperimentError, match="There is no experiment file"):
+        read_experiment(tmp_path / "none.toml")
+
+
+def test_a_digest_tells_experiments_apart():
+    first = experiment_from(SMALL)
+    assert first.digest == experiment_from(SMALL).digest
+    assert first.digest != experiment_from({**SMALL, "seed": 1}).digest
+
+
+def test_partition_errors_keep_their_own_type_outside_files():
+    from vflair_core import Partition
+
+    with pytest.raises(PartitionError, match="whole number of blocks"):
+        Partition(head=True)

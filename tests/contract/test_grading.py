@@ -1,0 +1,188 @@
+"""Grades against counting by hand, libraries, and attackers that cheat."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vflair_core import AttackError, Guess
+from vflair_core.grading import Truth, auc, grade_labels, grade_tokens, interval, judge, rouge_l
+from vflair_core.metrics import dcs, normalised_dcs
+
+
+def decode(ids) -> str:
+    return " ".join(map(str, ids))
+
+
+def truth(count: int = 8, length: int = 6, vocabulary: int = 500) -> Truth:
+    generator = torch.Generator().manual_seed(1)
+    tokens = [torch.randint(vocabulary, (length,), generator=generator) for _ in range(count)]
+    private = [torch.ones(length, dtype=torch.bool) for _ in range(count)]
+    return Truth(tokens, private, ["" for _ in tokens], [() for _ in tokens])
+
+
+def graded(tokens, there: Truth, prior=None):
+    return grade_tokens(Guess(tokens=tokens), there, prior, decode, name="attack", knowledge="K0")
+
+
+def test_only_private_positions_count_and_each_position_counts_once():
+    there = Truth(
+        [torch.tensor([5, 6, 7, 8]), torch.tensor([5, 9])],
+        [torch.tensor([False, True, True, True]), torch.tensor([True, True])],
+    )
+    grade = graded(torch.tensor([[5, 6, 0, 8], [5, 5, 5, 5]]), there)
+    assert grade.attack_performance == pytest.approx(3 / 5)  # 6 and 8, then 5
+
+
+def test_a_perfect_guess_is_one_and_permuting_the_truth_drops_it_to_the_floor():
+    there = truth()
+    tokens = torch.stack(there.tokens)
+    whole = graded(tokens, there)
+    assert whole.attack_performance == 1.0
+    assert whole.details["exact_sequences"] == 1.0
+    permuted = Truth(there.tokens[1:] + there.tokens[:1], there.private, there.texts, there.secrets)
+    swapped = graded(tokens, permuted)
+    assert swapped.attack_performance <= swapped.floor + 0.02
+
+
+def test_the_floor_is_the_best_of_constant_prior_and_other_examples():
+    there = Truth(
+        [torch.tensor([1, 1, 1, 2]), torch.tensor([1, 2, 3, 4])], [torch.ones(4).bool()] * 2
+    )
+    grade = graded(
+        torch.tensor([[9, 9, 9, 9], [9, 9, 9, 9]]), there, prior=torch.tensor([1, 2, 3, 4])
+    )
+    assert grade.floors["constant"] == pytest.approx(4 / 8)  # always 1
+    assert grade.floors["prior"] == pytest.approx(5 / 8)  # 1, then all of the second
+    assert grade.floors["mismatched"] == 0.0
+    assert grade.floor == pytest.approx(5 / 8)
+
+
+def test_mismatched_pairs_are_every_other_pair():
+    there = truth(count=3, length=4, vocabulary=3)
+    tokens = torch.stack(there.tokens)
+    by_hand = [
+        float((tokens[i] == there.tokens[j]).float().mean())
+        for i in range(3)
+        for j in range(3)
+        if i != j
+    ]
+    assert graded(tokens, there).floors["mismatched"] == pytest.approx(sum(by_hand) / 6)
+
+
+def test_planted_strings_count_when_the_decoded_guess_holds_them():
+    there = Truth(
+        [torch.tensor([1, 2, 3])] * 2, [torch.ones(3).bool()] * 2, ["", ""], [("1 2",), ("2 3",)]
+    )
+    grade = graded(torch.tensor([[1, 2, 9], [1, 2, 9]]), there)
+    assert grade.details["planted_strings_recovered"] == 0.5
+
+
+@given(st.lists(st.integers(0, 5), max_size=12), st.lists(st.integers(0, 5), max_size=12))
+def test_rouge_l_equals_the_library_on_the_same_words(guessed, true):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
+    words = [" ".join(f"w{n}" for n in side) for side in (true, guessed)]
+    assert rouge_l(guessed, true) == pytest.approx(scorer.score(*words)["rougeL"].fmeasure)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 4)), min_size=2, max_size=30))
+def test_auc_equals_scikit_learn(pairs):
+    from sklearn.metrics import roc_auc_score
+
+    labels = torch.tensor([int(label) for label, _ in pairs])
+    scores = torch.tensor([float(score) for _, score in pairs])
+    if labels.min() == labels.max():
+        with pytest.raises(AttackError, match="both classes"):
+            auc(scores, labels)
+    else:
+        assert auc(scores, labels) == pytest.approx(roc_auc_score(labels.numpy(), scores.numpy()))
+
+
+def test_intervals_are_exact_binomial_at_zero_and_one_and_contain_the_rate_between():
+    low, high = interval([(0, 5)] * 10)
+    assert low == 0.0
+    assert (1 - high) ** 10 == pytest.approx(0.025)
+    low, high = interval([(5, 5)] * 10)
+    assert high == 1.0
+    assert low**10 == pytest.approx(0.025)
+    low, high = interval([(n % 3, 4) for n in range(30)])
+    assert low < 0.25 < high
+
+
+def test_intervals_cover_the_true_rate_as_often_as_they_say():
+    """400 studies of 40 sentences; 95 % coverage, binomial standard error 1.1 %, bootstrap slightly short."""
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(400):
+        hits = torch.bernoulli(torch.full((40, 10), 0.3), generator=generator).sum(1)
+        low, high = interval([(int(h), 10) for h in hits])
+        covered += low <= 0.3 <= high
+    assert 0.91 <= covered / 400 <= 0.98
+
+
+def test_labels_are_graded_beside_the_largest_class():
+    labels = torch.tensor([0, 0, 0, 1])
+    there = Truth([torch.tensor([1])] * 4, [torch.tensor([True])] * 4, labels=labels)
+    grade = grade_labels(Guess(labels=torch.tensor([0, 0, 0, 1])), there, name="a", knowledge="K0")
+    assert grade.attack_performance == 1.0
+    assert grade.floors["constant"] == 0.75
+
+
+# -- cheats: each must be caught by a floor or a control ------------------------------------------------
+
+
+def test_the_all_vocabulary_bag_has_full_bag_recall_and_no_performance():
+    there = truth(vocabulary=6)
+    grade = graded(torch.arange(6).expand(8, 6), there)
+    assert grade.details["bag_recall"] == 1.0
+    assert grade.attack_performance <= grade.floor
+
+
+def test_constant_tokens_stay_at_the_floor_and_are_called_uninformative():
+    there = truth(vocabulary=5)
+    constant = torch.full((8, 6), int(torch.cat(there.tokens).mode().values))
+    grade = judge(graded(constant, there), None, None)
+    assert "uninformative" in grade.verdict
+
+
+def test_a_guess_that_fits_other_examples_fails_the_negative_control():
+    """All victims share a template: a guess of it is right everywhere, with or without the message."""
+    shared = torch.tensor([3, 1, 4, 1, 5, 9])
+    there = Truth([shared] * 6, [torch.ones(6).bool()] * 6)
+    grade = judge(graded(shared.expand(6, 6), there), None, None)
+    assert grade.negative_control == 1.0
+    assert "negative control failed" in grade.verdict
+
+
+def test_an_attack_that_cannot_read_bypassed_messages_fails_the_positive_control():
+    there = truth()
+    grade = judge(graded(torch.stack(there.tokens), there), 1.0, 0.5)
+    assert "positive control failed" in grade.verdict
+    assert judge(graded(torch.stack(there.tokens), there), 1.0, 0.97).verdict == "ok"
+
+
+def test_a_guess_for_too_few_victims_is_refused():
+    with pytest.raises(AttackError, match="guessed tokens for 3 of 8 victims"):
+        graded(torch.zeros(3, 6, dtype=torch.long), truth())
+
+
+# -- anchors of the reference, number 10 ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("attack", "main", "best", "published"),
+    [(0.167, 0.510, 0.560, 0.890), (1.0, 0.56, 0.56, 0.586), (0.0, 0.0, 0.55, 0.720)],
+)
+def test_dcs_equals_the_published_arithmetic(attack, main, best, published):
+    assert dcs(attack, main, best) == pytest.approx(published, abs=1e-3)
+
+
+def test_the_normalised_score_is_one_for_a_perfect_defense_and_the_same_at_every_scale():
+    assert normalised_dcs(0.1, 0.1, 0.9, 0.4, 0.0, 0.4) == 1.0
+    assert normalised_dcs(0.9, 0.1, 0.9, 0.4, 0.0, 0.4) == pytest.approx(dcs(1.0, 1.0, 1.0))
+    small = normalised_dcs(0.5, 0.1, 0.9, 0.2, 0.0, 0.4)
+    assert small == pytest.approx(normalised_dcs(0.5, 0.1, 0.9, 0.4, 0.0, 0.8))

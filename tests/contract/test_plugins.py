@@ -1,0 +1,169 @@
+"""Plugins are found by entry point and by file, and a broken one breaks nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from vflair_core import hookimpl, plugin_manager
+from vflair_core.errors import PluginError
+from vflair_core.plugins import build, decide, find, observe, offers
+
+GOOD = """
+    from vflair_core import hookimpl
+
+    @hookimpl
+    def vflair_attacks():
+        return {"coin": flip}
+
+    def flip(lengths):
+        "Guess by coin."
+"""
+
+
+@pytest.fixture
+def pm():
+    return plugin_manager(entry_point_group="vflair.none")
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Put a distribution with one module and an entry point on the path, as pip would."""
+
+    def put(name: str, source: str) -> None:
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(source))
+        info = tmp_path / f"{name}-1.2.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
+        (info / "entry_points.txt").write_text(f"[vflair.test]\n{name} = {name}\n")
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return put
+
+
+def written(folder, name: str, source: str):
+    path = folder / f"{name}.py"
+    path.write_text(textwrap.dedent(source))
+    return path
+
+
+def test_a_plugin_is_found_by_its_entry_point(install):
+    install("coinflip", GOOD)
+    manager = plugin_manager(entry_point_group="vflair.test")
+    assert offers(manager, "attacks")["coin"].source == "coinflip"
+    (info,) = manager.about()
+    assert (info.version, info.hooks, info.error) == ("1.2", ("vflair_attacks",), None)
+
+
+def test_a_plugin_is_found_in_one_file(tmp_path):
+    manager = plugin_manager([written(tmp_path, "mine", GOOD)], entry_point_group="vflair.none")
+    assert find(manager, "attacks", "coin").load().__doc__ == "Guess by coin."
+
+
+def test_a_plugin_that_fails_on_import_is_named_and_breaks_nothing_else(install):
+    install("a_broken", "import a_module_that_is_not_there")
+    install("b_coinflip", GOOD)
+    manager = plugin_manager(entry_point_group="vflair.test")
+    assert "coin" in offers(manager, "attacks")
+    (failure,) = manager.failures
+    assert failure.name == "a_broken"
+    assert "a_module_that_is_not_there" in failure.error
+
+
+def test_a_name_that_nobody_offers_says_what_there_is_and_which_plugins_failed(install):
+    install("a_broken", "1 / 0")
+    install("b_coinflip", GOOD)
+    manager = plugin_manager(entry_point_group="vflair.test")
+    with pytest.raises(PluginError, match="Did you mean 'coin'") as error:
+        find(manager, "attacks", "coins")
+    assert "a_broken (ZeroDivisionError" in str(error.value)
+
+
+def test_a_misspelt_hook_says_which_one_was_meant(tmp_path):
+    file = written(tmp_path, "typo", GOOD.replace("vflair_attacks", "vflair_attaks"))
+    with pytest.raises(
+        PluginError, match="'vflair_attaks', which is not a hook. Did you mean 'vflair_attacks'"
+    ):
+        plugin_manager([file])
+
+
+def test_a_hook_with_an_argument_that_does_not_exist_is_refused(tmp_path):
+    source = """
+        from vflair_core import hookimpl
+
+        @hookimpl
+        def vflair_step_finished(step, lose): ...
+    """
+    with pytest.raises(PluginError, match="lose"):
+        plugin_manager([written(tmp_path, "argument", source)])
+
+
+def test_two_plugins_that_offer_one_name_are_both_named(tmp_path):
+    files = [written(tmp_path, name, GOOD) for name in ("first", "second")]
+    manager = plugin_manager(files, entry_point_group="vflair.none")
+    with pytest.raises(PluginError, match=r"first\.py and .*second\.py offer attack 'coin'"):
+        offers(manager, "attacks")
+
+
+def test_an_option_that_does_not_exist_says_which_there_are(pm):
+    class Plugin:
+        @hookimpl
+        def vflair_tasks(self):
+            return {"rows": lambda *, count=1: count}
+
+    pm.register(Plugin())
+    offered = find(pm, "tasks", "rows")
+    assert build(offered, {"count": 3}) == 3
+    with pytest.raises(PluginError, match="'rows' has no option 'counts'. Did you mean 'count'"):
+        build(offered, {"counts": 3})
+
+
+def test_an_observer_that_raises_is_named_and_stops_nothing_unless_strict(pm):
+    heard = []
+
+    class Loud:
+        @hookimpl
+        def vflair_step_started(self, step):
+            raise RuntimeError("no")
+
+    class Quiet:
+        @hookimpl
+        def vflair_step_started(self, step):
+            heard.append(step)
+
+    pm.register(Quiet())
+    pm.register(Loud(), "loud")
+    observe(pm, "vflair_step_started", step=3)
+    assert heard == [3]
+    with pytest.raises(PluginError, match="loud failed in vflair_step_started"):
+        observe(pm, "vflair_step_started", step=4, strict=True)
+
+
+def test_two_answers_to_one_decision_are_an_error_that_names_both(pm):
+    class Answer:
+        @hookimpl
+        def vflair_place(self, model_party, devices):
+            return True
+
+    pm.register(Answer(), "one")
+    assert decide(pm, "vflair_place", model_party=None, devices=[]) is True
+    pm.register(Answer(), "two")
+    with pytest.raises(
+        PluginError, match="two and one both answer vflair_place|one and two both answer"
+    ):
+        decide(pm, "vflair_place", model_party=None, devices=[])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plugins"], ["list", "--help"]])
+def test_the_program_answers_without_importing_torch(arguments):
+    code = (
+        "import sys\nsys.argv = ['vflair', *sys.argv[1:]]\nfrom vflair_core.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, *arguments], check=True, capture_output=True, timeout=60
+    )

@@ -1,0 +1,129 @@
+"""Vocabulary search recovers undefended text exactly, honestly, and through known noise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vflair_attacks.vocabulary_search import GreedySearch, VocabularySearch
+
+from vflair_core import AttackError, Guess, Partition, Transcript, split
+from vflair_core.attack import Observables, launch
+from vflair_core.defense import Mechanism
+from vflair_core.halves import halves
+from vflair_core.testing import tiny_model
+
+VOCABULARY = 1000
+EXAMPLES, LENGTH = 3, 6
+
+
+def crossing(model, partition, ids):
+    """What the model party saw of `ids`: one message per example, and the head an attacker holds."""
+    head, _ = halves(model, partition)
+    party, _ = split(model, partition)
+    party.model.eval()
+    with party.channel.tap(Transcript()) as transcript, torch.no_grad():
+        for row in ids:
+            party.model(row[None], use_cache=False)
+    return Observables(transcript.messages, is_ht=partition.kind == "HT"), head
+
+
+def accuracy(guess: Guess, ids) -> float:
+    return float((guess.tokens == ids).float().mean())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize(
+    "partition",
+    [Partition(h, t) for h, t in [(0, 0), (1, 0), (2, 0), (3, 0), (0, 1), (1, 1), (2, 1), (1, 2)]],
+    ids=lambda p: f"{p.kind}-{p.head}",
+)
+def test_undefended_text_is_recovered_whole_at_every_cut(kind, partition):
+    torch.manual_seed(0)
+    model = tiny_model(kind, vocab_size=VOCABULARY)
+    ids = torch.randint(3, VOCABULARY, (EXAMPLES, LENGTH))
+    seen, head = crossing(model, partition, ids)
+    guess = launch(VocabularySearch(beam=2), {**seen, "head": head})
+    assert torch.equal(guess.tokens, ids)
+
+
+def test_the_greedy_baseline_recovers_undefended_text_too():
+    torch.manual_seed(0)
+    ids = torch.randint(3, VOCABULARY, (EXAMPLES, LENGTH))
+    seen, head = crossing(tiny_model("gpt2", vocab_size=VOCABULARY), Partition(2, 1), ids)
+    assert torch.equal(launch(GreedySearch(), {**seen, "head": head}).tokens, ids)
+
+
+def test_examples_of_different_lengths_are_searched_together_and_padded_with_minus_one():
+    torch.manual_seed(0)
+    rows = [torch.randint(3, VOCABULARY, (n,)) for n in (5, 2, 7, 2)]
+    seen, head = crossing(tiny_model("llama", vocab_size=VOCABULARY), Partition(1, 1), rows)
+    guess = launch(VocabularySearch(group=3), {**seen, "head": head})
+    for found, row in zip(guess.tokens, rows, strict=True):
+        assert torch.equal(found[: len(row)], row)
+        assert bool((found[len(row) :] == -1).all())
+
+
+class KnownNoise(Mechanism):
+    def __init__(self, sigma: float) -> None:
+        self.sigma = sigma
+
+    def log_likelihood(self, observed, hidden):
+        return -(observed - hidden).square().sum(-1) / (2 * self.sigma**2)
+
+
+def noisy(sigma: float, releases: int):
+    torch.manual_seed(0)
+    model = tiny_model("gpt2", vocab_size=300)
+    head, _ = halves(model, Partition(2, 1))
+    ids = torch.randint(3, 300, (8, 10))
+    clean = head(ids)
+    sigma = sigma * float(clean.square().mean().sqrt())
+    seen = clean + sigma * torch.randn(releases, *clean.shape)
+    return seen, torch.full((8,), 10), head, ids, KnownNoise(sigma)
+
+
+def test_a_beam_beats_greedy_search_under_known_noise():
+    seen, lengths, head, ids, mechanism = noisy(0.5, releases=1)
+    greedy = GreedySearch()(seen, lengths, head)
+    beam = VocabularySearch(beam=8, prior=0)(seen, lengths, head, mechanism=mechanism)
+    assert accuracy(beam, ids) > accuracy(greedy, ids) + 0.1
+
+
+def test_repeated_releases_of_a_row_average_the_noise_out():
+    seen, lengths, head, ids, mechanism = noisy(1.0, releases=16)
+    once = VocabularySearch(beam=2, prior=0)(seen[:1], lengths, head, mechanism=mechanism)
+    often = VocabularySearch(beam=2, prior=0)(seen, lengths, head, mechanism=mechanism)
+    assert accuracy(often, ids) > accuracy(once, ids)
+    assert accuracy(often, ids) > 0.95
+
+
+def test_a_language_model_prior_decides_where_noise_drowns_the_message():
+    """A prior that knows the text finds it in pure noise; without it the search cannot."""
+    seen, lengths, head, ids, _ = noisy(1.0, releases=1)
+
+    class Oracle:
+        """Puts all its weight on the next true token: an extreme language model."""
+
+        def __call__(self, input_ids, past_key_values, use_cache):
+            step = 1 if past_key_values is None else past_key_values.step + 1
+            logits = torch.full((len(input_ids), 1, 300), -50.0)
+            logits[:, 0, ids[0, step]] = 50.0
+            cache = (
+                past_key_values or type("Steps", (), {"batch_select_indices": lambda *_: None})()
+            )
+            cache.step = step
+            return type("Out", (), {"logits": logits, "past_key_values": cache})()
+
+    drowned = KnownNoise(1e6)
+    found = VocabularySearch(beam=1)(
+        seen[:, :1], lengths[:1], head, mechanism=drowned, pretrained_model=Oracle()
+    )
+    blind = VocabularySearch(beam=1, prior=0)(seen[:, :1], lengths[:1], head, mechanism=drowned)
+    assert torch.equal(found.tokens[0, 1:], ids[0, 1:])
+    assert accuracy(blind, ids[:1]) < 0.9
+
+
+def test_an_encoder_head_is_refused_because_its_rows_see_later_tokens():
+    head, _ = halves(tiny_model("bert", task="classification"), Partition(1, 1))
+    with pytest.raises(AttackError, match="needs a causal head"):
+        GreedySearch()(torch.zeros(1, 1, 4, 32), torch.tensor([4]), head)

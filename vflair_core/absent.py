@@ -64,6 +64,9 @@ _FREE = frozenset(
 )
 
 
+MAX_STRUCTURES = 4096  # remembered shapes; forgetting them costs time only
+
+
 class Deferred(Tensor):
     """A tensor inside the model party: shape, dtype and device are known, the value is not."""
 
@@ -294,6 +297,8 @@ class Recorder:
         hidden = next(v for v in named.values() if isinstance(v, Tensor))
         literals = tuple((key, tree) for key, tree in trees.items() if tree[0] == "value")
         key = (absent.name, tuple(hidden.shape), hidden.dtype, absent.training, literals)
+        if len(self._structures) >= MAX_STRUCTURES:
+            self._structures.clear()
         if key not in self._structures:
             self._structures[key] = _run_skeleton(absent, named)
         return self._structures[key]

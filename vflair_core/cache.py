@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 from vflair_core.errors import PartitionError, ProtocolError
 
 Deed = list[Any]  # ["reorder", [2, 0]] | ["crop", -3] | ["repeat", 4] | ["select", [0]] | ["reset"]
+MAX_ROWS = 4096  # of a batch, as beams and speculation multiply it
 KINDS = {"DynamicLayer": DynamicLayer, "DynamicSlidingWindowLayer": DynamicSlidingWindowLayer}
 
 
@@ -31,6 +32,24 @@ class RemoteCache:
     deeds: list[Deed] = field(factory=list)
     layers: list[list[Any]] = field(factory=list)  # [kind, sliding window or None], all layers
     known: bool = False  # has the model party built its half?
+    copied: Callable[[str, str], None] = lambda _old, _new: None
+    released: Callable[[str], None] = lambda _id: None
+
+    def __attrs_post_init__(self) -> None:
+        weakref.finalize(self, self.released, self.id)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteCache:
+        twin = RemoteCache(
+            deeds=list(self.deeds),
+            layers=self.layers,
+            known=self.known,
+            copied=self.copied,
+            released=self.released,
+        )
+        memo[id(self)] = twin
+        if self.known:
+            self.copied(self.id, twin.id)
+        return twin
 
 
 class RemoteLayer(CacheLayerMixin):
@@ -68,6 +87,10 @@ class RemoteLayer(CacheLayerMixin):
         self._note(["reorder", beam_idx.tolist()])
 
     def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(
+                "`crop` with a positive value is not supported: pass minus the tokens to remove."
+            )
         self.length -= abs(tokens_to_remove)
         self._note(["crop", tokens_to_remove])
 
@@ -87,7 +110,10 @@ class RemoteLayer(CacheLayerMixin):
 
 
 def attach(
-    cache: Cache, absent_layers: Iterable[int], released: Callable[[str], None]
+    cache: Cache,
+    absent_layers: Iterable[int],
+    released: Callable[[str], None],
+    copied: Callable[[str, str], None] = lambda _old, _new: None,
 ) -> RemoteCache:
     """Make `cache` ready for the cut, once: absent layers become `RemoteLayer`s.
 
@@ -99,7 +125,7 @@ def attach(
     remote: RemoteCache | None = getattr(cache, "vflair_remote", None)
     if remote is not None:
         return remote
-    remote, layers = RemoteCache(), sorted(absent_layers)
+    remote, layers = RemoteCache(copied=copied, released=released), sorted(absent_layers)
     make = cache.layer_class_to_replicate
     while make is not None and len(cache.layers) <= layers[-1]:
         cache.layers.append(make())
@@ -115,7 +141,6 @@ def attach(
         window = remote.layers[index][1]
         cache.layers[index] = RemoteLayer(remote, window, leads=index == layers[0])
     cache.vflair_remote = remote  # type: ignore[attr-defined]
-    weakref.finalize(cache, released, remote.id)
     return remote
 
 
@@ -147,13 +172,13 @@ def repeat(cache: Cache, deeds: Any, held_layers: Iterable[int]) -> None:
         layers: list[Any] = [cache.layers[index] for index in held_layers]
         for layer in layers:
             match deed:
-                case ["reorder", list() as indices]:
+                case ["reorder", list() as indices] if len(indices) <= MAX_ROWS:
                     layer.reorder_cache(torch.tensor(indices))
                 case ["crop", int() as count]:
                     layer.crop(count)
-                case ["repeat", int() as count]:
+                case ["repeat", int() as count] if 1 <= count <= MAX_ROWS:
                     layer.batch_repeat_interleave(count)
-                case ["select", list() as indices]:
+                case ["select", list() as indices] if len(indices) <= MAX_ROWS:
                     layer.batch_select_indices(torch.tensor(indices))
                 case ["reset"]:
                     layer.reset()

@@ -68,7 +68,9 @@ def decode(frame: bytes | memoryview) -> Message:
     if size > MAX_HEADER or 8 + size > len(view):
         raise ProtocolError(f"The header claims {size} bytes of a frame of {len(view)}.")
     try:
-        header = msgpack.unpackb(view[8 : 8 + size], raw=False, strict_map_key=True)
+        header = msgpack.unpackb(
+            view[8 : 8 + size], raw=False, strict_map_key=True, ext_hook=_no_extension
+        )
     except (ValueError, msgpack.UnpackException) as error:
         raise ProtocolError(f"The header is not msgpack: {error}") from error
     _check_header(header)
@@ -83,6 +85,10 @@ def decode(frame: bytes | memoryview) -> Message:
         position = end
     fields = {key: header[key] for key in ("kind", "session", "step", "exchange", "seq", "phase")}
     return Message(**fields, tensors=tuple(tensors), meta=header["meta"])
+
+
+def _no_extension(code: int, _data: bytes) -> Any:
+    raise ValueError(f"extension type {code}")
 
 
 def _dtype_name(crossing: Crossing) -> str:
@@ -102,8 +108,13 @@ def _to_bytes(tensor: torch.Tensor) -> bytes:
 
 def _from_bytes(view: memoryview, dtype: str, shape: list[int]) -> torch.Tensor:
     if not len(view):
+        # A product over the sizes other than 0 may still overflow: an empty tensor needs none of them.
+        if math.prod(n or 1 for n in shape) >= 2**40:
+            raise ProtocolError(f"{shape!r} is not a shape an empty tensor needs.")
         return torch.empty(shape, dtype=DTYPES[dtype])
     raw = torch.from_numpy(np.frombuffer(view, dtype=np.uint8).copy())
+    if dtype == "bool" and bool((raw > 1).any()):
+        raise ProtocolError("A bool tensor holds bytes other than 0 and 1.")
     return raw.view(DTYPES[dtype]).reshape(shape)
 
 
@@ -139,7 +150,7 @@ def _check_entry(entry: Any) -> None:
                 )
             if dtype not in DTYPES:
                 raise ProtocolError(f"Unknown dtype {dtype!r}. Possible: {', '.join(DTYPES)}.")
-            if len(shape) > MAX_RANK or not all(type(n) is int and n >= 0 for n in shape):
+            if len(shape) > MAX_RANK or not all(type(n) is int and 0 <= n < 2**31 for n in shape):
                 raise ProtocolError(f"{shape!r} is not a shape of at most {MAX_RANK} dimensions.")
         case _:
             raise ProtocolError(

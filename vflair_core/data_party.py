@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from vflair_core import cache as caches
 from vflair_core import protocol
 from vflair_core.channel import Channel
+from vflair_core.checkpoint import save_weights
 from vflair_core.defense import Batch, Defense, Exchange
 from vflair_core.errors import DefenseError, PartitionError
 from vflair_core.message import Crossing, Kind, Message, Phase, Role
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 
     from vflair_core.absent import Recorder
     from vflair_core.partition import Partition
+
+
+MAX_PATHS = 4096  # remembered ways of calling the model; forgetting them costs time only
 
 
 class DataParty:
@@ -72,9 +77,11 @@ class DataParty:
         self._registered: set[str] = set()
         self._released_graphs: list[int] = []
         self._released_caches: list[str] = []
+        self._copied_caches: list[tuple[str, str]] = []
         self._exchanges = self._seq = 0
         self._call: Call | None = None
         self._last: Exchange | None = None
+        self._begun: Exchange | None = None
         self._probing = False
         self._seen_paths: set[Any] = set()
         self.model = _hand_over_forward(model, self)
@@ -88,6 +95,12 @@ class DataParty:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Weights, in the order of the whole model."""
         return self.model.parameters()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the weights this party owns, and nothing else, to ``data_party.safetensors``."""
+        return save_weights(
+            Path(folder) / "data_party.safetensors", self.model, self.fingerprint, self.step
+        )
 
     # -- calling the model ------------------------------------------------------------------------------
 
@@ -106,11 +119,10 @@ class DataParty:
             outputs = forward(**inputs)
             if self.model.training and torch.is_grad_enabled() and self._last is not None:
                 for defense in self._active("penalty"):
-                    penalty = defense.penalty(self._last)
-                    if penalty is not None and outputs.get("loss") is not None:
-                        outputs["loss"] = outputs["loss"] + penalty
+                    there = attrs.evolve(self._last, generator=self._generator_of(defense))
+                    _add_penalty(outputs, defense.penalty(there), defense)
         finally:
-            self._call = self._last = None
+            self._call = self._last = self._begun = None
         for defense in reversed(self._active("contract")):
             outputs = defense.contract(outputs)
         return outputs
@@ -159,6 +171,8 @@ class DataParty:
         path = (given, length == 0, positions == 1, self.model.training, _all_ones(inputs))
         if path in self._seen_paths:
             return None
+        if len(self._seen_paths) >= MAX_PATHS:
+            self._seen_paths.clear()
         self._seen_paths.add(path)
         with torch.inference_mode(False), torch.no_grad():
             return copy.deepcopy(cache)
@@ -167,21 +181,18 @@ class DataParty:
         """Take a finished program from the recorder and carry out the round."""
         if self._probing:
             raise Captured(program, leaves)
-        roles = self.roles.get(program.id) or self._find_roles(program, cache)
-        phase, positions = self._phase(cache), _positions(leaves, roles)
-        inputs = self._call.inputs if self._call else {}
-        self._exchanges += 1
-        exchange = Exchange(
-            number=self._exchanges,
-            step=self.step,
-            phase=phase,
-            mask=_mask(inputs, positions),
-            batch=inputs,
-        )
+        roles = self.roles.get(program.id) or self._find_roles(program, leaves, cache)
+        positions = _positions(leaves, roles)
+        exchange, self._begun = self._begun or self._begin(positions), None
         self._last = exchange
         spec = None
         if cache is not None:
-            remote = caches.attach(cache, self._absent_layers(), self._released_caches.append)
+            remote = caches.attach(
+                cache,
+                self._absent_layers(),
+                self._released_caches.append,
+                lambda old, new: self._copied_caches.append((old, new)),
+            )
             spec = {"id": remote.id, "deeds": list(remote.deeds)}
             if not remote.known:
                 spec["layers"] = remote.layers
@@ -191,6 +202,15 @@ class DataParty:
             remote.known = True
             caches.advance(cache, self._absent_layers(), positions)
         return returned
+
+    def _begin(self, positions: int) -> Exchange:
+        """Number the next exchange. It begins at the embeddings if a defense stands there."""
+        self._exchanges += 1
+        inputs = self._call.inputs if self._call else {}
+        phase = self._phase(inputs.get("past_key_values"))
+        return Exchange(
+            self._exchanges, self.step, phase, mask=_mask(inputs, positions), batch=inputs
+        )
 
     def _absent_layers(self) -> list[int]:
         modules = (self.model.get_submodule(name) for name in self.absent)
@@ -203,7 +223,9 @@ class DataParty:
             return "eval"
         return "prefill" if getattr(cache, "vflair_remote", None) is None else "decode"
 
-    def _find_roles(self, program: Program, cache: Cache | None) -> tuple[Role, ...]:
+    def _find_roles(
+        self, program: Program, leaves: list[Tensor], cache: Cache | None
+    ) -> tuple[Role, ...]:
         if self._call is None:
             raise PartitionError(
                 "The model party was reached by a call of an inner module before the whole model was called "
@@ -214,7 +236,7 @@ class DataParty:
             call = attrs.evolve(call, past=self._rewound(cache, call.inputs))
         self._probing = True
         try:
-            roles = find_roles(self.model, call, program, self.partition.disclose)
+            roles = find_roles(self.model, call, program, leaves, self.partition.disclose)
         finally:
             self._probing = False
             self.recorder.reset()
@@ -255,10 +277,13 @@ class DataParty:
                 name=name,
                 role=role,
                 axes=axes,
-                generator=self._generators[self.defenses.index(defense)],
+                generator=self._generator_of(defense),
             )
             tensor = getattr(defense, place)(tensor, there)
         return tensor
+
+    def _generator_of(self, defense: Defense) -> torch.Generator:
+        return next(g for d, g in zip(self.defenses, self._generators, strict=True) if d is defense)
 
     def _active(self, place: str) -> list[Defense]:
         if self.bypass_defenses:
@@ -283,10 +308,9 @@ class DataParty:
     def _on_embeddings(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
         if self._probing or self._call is None or not self._active("on_embeddings"):
             return None
-        phase = self._phase(self._call.inputs.get("past_key_values"))
-        exchange = Exchange(self._exchanges + 1, self.step, phase, batch=self._call.inputs)
+        self._begun = self._begun or self._begin(output.shape[1])
         defended: Tensor = self.defend(
-            "on_embeddings", output, exchange, name="embeddings", role="smashed"
+            "on_embeddings", output, self._begun, name="embeddings", role="smashed"
         )
         return defended
 
@@ -331,12 +355,19 @@ class DataParty:
         meta: Mapping[str, Any],
     ) -> Message:
         """Send one message of this session and return the reply."""
-        graphs, self._released_graphs = self._released_graphs, []
-        stale, self._released_caches = list(self._released_caches), self._released_caches
-        self._released_caches.clear()
+        graphs, gone, copies = (
+            self._released_graphs[:],
+            self._released_caches[:],
+            self._copied_caches[:],
+        )
+        never = {new for _, new in copies} & set(gone)  # copied and dropped between two messages
+        news = {
+            "released_graphs": graphs,
+            "released_caches": [key for key in gone if key not in never],
+            "copied_caches": [pair for pair in copies if pair[1] not in never],
+        }
         self._seq += 1
-        released = {"released_graphs": graphs, "released_caches": stale} if graphs or stale else {}
-        return self.channel.request(
+        reply = self.channel.request(
             Message(
                 kind,
                 self.session,
@@ -345,9 +376,15 @@ class DataParty:
                 self._seq,
                 exchange.phase if exchange else "control",
                 tuple(crossings),
-                {**meta, **released},
+                {**meta, **{key: value for key, value in news.items() if value}},
             )
         )
+        # Only now: a refused message released nothing. What was added meanwhile stays for the next one.
+        del self._released_graphs[: len(graphs)], self._released_caches[: len(gone)]
+        del self._copied_caches[: len(copies)]
+        if "program" in meta:
+            self._registered.add(meta["id"])
+        return reply
 
     def forward_meta(
         self, program: Program, *, grad: bool, wants: list[int], cache: dict[str, Any] | None
@@ -364,13 +401,24 @@ class DataParty:
         if torch.is_autocast_enabled(device):
             meta["autocast"] = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
         if program.id not in self._registered:
-            self._registered.add(program.id)
             meta["program"] = program.to_wire()
         return meta
 
     def release(self, exchange: int) -> None:
         """Tell the model party, with the next message, that no backward will come for `exchange`."""
         self._released_graphs.append(exchange)
+
+
+def _add_penalty(outputs: Any, penalty: Tensor | None, defense: Defense) -> None:
+    if penalty is None or not isinstance(outputs, dict):
+        if penalty is not None:
+            raise DefenseError(
+                f"{type(defense).__name__} adds to the loss, which a tuple of outputs does not name: call the "
+                "model with return_dict=True."
+            )
+        return
+    if outputs.get("loss") is not None:
+        outputs["loss"] = outputs["loss"] + penalty
 
 
 def _hand_over_forward(model: PreTrainedModel, party: DataParty) -> PreTrainedModel:

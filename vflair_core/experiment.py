@@ -123,7 +123,11 @@ class Experiment:
         attacks: Attacks on both.
         victims: Whose messages are attacked.
         check_unsplit: Train the unsplit model beside the undefended split and compare all losses.
+        cut: Name of the plugin that chooses the cut by `vflair_partition`; empty takes `partition` as it is.
+        channel: Where messages go: "local:", or a URL that a plugin opens.
         wire: Pass every message through the codec.
+        devices: Where the model party computes; with more than one, a plugin places it.
+        save: Write both parties' weights after fine-tuning, each its own, into the output folder.
         isolation: process grades attacks in a worker of their own; inline is for notebooks, and recorded.
         threads: CPU threads; 0 leaves torch's choice.
     """
@@ -138,7 +142,11 @@ class Experiment:
     attacks: tuple[AttackSpec, ...] = ()
     victims: Victims = Victims()
     check_unsplit: bool = False
+    cut: str = ""
+    channel: str = "local:"
     wire: bool = False
+    devices: tuple[str, ...] = ()
+    save: bool = False
     isolation: Literal["process", "inline"] = "process"
     threads: int = field(default=0, validator=validators.ge(0))
 

@@ -70,12 +70,12 @@ class Head:
 
     def append(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Add one token to each prefix in the cache: (B, 1) → (B, 1, D)."""
-        everything = torch.ones(len(tokens), cache.get_seq_length() + tokens.shape[1], dtype=torch.long)
+        everything = torch.ones(
+            len(tokens), cache.get_seq_length() + tokens.shape[1], dtype=torch.long
+        )
         return self._extend(tokens, cache, everything, repeated=False)
 
-    def _extend(
-        self, tokens: Tensor, cache: Cache, mask: Tensor, *, repeated: bool
-    ) -> Tensor:
+    def _extend(self, tokens: Tensor, cache: Cache, mask: Tensor, *, repeated: bool) -> Tensor:
         past = cache.get_seq_length()
         step = (
             torch.zeros(tokens.shape[1], dtype=torch.long)

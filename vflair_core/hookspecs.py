@@ -56,11 +56,11 @@ class Decide:
 
     @hookspec
     def vflair_partition(self, model: torch.nn.Module, partition: Partition) -> Partition | None:
-        """Choose the cut when the experiment says ``partition.plugin``; None to pass."""
+        """Choose the cut when the experiment names this plugin as its ``cut``; None takes its partition."""
 
     @hookspec
     def vflair_open_channel(self, url: str, options: Mapping[str, Any]) -> Channel | None:
-        """Open the channel for a URL scheme the core does not know; None to pass."""
+        """Open a channel the core does not know. `options`: the model party's handle, wire. None to pass."""
 
     @hookspec
     def vflair_place(self, model_party: torch.nn.Module, devices: list[str]) -> bool | None:

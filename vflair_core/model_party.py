@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +15,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from vflair_core import cache as caches
+from vflair_core.absent import ALLOWED
+from vflair_core.checkpoint import save_weights
 from vflair_core.codec import DTYPES
 from vflair_core.errors import ProtocolError
 from vflair_core.message import Crossing, Message
 from vflair_core.program import Execution, Program, Step
 
+_WRONG = (AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 COUNTERPARTS = {"linear": nn.Linear, "layer_norm": nn.LayerNorm}
 
@@ -60,6 +66,10 @@ class ModelParty:
         self.sessions: dict[str, Session] = {}
         modules = [model.get_submodule(name) for name in chain]
         self._modules = dict(zip(chain, modules, strict=True))
+        self._arguments = {
+            name: frozenset(inspect.signature(module.forward).parameters)
+            for name, module in self._modules.items()
+        }
         self._layers = sorted(
             {
                 index
@@ -77,12 +87,32 @@ class ModelParty:
         """Weights, in the order of the whole model."""
         return self.model.parameters()
 
+    @property
+    def device(self) -> torch.device:
+        """Where messages are brought: the device of the first weight."""
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    def save(self, folder: str | Path, step: int) -> Path:
+        """Write the weights this party owns, and nothing else, to ``model_party.safetensors``."""
+        return save_weights(
+            Path(folder) / "model_party.safetensors", self.model, self.fingerprint, step
+        )
+
     def handle(self, message: Message) -> Message:
         """Answer one message.
 
         Raises:
             ProtocolError: The message breaks the protocol; the session is as it was before.
         """
+        try:
+            return self._answer(message)
+        except _WRONG as error:
+            # Facts of the wrong sort, or sizes that do not fit: torch says so in many ways.
+            raise ProtocolError(
+                f"The model party cannot carry out this {message.kind!r}: {type(error).__name__}: {error}"
+            ) from error
+
+    def _answer(self, message: Message) -> Message:
         if message.kind == "open":
             return self._open(message)
         if message.session not in self.sessions:
@@ -95,6 +125,12 @@ class ModelParty:
             )
         for number in message.meta.get("released_graphs", ()):
             session.graphs.pop(number, None)
+        for old, new in message.meta.get("copied_caches", ()):
+            if len(session.caches) >= self.max_caches:
+                raise ProtocolError(
+                    f"A session may keep {self.max_caches} caches; delete unused ones."
+                )
+            session.caches[new] = copy.deepcopy(session.caches[old])
         for key in message.meta.get("released_caches", ()):
             session.caches.pop(key, None)
         match message.kind:
@@ -134,22 +170,30 @@ class ModelParty:
         meta = message.meta
         program = self._program(session, meta)
         _check_leaves(program, message)
-        leaves = [crossing.tensor for crossing in message.tensors]
+        leaves = [crossing.tensor.to(self.device) for crossing in message.tensors]
         grad = bool(meta["grad"])
+        if not isinstance(meta["training"], bool) or not all(index >= 0 for index in meta["wants"]):
+            raise ProtocolError(
+                "'training' must be true or false and 'wants' must count tensors from 0."
+            )
         wanted = [leaves[index].requires_grad_() for index in meta["wants"]] if grad else []
         if grad and len(session.graphs) >= self.max_graphs:
             raise ProtocolError(
                 f"{self.max_graphs} forwards wait for their backward. Use torch.no_grad() where none comes."
             )
-        for counterpart in session.counterparts:
-            for index, crossing in enumerate(message.tensors):
-                if crossing.role == "smashed":
-                    leaves[index] = counterpart(leaves[index])
         if self.model.training != meta["training"]:
             self.model.train(meta["training"])
-        execution = Execution(self._call, leaves, self._cache(session, meta.get("cache")))
-        with torch.set_grad_enabled(grad), _autocast(meta.get("autocast"), leaves):
-            outputs = execution.run(program)
+        with (
+            self._cache(session, meta.get("cache")) as cache,
+            torch.set_grad_enabled(grad),
+            _autocast(meta.get("autocast"), leaves),
+        ):
+            for counterpart in reversed(session.counterparts):  # what was done last is undone first
+                for index, crossing in enumerate(message.tensors):
+                    if crossing.role == "smashed":
+                        leaves[index] = counterpart(leaves[index])
+            outputs = Execution(self._call, leaves, cache).run(program)
+        session.programs[program.id] = program
         live = [out.requires_grad for out in outputs]
         if any(live):
             session.graphs[message.exchange] = Graph(wanted, outputs)
@@ -167,12 +211,18 @@ class ModelParty:
                 "backward (pass retain_graph=True to keep it) or ran without gradients."
             )
         keep = bool(message.meta["keep"])
-        pairs = zip(message.meta["outputs"], message.tensors, strict=True)
+        numbers = message.meta["outputs"]
+        if not numbers or len(set(numbers)) != len(numbers) or min(numbers) < 0:
+            raise ProtocolError(f"{numbers} are not outputs that a gradient can come for.")
+        pairs = zip(numbers, message.tensors, strict=True)
         outputs, gradients = [], []
         for index, crossing in pairs:
             outputs.append(graph.outputs[index])
-            gradients.append(crossing.tensor)
-            if crossing.tensor.shape != outputs[-1].shape:
+            gradients.append(crossing.tensor.to(outputs[-1].device))
+            if (
+                crossing.tensor.shape != outputs[-1].shape
+                or crossing.tensor.dtype != outputs[-1].dtype
+            ):
                 raise ProtocolError(
                     f"A gradient of shape {tuple(crossing.tensor.shape)} came for an output of shape "
                     f"{tuple(outputs[-1].shape)}."
@@ -205,7 +255,12 @@ class ModelParty:
             raise ProtocolError(
                 "A forward still waits for its backward: the weights it went through cannot be changed."
             )
-        if session.optimizer is not None and not meta["skip"]:
+        skip, scale, rate = meta["skip"], meta["scale"], meta["lr"]
+        if not isinstance(rate, float | int) or not isinstance(scale, float | int | None):
+            raise ProtocolError(
+                "A commit needs 'skip', a 'scale' (a number or None) and a learning rate 'lr'."
+            )
+        if session.optimizer is not None and not skip:
             for parameter in self.model.parameters():
                 if parameter.grad is not None and meta["scale"] is not None:
                     parameter.grad.mul_(meta["scale"])
@@ -223,7 +278,8 @@ class ModelParty:
             self._check_chain(program)
             if len(session.programs) >= self.max_programs:
                 raise ProtocolError(f"A session may register {self.max_programs} programs.")
-            session.programs[program.id] = program
+            if program.id == meta["id"]:
+                return program
         if meta["id"] not in session.programs:
             raise ProtocolError(f"Program {meta['id']} was not registered in this session.")
         return session.programs[meta["id"]]
@@ -235,8 +291,9 @@ class ModelParty:
                 f"A program must call {self.chain[0]} … {self.chain[-1]} once each, in order, and return the "
                 f"last output. This one calls {', '.join(program.modules)}."
             )
-        for number, step in enumerate(program.steps[1:], start=1):
-            if not any(source == number - 1 for source in _sources(step)):
+        for number, step in enumerate(program.steps):
+            self._check_step(step)
+            if number and not any(source == number - 1 for source in _sources(step)):
                 raise ProtocolError(
                     f"Step {number} ({step[1]}) does not use the output of the step before."
                 )
@@ -245,9 +302,37 @@ class ModelParty:
                     f"Step {number} ({step[1]}) uses an output that does not exist yet."
                 )
 
-    def _cache(self, session: Session, spec: Any) -> Cache | None:
+    def _check_step(self, step: Step) -> None:
+        """An operation takes one value and numbers, so that nothing it gives is larger; a call, known names."""
+        kind, name, args, kwargs = step
+        if kind == "module":
+            unknown = [key for key, _ in kwargs if key not in self._arguments[name] | ALLOWED]
+            if unknown or args:
+                raise ProtocolError(f"{name} is called by name, and with nothing like {unknown}.")
+            return
+        others = [*args[1:], *dict(kwargs).values()]
+        if not args or args[0][0] not in ("out", "leaf") or not all(map(_is_number, others)):
+            raise ProtocolError(f"Operation {name!r} takes one tensor, then numbers.")
+
+    @contextmanager
+    def _cache(self, session: Session, spec: Any) -> Iterator[Cache | None]:
+        """Lend the session's cache; if what is done with it fails, it is as it was before."""
         if spec is None:
-            return None
+            yield None
+            return
+        key = spec["id"]
+        known = session.caches.get(key)
+        before = [copy.copy(layer) for layer in known.layers] if known else []
+        try:
+            yield self._prepared_cache(session, spec)
+        except BaseException:
+            if known:
+                known.layers[:] = before
+            else:
+                session.caches.pop(key, None)
+            raise
+
+    def _prepared_cache(self, session: Session, spec: Any) -> Cache:
         key = spec["id"]
         if key not in session.caches:
             if "layers" not in spec:
@@ -256,10 +341,22 @@ class ModelParty:
                 raise ProtocolError(
                     f"A session may keep {self.max_caches} caches; delete unused ones."
                 )
+            if not self._layers or not max(self._layers) < len(spec["layers"]) <= 4096:
+                raise ProtocolError(
+                    f"A cache of {len(spec['layers'])} layers does not fit this model."
+                )
             session.caches[key] = caches.build(spec["layers"])
         found = session.caches[key]
         caches.repeat(found, spec["deeds"], self._layers)
         return found
+
+
+def _is_number(tree: Any) -> bool:
+    if tree[0] == "tuple":
+        return all(map(_is_number, tree[1:]))
+    return tree[0] in ("dtype", "slice", "ellipsis") or (
+        tree[0] == "value" and not isinstance(tree[1], str)
+    )
 
 
 def _sources(step: Step) -> list[int]:
@@ -307,9 +404,11 @@ def _counterpart(spec: dict[str, Any], prefix: str, weights: dict[str, Tensor]) 
     kind = spec["kind"]
     if kind not in COUNTERPARTS:
         raise ProtocolError(f"Counterpart {kind!r} is not on the list: {', '.join(COUNTERPARTS)}.")
-    module: nn.Module = COUNTERPARTS[kind](**spec["options"])
     own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    module.load_state_dict(own)
+    # No memory for what the options claim, only for the weights that came.
+    with torch.device("meta"):
+        module: nn.Module = COUNTERPARTS[kind](**spec["options"])
+    module.load_state_dict(own, assign=True)
     return module.requires_grad_(False)
 
 

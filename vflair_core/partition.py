@@ -19,8 +19,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vflair_core.absent import Absent, Recorder, on_meta
 from vflair_core.channel import Channel, LocalChannel
 from vflair_core.data_party import DataParty
-from vflair_core.errors import PartitionError
+from vflair_core.errors import PartitionError, ProtocolError
 from vflair_core.model_party import ModelParty
+from vflair_core.plugins import decide, observe
 
 if TYPE_CHECKING:
     import pluggy
@@ -71,7 +72,9 @@ def split(
     *,
     defenses: Sequence[Defense] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
+    channel: str = "local:",
     wire: bool = False,
+    devices: Sequence[str] = (),
     seed: int | None = None,
     plugins: pluggy.PluginManager | None = None,
 ) -> tuple[DataParty, ModelParty]:
@@ -82,7 +85,9 @@ def split(
         partition: The cut; by default two blocks at either end.
         defenses: Applied in this order on the way out, in reverse on the way back.
         tokenizer: Needed for `DataParty.encode` and `ask` only.
+        channel: Where messages go: ``"local:"``, or a URL that a plugin opens.
         wire: Pass every message through the codec, as a remote channel would.
+        devices: Where the model party computes; with more than one, a plugin places it.
         seed: Seed of the defenses' noise; None draws it from the operating system.
         plugins: Asked for the blocks of a model whose blocks cannot be found.
 
@@ -95,11 +100,11 @@ def split(
     order = tuple(name for name, _ in model.named_parameters())
     held, untied = _take(model, names)
     model_party = ModelParty(held, names, _fingerprint(model, partition))
-    channel: Channel = LocalChannel(model_party.handle, wire=wire)
+    _place(model_party, devices, plugins)
     data_party = DataParty(
         model,
         partition,
-        channel,
+        _open_channel(channel, model_party, plugins, wire=wire),
         names,
         defenses=defenses,
         tokenizer=tokenizer,
@@ -115,13 +120,45 @@ def split(
     data_party.recorder = recorder
     data_party.fingerprint = model_party.fingerprint
     data_party.open()
-    if plugins is not None:
-        plugins.hook.vflair_model_partitioned(
-            partition=partition,
-            data_party_weights=sum(p.numel() for p in data_party.parameters()),
-            model_party_weights=sum(p.numel() for p in model_party.parameters()),
-        )
+    observe(
+        plugins,
+        "vflair_model_partitioned",
+        partition=partition,
+        data_party_weights=sum(p.numel() for p in data_party.parameters()),
+        model_party_weights=sum(p.numel() for p in model_party.parameters()),
+    )
     return data_party, model_party
+
+
+def _open_channel(
+    url: str, model_party: ModelParty, plugins: pluggy.PluginManager | None, *, wire: bool
+) -> Channel:
+    if url == "local:":
+        return LocalChannel(model_party.handle, wire=wire)
+    options = {"handle": model_party.handle, "wire": wire}
+    answer: Channel | None = None
+    if plugins is not None:
+        answer = decide(plugins, "vflair_open_channel", url=url, options=options)
+    if answer is None:
+        raise ProtocolError(
+            f"No plugin opens the channel {url!r}. Use 'local:', or install a plugin that answers "
+            "vflair_open_channel(url, options) for it."
+        )
+    return answer
+
+
+def _place(
+    model_party: ModelParty, devices: Sequence[str], plugins: pluggy.PluginManager | None
+) -> None:
+    if len(devices) == 1:
+        model_party.model.to(devices[0])
+    if len(devices) > 1:
+        facts = {"model_party": model_party.model, "devices": list(devices)}
+        if not (plugins and decide(plugins, "vflair_place", **facts)):
+            raise PartitionError(
+                f"No plugin places the model party on {', '.join(devices)}. Give one device, or install a "
+                "plugin that answers vflair_place(model_party, devices)."
+            )
 
 
 def locate_blocks(model: nn.Module, plugins: pluggy.PluginManager | None = None) -> Blocks:
@@ -146,8 +183,6 @@ def locate_blocks(model: nn.Module, plugins: pluggy.PluginManager | None = None)
         ):
             found.append(name)
     if len(found) != 1 and plugins is not None:
-        from vflair_core.plugins import decide
-
         answer = decide(plugins, "vflair_locate_blocks", model=model)
         if answer is not None:
             return answer  # type: ignore[no-any-return]
@@ -200,12 +235,13 @@ def _calls(model: nn.Module, units: list[str]) -> list[str]:
         return _trace(shadow, units, {key: value.to("meta") for key, value in inputs.items()})
     except Exception:  # noqa: BLE001 - any operation may lack a meta kernel; the real model has them all
         device = next(model.parameters()).device
-        training = model.training
+        training = {module: module.training for module in model.modules()}
         try:
             ones = {key: torch.ones_like(value, device=device) for key, value in inputs.items()}
             return _trace(model.eval(), units, ones)
         finally:
-            model.train(training)
+            for module, flag in training.items():
+                module.training = flag
 
 
 def _trace(model: nn.Module, units: list[str], inputs: dict[str, torch.Tensor]) -> list[str]:
@@ -238,6 +274,7 @@ def _take(model: nn.Module, names: tuple[str, ...]) -> tuple[nn.Module, tuple[st
     }
     shared = inside & outside
     held, untied = nn.Module(), []
+    held.training = model.training  # what `ModelParty` compares a request with
     for name in names:
         module = model.get_submodule(name)
         for key, parameter in list(module.named_parameters(remove_duplicate=False)):

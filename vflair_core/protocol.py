@@ -46,7 +46,9 @@ def cross(
     ]
     # The model party's weights may need gradients even when nothing before the cut does.
     anchor = torch.zeros((), requires_grad=True)
-    returned = Cut.apply(party, exchange, program, roles, cache, anchor, *defended)  # type: ignore[no-untyped-call]
+    # Inside `Cut.forward` gradients are always off and `needs_input_grad` knows nothing of no_grad().
+    grad = torch.is_grad_enabled()
+    returned = Cut.apply(party, exchange, program, roles, cache, grad, anchor, *defended)  # type: ignore[no-untyped-call]
     return [
         party.defend("on_returned", tensor, exchange, name="returned", role="returned")
         for tensor in returned
@@ -64,18 +66,18 @@ class Cut(torch.autograd.Function):
         program: Program,
         roles: tuple[Role, ...],
         cache: dict[str, Any] | None,
+        grad: bool,  # noqa: FBT001 - autograd functions take positions only
         _anchor: Tensor,
         *leaves: Tensor,
     ) -> tuple[Tensor, ...]:
-        grad = any(ctx.needs_input_grad)  # False under torch.no_grad()
-        wants = [n for n, needed in enumerate(ctx.needs_input_grad[6:]) if needed]
+        wants = [n for n, needed in enumerate(ctx.needs_input_grad[7:]) if needed and grad]
         crossings = [
             Crossing(name, role, leaf.detach())
             for (name, _, _), role, leaf in zip(program.leaves, roles, leaves, strict=True)
         ]
         meta = party.forward_meta(program, grad=grad, wants=wants, cache=cache)
         reply = party.request("forward", exchange, crossings, meta)
-        outputs = tuple(crossing.tensor for crossing in reply.tensors)
+        outputs = tuple(crossing.tensor.to(leaves[0].device) for crossing in reply.tensors)
         live = [n for n, alive in enumerate(reply.meta["live"]) if alive]
         ctx.mark_non_differentiable(*(out for n, out in enumerate(outputs) if n not in live))
         ctx.set_materialize_grads(False)
@@ -102,9 +104,9 @@ class Cut(torch.autograd.Function):
         for index, crossing in zip(ctx.wants, reply.tensors, strict=True):
             answer[index] = party.defend(
                 "on_smashed_grad",
-                crossing.tensor,
+                crossing.tensor.to(defended[0].device),
                 exchange,
                 name="smashed_grad",
                 role="smashed_grad",
             )
-        return (None, None, None, None, None, None, *answer)
+        return (None, None, None, None, None, None, None, *answer)

@@ -47,7 +47,7 @@ class Call:
 
 
 def find_roles(
-    model: nn.Module, call: Call, program: Program, disclose: tuple[str, ...]
+    model: nn.Module, call: Call, program: Program, actual: list[Tensor], disclose: tuple[str, ...]
 ) -> tuple[Role, ...]:
     """Return the role of each tensor that `program` takes.
 
@@ -62,19 +62,25 @@ def find_roles(
                 f"calls themselves would tell the text: {', '.join(run.program.modules)} against "
                 f"{', '.join(program.modules)}."
             )
+    # The text at hand is one more witness: random text hardly ever holds the one word a mask may tell.
     columns = zip(*(run.tensors for run in runs), strict=True)
     return tuple(
-        _role(leaf, list(column), disclose)
-        for leaf, column in zip(program.leaves, columns, strict=True)
+        _role(leaf, list(column), tensor, disclose)
+        for leaf, column, tensor in zip(program.leaves, columns, actual, strict=True)
     )
 
 
-def _role(leaf: tuple[str, str, int], versions: list[Tensor], disclose: tuple[str, ...]) -> Role:
+def _role(
+    leaf: tuple[str, str, int], versions: list[Tensor], actual: Tensor, disclose: tuple[str, ...]
+) -> Role:
     name, dtype, _ = leaf
     first = versions[0]
     computed = any(version.requires_grad for version in versions)
     if all(torch.equal(first, other) for other in versions[1:]):
-        return "weight" if computed else "structure"
+        if computed:
+            return "weight"
+        if torch.equal(first, actual):
+            return "structure"
     if first.is_floating_point() and computed:
         return "smashed"
     if name in disclose:
@@ -114,6 +120,16 @@ def _copy_cache(cache: Cache | None) -> Cache | None:
         return copy.deepcopy(cache)
 
 
+def _with_special(ids: Tensor, config: Any, generator: torch.Generator) -> Tensor:
+    """Plant end-of-text tokens here and there: some models mask or pool by them."""
+    end = config.eos_token_id
+    if end is None:
+        return ids
+    first = end[0] if isinstance(end, (list, tuple)) else end
+    chosen = torch.rand(ids.shape, generator=generator).to(ids.device) < 0.2
+    return ids.masked_fill(chosen, first)
+
+
 def _other(model: nn.Module, key: str, value: Any, generator: torch.Generator) -> Any:
     """Other content of equal form for an input that carries text; anything else as it is."""
     if not isinstance(value, Tensor):
@@ -125,6 +141,8 @@ def _other(model: nn.Module, key: str, value: Any, generator: torch.Generator) -
         config = model.config.get_text_config()  # type: ignore[union-attr,operator]
         size = config.vocab_size if key != "labels" else max(int(value.max()) + 1, 1)
         ids = torch.randint(size, value.shape, generator=generator).to(value.device)
+        if key != "labels":
+            ids = _with_special(ids, config, generator)
         pad = config.pad_token_id
         if pad is not None and key != "labels":  # equal lengths: padding stays, no new padding
             ids = torch.where(ids == pad, (pad + 1) % size, ids)

@@ -26,7 +26,7 @@ from vflair_core.experiment import Experiment
 from vflair_core.grading import Grade
 from vflair_core.message import Message
 from vflair_core.metrics import dcs, evaluate_party, normalised_dcs
-from vflair_core.partition import split
+from vflair_core.partition import Partition, split
 from vflair_core.plugins import build, find, observe, plugin_manager
 from vflair_core.pretraining import prepare_model, prior_guess
 from vflair_core.result import Result
@@ -91,7 +91,9 @@ def run(
         with torch.random.fork_rng():
             if experiment.threads:
                 torch.set_num_threads(experiment.threads)
-            result, transcripts = _Run(experiment, plugins, report, strict).go()
+            result, transcripts = _Run(
+                experiment, plugins, report, strict, Path(out) if out else None
+            ).go()
     except BaseException as error:
         observe(plugins, "vflair_run_failed", experiment=experiment, error=error)
         raise
@@ -134,6 +136,7 @@ class _Run:
     plugins: pluggy.PluginManager
     report: Reporter
     strict: bool
+    out: Path | None
 
     def go(self) -> tuple[Result, dict[str, Transcript]]:
         e, clock = self.experiment, Clock()
@@ -192,11 +195,17 @@ class _Run:
     ) -> _Arm:
         e, clock = self.experiment, Clock()
         task, tokenizer, pretrained, launches, victims, prior = setting
-        seed = stream_seed(e.seed, "noise")
         party, model_party = split(
-            model, e.partition, defenses=defenses, tokenizer=tokenizer, wire=e.wire, seed=seed,
+            model,
+            self._partition(model),
+            defenses=defenses,
+            tokenizer=tokenizer,
+            channel=e.channel,
+            wire=e.wire,
+            devices=e.devices,
+            seed=stream_seed(e.seed, "noise"),
             plugins=self.plugins,
-        )  # fmt: skip
+        )
         party.task_kind = task.kind
         for defense in defenses:
             with clock("preparing"):
@@ -204,6 +213,8 @@ class _Run:
         with self._watched(party):
             with clock("fine-tuning"):
                 losses, evaluations = self._fine_tune(name, party, task, batches)
+            if e.save:
+                self._save(name, party, model_party)
             releases = self._releases(task, len(evaluations))
             with clock("victims"):
                 main, bypassed, queries = self._record(
@@ -246,6 +257,7 @@ class _Run:
             else [],
             "releases_per_example": releases,
             "rows_sent": _rows(party),
+            "partition": attrs.asdict(party.partition),
             "untied": list(party.untied),
             "disclosed": sorted(_disclosed(party)),
         }
@@ -284,6 +296,28 @@ class _Run:
             self.report(f"{name}: fine-tuning, loss {losses[-1]:.3f}", number, len(batches))
         evaluations.append(self._evaluate(party, task))
         return losses, evaluations
+
+    def _partition(self, model: Any) -> Partition:
+        """The cut of the experiment, or the one that the plugin it names chooses."""
+        cut = self.experiment.cut
+        if not cut:
+            return self.experiment.partition
+        hook = self.plugins.hook.vflair_partition
+        chosen = [i for i in hook.get_hookimpls() if i.plugin_name == cut]
+        if not chosen:
+            there = ", ".join(i.plugin_name for i in hook.get_hookimpls()) or "none"
+            raise ExperimentError(f"No plugin {cut!r} answers vflair_partition. Possible: {there}.")
+        given = {"model": model, "partition": self.experiment.partition}
+        answer = chosen[0].function(**{name: given[name] for name in chosen[0].argnames})
+        return answer if answer is not None else self.experiment.partition
+
+    def _save(self, arm: str, party: DataParty, model_party: ModelParty) -> None:
+        if self.out is None:
+            raise ExperimentError("save = true needs an output folder: pass out= (or --out).")
+        folder = self.out / arm
+        for path in (party.save(folder), model_party.save(folder, party.step)):
+            facts: dict[str, Any] = {"path": str(path), "step": party.step}
+            observe(self.plugins, "vflair_checkpoint_saved", strict=self.strict, **facts)
 
     def _releases(self, task: Task, evaluations: int) -> int:
         """Rows of smashed data of the example that crosses most often: its length times its crossings."""

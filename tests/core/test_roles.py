@@ -100,7 +100,7 @@ def test_masks_positions_and_rotary_tables_are_structure_and_hidden_states_are_s
 @pytest.mark.parametrize("wire", [False, True], ids=["clones", "wire"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
 def test_every_tensor_that_crosses_in_a_training_step_has_a_role(cut, kind, wire):
-    task = "causal-lm" if kind != "bert" else "sequence-classification"
+    task = "causal-lm" if kind != "bert" else "classification"
     parties = cut(kind, task=task, wire=wire)
     labels = "tokens" if kind != "bert" else "classes"
     with parties.data_party.channel.tap(Transcript()) as transcript:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from vflair_attacks.gradient_sign import GradientSign
 from vflair_attacks.nearest_embedding import NearestEmbedding
-
 from vflair_core import AttackError, Partition, Transcript, split
 from vflair_core.attack import Observables, launch
 from vflair_core.testing import tiny_model

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vflair_attacks.vocabulary_search import GreedySearch, VocabularySearch
 
+from vflair_attacks.vocabulary_search import GreedySearch, VocabularySearch
 from vflair_core import AttackError, Guess, Partition, Transcript, split
 from vflair_core.attack import Observables, launch
 from vflair_core.defense import Mechanism

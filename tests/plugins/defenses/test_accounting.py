@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vflair_defenses.accounting import gaussian_delta, gaussian_epsilon, gaussian_sigma
 
 

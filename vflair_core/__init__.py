@@ -17,7 +17,7 @@ _HOMES = {
     "Message": "message",
     "Partition": "partition",
     "split": "partition",
-    "verify": "verify",
+    "verify": "verification",
     "Defense": "defense",
     "Guarantee": "guarantee",
     "Guess": "attack",
@@ -34,7 +34,7 @@ _HOMES = {
     "plugin_manager": "plugins",
     "Experiment": "experiment",
     "read_experiment": "config",
-    "run": "run",
+    "run": "running",
     "Result": "result",
 }
 
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from vflair_core.partition import split as split
     from vflair_core.plugins import plugin_manager as plugin_manager
     from vflair_core.result import Result as Result
-    from vflair_core.run import run as run
+    from vflair_core.running import run as run
     from vflair_core.task import Example as Example
     from vflair_core.task import Task as Task
-    from vflair_core.verify import verify as verify
+    from vflair_core.verification import verify as verify

@@ -48,6 +48,10 @@ class Launch:
         """All names the attack may use."""
         return granted(self.knowledge)
 
+    def check(self) -> None:
+        """See that the attack asks for nothing it is not granted; raises `AttackError`."""
+        check(self.attack, self.granted)
+
     @property
     def label(self) -> str:
         """The knowledge as a result shows it."""
@@ -169,7 +173,7 @@ def attack_and_grade(
         AttackError: An attack asks for more than it is granted, or fails.
     """
     for launch in launches:
-        check(launch.attack, launch.granted)
+        launch.check()
     with tempfile.TemporaryDirectory(prefix="vflair-") as name:
         folder = Path(name)
         _furnish(folder, launches, evidence, threads or torch.get_num_threads())
@@ -189,8 +193,7 @@ def attack_and_grade(
             if evidence.bypassed is not None:
                 control, _ = read_guess(folder / f"guess-{number}-bypassed")
                 bypassed = subset_accuracy(control, truth, subset)
-            else:
-                grade.details["subset"] = _on_subset(guess, truth, subset)
+            grade.reference = _on_subset(guess, truth, subset)
             grades.append(judge(grade, (references or {}).get(launch.name), bypassed))
     return grades
 

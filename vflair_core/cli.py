@@ -43,7 +43,7 @@ def run(
     from vflair_core import report
     from vflair_core.config import read_experiment
     from vflair_core.plugins import plugin_manager
-    from vflair_core.run import run as run_experiment
+    from vflair_core.running import run as run_experiment
 
     experiment = read_experiment(file, override or ())
     folder = out or Path("runs") / file.stem

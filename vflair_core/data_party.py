@@ -96,6 +96,12 @@ class DataParty:
         """Weights, in the order of the whole model."""
         return self.model.parameters()
 
+    @property
+    def disclosed(self) -> set[str]:
+        """Tensors that crossed although they depend on the text, because the partition says they may."""
+        crossing = any("disclosed" in roles for roles in self.roles.values())
+        return set(self.partition.disclose) if crossing else set()
+
     def save(self, folder: str | Path) -> Path:
         """Write the weights this party owns, and nothing else, to ``data_party.safetensors``."""
         return save_weights(

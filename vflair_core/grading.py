@@ -48,6 +48,7 @@ class Grade:
     negative_control: float | None = None
     verdict: str = "ok"
     budget: dict[str, float] = field(factory=dict)
+    reference: float = 0.0  # performance on the victims that also cross with the defense bypassed
     seconds: float = 0.0
     recovered: list[str] = field(factory=list)  # the guesses as text; not among the numbers
 

@@ -89,7 +89,7 @@ def tiny_batch(
         seed: Seed of the words and classes; the global random state stays as it was.
     """
     generator = torch.Generator().manual_seed(seed)
-    vocabulary: int = model.config.get_text_config().vocab_size  # type: ignore[assignment]
+    vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(FIRST_WORD, vocabulary, (rows, length), generator=generator)  # (B, T)
     mask = torch.ones_like(ids)
     if padding:
@@ -100,5 +100,7 @@ def tiny_batch(
     if labels == "tokens":
         batch["labels"] = torch.where(mask == 1, ids, -100)
     elif labels == "classes":
-        batch["labels"] = torch.randint(model.config.num_labels, (rows,), generator=generator)
+        batch["labels"] = torch.randint(
+            int(model.config.num_labels or 2), (rows,), generator=generator
+        )
     return batch

@@ -1,0 +1,322 @@
+"""One arm of an experiment: cut, defend, fine-tune, let the victims cross, attack, and count."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import attrs
+import structlog
+import torch
+from attrs import define, field, frozen
+from torch import Tensor
+
+from vflair_core.attacking import Evidence, Launch, attack_and_grade, record_victims, truth_of
+from vflair_core.channel import Transcript
+from vflair_core.defense import Batch, Defense
+from vflair_core.errors import ExperimentError
+from vflair_core.experiment import Experiment
+from vflair_core.grading import Grade
+from vflair_core.message import Message
+from vflair_core.metrics import evaluate_party
+from vflair_core.partition import Partition, split
+from vflair_core.plugins import observe
+from vflair_core.task import Example, Task
+from vflair_core.training import FineTuning
+from vflair_core.worker import stream_seed
+
+if TYPE_CHECKING:
+    import pluggy
+
+    from vflair_core.data_party import DataParty
+    from vflair_core.model_party import ModelParty
+
+log = structlog.get_logger()
+
+
+class Reporter(Protocol):
+    """Shows how far a run is; the command line draws bars, a library user can pass anything."""
+
+    def __call__(self, phase: str, done: int, total: int, /) -> None: ...
+
+
+@define
+class Clock:
+    """Seconds per phase."""
+
+    seconds: dict[str, float] = field(factory=dict)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+@frozen(eq=False)
+class Setting:
+    """What both arms of an experiment share."""
+
+    experiment: Experiment
+    plugins: pluggy.PluginManager
+    report: Reporter
+    strict: bool
+    out: Path | None
+    task: Task
+    tokenizer: Any
+    pretrained: dict[str, Tensor]
+    launches: list[Launch]
+    victims: list[Example]
+    prior: Tensor | None
+    batches: list[Batch]
+
+    @property
+    def victim_length(self) -> int:
+        """Tokens kept of each victim."""
+        return self.experiment.victims.max_length or self.experiment.train.max_length
+
+    def tell(self, hook: str, **facts: Any) -> None:
+        """Tell the observers."""
+        observe(self.plugins, hook, strict=self.strict, **facts)
+
+
+@define
+class Arm:
+    """What one arm found, and what the other needs of it."""
+
+    numbers: dict[str, Any]
+    cost: dict[str, Any]
+    transcript: Transcript
+    grades: list[Grade]
+    samples: list[dict[str, Any]]
+    references: dict[str, float]  # each attack's performance on the victims that cross bypassed
+
+
+def run_arm(
+    name: str, model: Any, defenses: list[Defense], setting: Setting, references: dict[str, float]
+) -> Arm:
+    """Run one arm on `model`, which it consumes; `references` come from the undefended arm."""
+    e, task, clock = setting.experiment, setting.task, Clock()
+    party, model_party = split(
+        model,
+        _partition(model, setting),
+        defenses=defenses,
+        tokenizer=setting.tokenizer,
+        channel=e.channel,
+        wire=e.wire,
+        devices=e.devices,
+        seed=stream_seed(e.seed, "noise"),
+        plugins=setting.plugins,
+    )
+    party.task_kind = task.kind
+    with clock("preparing"):
+        for defense in defenses:
+            defense.prepare(task.public, party)
+    with _watched(party, setting):
+        with clock("fine-tuning"):
+            losses, evaluations = _fine_tune(name, party, setting)
+        if e.save:
+            _save(name, party, model_party, setting)
+        with clock("victims"):
+            main, bypassed, queries = _record(party, setting, defended=bool(defenses))
+    evidence = Evidence(
+        party=party,
+        model_party=model_party,
+        pretrained=setting.pretrained,
+        main=main,
+        bypassed=bypassed,
+        releases=e.victims.releases,
+        task=task,
+        auxiliary=_auxiliary(setting),
+        queries=queries,
+    )
+    truth = truth_of(party, setting.victims, setting.victim_length)
+    with clock("attacks"):
+        grades = attack_and_grade(
+            setting.launches,
+            evidence,
+            truth,
+            prior=setting.prior,
+            subset=range(min(e.victims.bypass, len(setting.victims))),
+            references=references if defenses else None,
+            isolation=e.isolation,
+            progress=lambda label, done, total: setting.report(f"{name}: {label}", done, total),
+            threads=e.threads or None,
+        )
+    for grade in grades:
+        setting.tell("vflair_attack_finished", name=grade.attack, grade=grade.to_dict())
+    releases = _releases(setting, len(evaluations))
+    metrics = evaluations[-1]["metrics"]
+    numbers = {
+        "main_performance": next(iter(metrics.values())),
+        "metric": next(iter(metrics)),
+        "losses": losses,
+        "evaluations": evaluations,
+        "attacks": [_without_seconds(grade) for grade in grades],
+        "guarantees": [
+            {"defense": spec.name, **defense.guarantee(releases).to_dict()}
+            for spec, defense in zip(e.defenses, defenses, strict=False)
+        ],
+        "covers": sorted({place for defense in defenses for place in defense.covers}),
+        "releases_per_example": releases,
+        "partition": attrs.asdict(party.partition),
+        "untied": list(party.untied),
+        "disclosed": sorted(party.disclosed),
+        "isolation": e.isolation,
+    }
+    samples = [
+        {"attack": grade.attack, "private": truth.texts[n], "recovered": text}
+        for grade in grades
+        for n, text in enumerate(grade.recovered)
+    ]
+    performances = {grade.attack: grade.reference for grade in grades}
+    return Arm(numbers, _cost(party, clock, grades), main, grades, samples, performances)
+
+
+def _partition(model: Any, setting: Setting) -> Partition:
+    """The cut of the experiment, or the one that the plugin it names chooses."""
+    e = setting.experiment
+    if not e.cut:
+        return e.partition
+    answers = setting.plugins.hook.vflair_partition.get_hookimpls()
+    chosen = [i for i in answers if i.plugin_name == e.cut]
+    if not chosen:
+        there = ", ".join(i.plugin_name for i in answers) or "none"
+        raise ExperimentError(f"No plugin {e.cut!r} answers vflair_partition. Possible: {there}.")
+    given: dict[str, Any] = {"model": model, "partition": e.partition}
+    answer: Any = chosen[0].function(**{n: given[n] for n in chosen[0].argnames})
+    return e.partition if answer is None else answer
+
+
+def _fine_tune(
+    name: str, party: DataParty, setting: Setting
+) -> tuple[list[float], list[dict[str, Any]]]:
+    e, batches = setting.experiment, setting.batches
+    rounds = FineTuning(party, e.train)
+    evaluations, losses = [_evaluate(party, setting)], []
+    torch.manual_seed(stream_seed(e.seed, "dropout"))
+    per_epoch = -(-len(setting.task.train) // e.train.batch_size)
+    for number, batch in enumerate(batches, start=1):
+        setting.tell("vflair_step_started", step=party.step)
+        losses.append(rounds.step(party.defend_tokens(batch)))
+        setting.tell("vflair_step_finished", step=party.step, loss=losses[-1])
+        log.debug("step_finished", arm=name, step=party.step, loss=losses[-1])
+        if number % per_epoch == 0:
+            setting.tell("vflair_epoch_finished", epoch=number // per_epoch, step=party.step)
+        every = e.train.evaluate_every
+        if every and number % every == 0 and number < len(batches):
+            evaluations.append(_evaluate(party, setting))
+        setting.report(f"{name}: fine-tuning, loss {losses[-1]:.3f}", number, len(batches))
+    evaluations.append(_evaluate(party, setting))
+    return losses, evaluations
+
+
+def _evaluate(party: DataParty, setting: Setting) -> dict[str, Any]:
+    options = setting.experiment.train
+    with torch.random.fork_rng():  # however often it is watched, training takes the same steps
+        metrics = evaluate_party(
+            party,
+            setting.task,
+            batch_size=max(options.batch_size, 16),
+            max_length=options.max_length,
+        )
+    setting.tell("vflair_evaluated", step=party.step, metrics=metrics)
+    return {"step": party.step, "metrics": metrics}
+
+
+def _save(arm: str, party: DataParty, model_party: ModelParty, setting: Setting) -> None:
+    if setting.out is None:
+        raise ExperimentError("save = true needs an output folder: pass out= (or --out).")
+    folder = setting.out / arm
+    for path in (party.save(folder), model_party.save(folder, party.step)):
+        setting.tell("vflair_checkpoint_saved", path=str(path), step=party.step)
+
+
+def _record(
+    party: DataParty, setting: Setting, *, defended: bool
+) -> tuple[Transcript, Transcript | None, Transcript | None]:
+    """Let the victims cross, some of them once more with the defense bypassed, and public queries."""
+    v, length = setting.experiment.victims, setting.victim_length
+    gradients = v.phase == "train"
+    options: dict[str, Any] = {"max_length": length, "gradients": gradients}
+    main = record_victims(party, setting.victims, releases=v.releases, **options)
+    bypassed = queries = None
+    if defended:
+        bypassed = record_victims(party, setting.victims[: v.bypass], bypass=True, **options)
+    if v.queries and setting.task.public:
+        publics = [Example(text, label=0) for text in setting.task.public[: v.queries]]
+        queries = record_victims(party, publics, max_length=length, gradients=False)
+    return main, bypassed, queries
+
+
+def _auxiliary(setting: Setting) -> dict[str, Any]:
+    """What may be granted beside messages and weights. In-domain data are examples that are no victims."""
+    v, task = setting.experiment.victims, setting.task
+    first = v.count if v.split == "train" else 0
+    others: Sequence[Example] = [
+        task.train[n] for n in range(first, min(first + 64, len(task.train)))
+    ]
+    return {
+        "public_texts": list(task.public),
+        "in_domain": [example.text for example in others],
+        "few_labelled": [attrs.asdict(example) for example in others[:16]],
+        "queries": list(task.public[: v.queries]),
+    }
+
+
+def _releases(setting: Setting, evaluations: int) -> int:
+    """Rows of smashed data of the example that crosses most often: its length times its crossings."""
+    e = setting.experiment
+    crossings = {
+        "train": -(-e.train.steps * e.train.batch_size // len(setting.task.train)),
+        "test": evaluations,
+    }
+    crossings[e.victims.split] += e.victims.releases
+    return max(crossings.values()) * max(e.train.max_length, setting.victim_length)
+
+
+def _cost(party: DataParty, clock: Clock, grades: list[Grade]) -> dict[str, Any]:
+    traffic = party.channel.traffic
+    return {
+        "messages": party.channel.messages,
+        "bytes": {f"{role} {direction}": t.bytes for (role, direction), t in traffic.items()},
+        "rows": {f"{role} {direction}": t.rows for (role, direction), t in traffic.items()},
+        "total_bytes": sum(t.bytes for t in traffic.values()),
+        "channel_seconds": party.channel.seconds,
+        "seconds": clock.seconds,
+        "attack_seconds": {grade.attack: grade.seconds for grade in grades},
+    }
+
+
+def _without_seconds(grade: Grade) -> dict[str, Any]:
+    plain = grade.to_dict()
+    del plain["seconds"]
+    return plain
+
+
+@contextmanager
+def _watched(party: DataParty, setting: Setting) -> Iterator[None]:
+    """Tell the observers of messages, if there are any: a tap costs a copy of everything."""
+
+    def tell(message: Message, direction: str, seconds: float) -> None:
+        for crossing in message.tensors:
+            setting.tell(
+                f"vflair_message_{direction}",
+                kind=message.kind,
+                role=crossing.role,
+                direction=direction,
+                step=message.step,
+                nbytes=crossing.nbytes,
+                seconds=seconds,
+            )
+
+    hooks = ("vflair_message_sent", "vflair_message_received")
+    heard = any(getattr(setting.plugins.hook, hook).get_hookimpls() for hook in hooks)
+    taps: AbstractContextManager[Any] = party.channel.tap(tell) if heard else nullcontext()
+    with taps:
+        yield

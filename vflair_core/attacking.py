@@ -212,13 +212,15 @@ def _run(folder: Path, isolation: Isolation, progress: Progress) -> None:
         work(folder, progress)
         return
     command = [sys.executable, "-m", "vflair_core.worker", str(folder)]
-    with (folder / "stderr.txt").open("w") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)  # noqa: S603
-        assert process.stdout is not None
+    with (
+        (folder / "stderr.txt").open("w") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,  # noqa: S603
+    ):
+        assert process.stdout is not None  # PIPE was asked for
         for line in process.stdout:
             if line.startswith(MARK):
                 progress(*json.loads(line.removeprefix(MARK)))
-        code = process.wait()
+    code = process.returncode
     if code:
         report = folder / "error.json"
         if report.exists():

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -40,73 +41,90 @@ def bars(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def show_result(result: Result, folder: Path) -> None:
-    """Print the table of numbers and, side by side, a private sentence and what was recovered."""
+    """Print the numbers and, side by side, a private sentence and what was recovered of it."""
     console = Console()
     arms = [arm for arm in ARMS if arm in result.numbers]
-    console.print(_numbers(result, arms))
-    for arm in arms:
-        equal = result.numbers[arm].get("unsplit_losses_equal")
-        if equal is not None:
-            word = "equal" if equal else "DIFFER FROM"
-            console.print(f"{arm}: all training losses {word} the unsplit model's.")
-        for grade in result.numbers[arm]["attacks"]:
-            if grade["verdict"] != "ok":
-                console.print(
-                    f"{arm}, {grade['attack']}: {escape(grade['verdict'])}.", style="yellow"
-                )
-    for sentence in _sentences(result, arms):
+    console.print(_utility(result, arms), _privacy(result, arms), sep="\n")
+    for line in _remarks(result, arms):
+        console.print(line, style="yellow" if "failed" in line else "", highlight=False)
+    sentence = _sentence(result, arms)
+    if sentence is not None:
         console.print(sentence)
     console.print(f"Written to {folder}: result.json, transcript.safetensors, experiment.toml.")
 
 
-def _numbers(result: Result, arms: list[str]) -> Table:
+def _utility(result: Result, arms: list[str]) -> Table:
+    metric = result.numbers[arms[0]]["metric"]
     table = Table(
         title=f"{result.task['name']} · numbers {result.numbers_hash}", title_justify="left"
     )
-    for column in ("", "MP", "held-out loss", "attack (knowledge)", "AP [95 %]", "floor", "DCS"):
+    for column in ("", f"MP ({metric})", "held-out loss", "guarantee", "MB", "seconds"):
         table.add_column(column)
-    for column in ("guarantee", "MB", "s"):
-        table.add_column(column)
-    scores = {row["attack"]: row for row in result.numbers.get("dcs", {}).get("per_attack", ())}
     for arm in arms:
         numbers, cost = result.numbers[arm], result.cost[arm]
         first, last = (numbers["evaluations"][n]["metrics"]["loss"] for n in (0, -1))
-        facts = [
+        promises = [_promise(guarantee) for guarantee in numbers["guarantees"]]
+        table.add_row(
             arm,
-            f"{numbers['main_performance']:.3f} {numbers['metric']}",
+            f"{numbers['main_performance']:.3f}",
             f"{first:.3f} → {last:.3f}",
-        ]
-        promise = "; ".join(g["statement"] for g in numbers["guarantees"]) or "none"
-        costs = [
-            promise,
+            "; ".join(promises) or "none",
             f"{cost['total_bytes'] / 1e6:.1f}",
             f"{sum(cost['seconds'].values()):.0f}",
-        ]
-        for row, grade in enumerate(numbers["attacks"] or [None]):
-            left = facts if row == 0 else [""] * len(facts)
-            right = costs if row == 0 else [""] * len(costs)
-            table.add_row(*left, *_attack(grade, scores if arm == "defended" else {}), *right)
+        )
     return table
 
 
-def _attack(grade: dict[str, Any] | None, scores: dict[str, Any]) -> list[str]:
-    if grade is None:
-        return ["none", "", "", ""]
+def _promise(guarantee: dict[str, Any]) -> str:
+    if guarantee["mechanism"] is None:
+        return "none (empirical)"
+    return f"ε {guarantee['epsilon']:.4g}, δ {guarantee['delta']:g}"
+
+
+def _privacy(result: Result, arms: list[str]) -> Table:
+    table = Table(box=SIMPLE)
+    table.add_column("attack (knowledge)")
+    for arm in arms:
+        table.add_column(f"AP {arm} [95 %]")
+    table.add_column("floor")
+    if len(arms) > 1:
+        table.add_column("DCS")
+    scores = {
+        row["attack"]: row["dcs"] for row in result.numbers.get("dcs", {}).get("per_attack", ())
+    }
+    for row, last in enumerate(result.numbers[arms[-1]]["attacks"]):
+        grades = [result.numbers[arm]["attacks"][row] for arm in arms]
+        cells = [_performance(grade) for grade in grades]
+        cells.append(f"{last['floor']:.3f}")
+        if len(arms) > 1:
+            cells.append(f"{scores[last['attack']]:.3f}")
+        table.add_row(f"{last['attack']} ({last['knowledge']})", *cells)
+    return table
+
+
+def _performance(grade: dict[str, Any]) -> str:
     low, high = grade["interval"]
-    score = scores.get(grade["attack"])
-    return [
-        f"{grade['attack']} ({grade['knowledge']})",
-        f"{grade['attack_performance']:.3f} [{low:.3f}, {high:.3f}]",
-        f"{grade['floor']:.3f}",
-        f"{score['dcs']:.3f}" if score else "",
-    ]
+    return f"{grade['attack_performance']:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _sentences(result: Result, arms: list[str]) -> Iterator[Panel]:
+def _remarks(result: Result, arms: list[str]) -> Iterator[str]:
+    for arm in arms:
+        equal = result.numbers[arm].get("unsplit_losses_equal")
+        if equal is not None:
+            word = "equal" if equal else "failed to equal"
+            yield f"{arm}: all training losses {word} the unsplit model's."
+        for guarantee in result.numbers[arm]["guarantees"]:
+            yield f"{guarantee['defense']}: {guarantee['statement']}."
+        for grade in result.numbers[arm]["attacks"]:
+            if grade["verdict"] != "ok":
+                yield f"{arm}, {grade['attack']}: {grade['verdict']}."
+
+
+def _sentence(result: Result, arms: list[str]) -> Panel | None:
     """The first planted record, or else the first victim, as the strongest token attack saw it."""
-    grades = [g for g in result.numbers[arms[0]]["attacks"] if g["target"] == "tokens"]
+    grades = [g for g in result.numbers[arms[-1]]["attacks"] if g["target"] == "tokens"]
     if not grades:
-        return
+        return None
     attack = max(grades, key=lambda grade: grade["attack_performance"])["attack"]
     rows = {
         arm: [s for s in result.samples if s["arm"] == arm and s["attack"] == attack]
@@ -114,6 +132,8 @@ def _sentences(result: Result, arms: list[str]) -> Iterator[Panel]:
     }
     texts = [row["private"] for row in rows[arms[0]]]
     chosen = next((n for n, text in enumerate(texts) if "@" in text), 0)
-    lines = [f"[bold]private[/]     {escape(texts[chosen])}"]
-    lines += [f"[bold]{arm:<11}[/] {escape(rows[arm][chosen]['recovered'])}" for arm in arms]
-    yield Panel("\n".join(lines), title=f"what {attack} recovered", title_align="left")
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("[bold]private[/]", escape(texts[chosen]))
+    for arm in arms:
+        grid.add_row(f"[bold]{arm}[/]", escape(rows[arm][chosen]["recovered"]))
+    return Panel(grid, title=f"what {attack} recovered", title_align="left")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vflair_core.attacking import Evidence, Launch, attack_and_grade, record_victims, truth_of
 from vflair_core.channel import Transcript
-from vflair_core.defense import Batch, Defense
+from vflair_core.defense import Defense
 from vflair_core.errors import ExperimentError
 from vflair_core.experiment import Experiment
 from vflair_core.grading import Grade
@@ -73,7 +73,7 @@ class Setting:
     launches: list[Launch]
     victims: list[Example]
     prior: Tensor | None
-    batches: list[Batch]
+    orders: list[list[Example]]  # the examples of each training step
 
     @property
     def victim_length(self) -> int:
@@ -196,22 +196,22 @@ def _partition(model: Any, setting: Setting) -> Partition:
 def _fine_tune(
     name: str, party: DataParty, setting: Setting
 ) -> tuple[list[float], list[dict[str, Any]]]:
-    e, batches = setting.experiment, setting.batches
+    e, orders = setting.experiment, setting.orders
     rounds = FineTuning(party, e.train)
     evaluations, losses = [_evaluate(party, setting)], []
     torch.manual_seed(stream_seed(e.seed, "dropout"))
     per_epoch = -(-len(setting.task.train) // e.train.batch_size)
-    for number, batch in enumerate(batches, start=1):
+    for number, examples in enumerate(orders, start=1):
         setting.tell("vflair_step_started", step=party.step)
-        losses.append(rounds.step(party.defend_tokens(batch)))
+        losses.append(rounds.step(party.encode(examples, max_length=e.train.max_length)))
         setting.tell("vflair_step_finished", step=party.step, loss=losses[-1])
         log.debug("step_finished", arm=name, step=party.step, loss=losses[-1])
         if number % per_epoch == 0:
             setting.tell("vflair_epoch_finished", epoch=number // per_epoch, step=party.step)
         every = e.train.evaluate_every
-        if every and number % every == 0 and number < len(batches):
+        if every and number % every == 0 and number < len(orders):
             evaluations.append(_evaluate(party, setting))
-        setting.report(f"{name}: fine-tuning, loss {losses[-1]:.3f}", number, len(batches))
+        setting.report(f"{name}: fine-tuning, loss {losses[-1]:.3f}", number, len(orders))
     evaluations.append(_evaluate(party, setting))
     return losses, evaluations
 

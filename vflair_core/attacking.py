@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vflair_core.attack import check, wants
 from vflair_core.channel import Transcript
 from vflair_core.data_party import DataParty
-from vflair_core.encoding import encode, private_positions
+from vflair_core.encoding import private_positions
 from vflair_core.errors import AttackError
 from vflair_core.grading import Grade, Truth, grade_labels, grade_tokens, judge, subset_accuracy
 from vflair_core.knowledge import granted
@@ -86,7 +86,7 @@ def record_victims(
 
     With `gradients` each is a training round whose step is skipped on both sides; without, an inference.
     """
-    party.bypass_defenses, was_training = bypass, party.model.training
+    party.defenses.bypassed, was_training = bypass, party.model.training
     party.model.train(gradients)
     try:
         with party.channel.tap(Transcript()) as transcript:
@@ -94,30 +94,21 @@ def record_victims(
                 for example in examples:
                     _send(party, example, max_length, gradients=gradients)
     finally:
-        party.bypass_defenses = False
+        party.defenses.bypassed = False
         party.model.train(was_training)
         party.model.zero_grad(set_to_none=True)
     return transcript
 
 
 def _send(party: DataParty, example: Example, max_length: int, *, gradients: bool) -> None:
-    batch = encode(
-        party.tokenizer,  # type: ignore[arg-type]
-        [example],
-        kind=party.task_kind,
-        max_length=max_length,
-        change=party.defend_text,
-    )
-    batch = party.defend_tokens(batch)
+    batch = party.encode([example], max_length=max_length)
     if not gradients:
         with torch.no_grad():
             party.model(**batch, use_cache=False)
         return
-    labels = party.defend_labels(batch["labels"])
-    party.model(**{**batch, "labels": labels}, use_cache=False).loss.backward()
+    party.model(**batch, use_cache=False).loss.backward()
     # A round whose step is skipped: both parties drop its gradients.
-    party.request("commit", None, (), {"scale": None, "lr": 0.0, "skip": True})
-    party.step += 1
+    party.line.commit(scale=None, rate=0.0, skip=True)
 
 
 def truth_of(party: DataParty, examples: Sequence[Example], max_length: int) -> Truth:
@@ -257,7 +248,9 @@ def _furnish(folder: Path, launches: Sequence[Launch], evidence: Evidence, threa
     if asked & {"tokenizer"}:
         party.tokenizer.save_pretrained(folder)  # type: ignore[union-attr]
     if asked & {"parameters", "mechanism"} and "parameters" in names:
-        state = {f"{n}.{k}": v for n, d in enumerate(party.defenses) for k, v in d.state().items()}
+        state = {
+            f"{n}.{k}": v for n, d in enumerate(party.defenses.each) for k, v in d.state().items()
+        }
         _save_weights(folder / "defenses.safetensors", state)
     if evidence.queries is not None:
         evidence.queries.save(folder / "queries.safetensors")
@@ -267,8 +260,8 @@ def _furnish(folder: Path, launches: Sequence[Launch], evidence: Evidence, threa
         "partition": attrs.asdict(party.partition),
         "task_kind": evidence.task.kind,
         "model_class": type(model).__mro__[1].__name__,
-        "defenses": [_defense(defense) for defense in party.defenses] if asked & {"mechanism"} else
-        [{} for _ in party.defenses],
+        "defenses": [_defense(defense) for defense in party.defenses.each] if asked & {"mechanism"} else
+        [{} for _ in party.defenses.each],
         "auxiliary": {k: v for k, v in evidence.auxiliary.items() if k in asked},
         "threads": threads,
     }  # fmt: skip

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vflair_core.defense import Defense
-from vflair_core.errors import DefenseError
+from vflair_core.errors import DefenseError, ProtocolError
 from vflair_core.message import Crossing
+
+KINDS: dict[str, type[nn.Module]] = {"linear": nn.Linear, "layer_norm": nn.LayerNorm}
 
 
 def describe(defenses: Sequence[Defense]) -> tuple[list[dict[str, Any]], list[Crossing]]:
@@ -43,3 +46,20 @@ def describe(defenses: Sequence[Defense]) -> tuple[list[dict[str, Any]], list[Cr
             for key, value in module.state_dict().items()
         ]
     return descriptions, weights
+
+
+def build(spec: dict[str, Any], prefix: str, weights: dict[str, Tensor]) -> nn.Module:
+    """Build one counterpart from its description and the weights that came under `prefix`.
+
+    Raises:
+        ProtocolError: The kind is not on the list.
+    """
+    kind = spec["kind"]
+    if kind not in KINDS:
+        raise ProtocolError(f"Counterpart {kind!r} is not on the list: {', '.join(KINDS)}.")
+    own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    # No memory for what the options claim, only for the weights that came.
+    with torch.device("meta"):
+        module: nn.Module = KINDS[kind](**spec["options"])
+    module.load_state_dict(own, assign=True)
+    return module.requires_grad_(False)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import inspect
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +17,12 @@ from vflair_core import cache as caches
 from vflair_core import protocol
 from vflair_core.channel import Channel
 from vflair_core.checkpoint import save_weights
+from vflair_core.defending import Defenses
 from vflair_core.defense import Batch, Defense, Exchange
+from vflair_core.encoding import encode
 from vflair_core.errors import DefenseError, PartitionError
-from vflair_core.message import Crossing, Kind, Message, Phase, Role
+from vflair_core.line import Line
+from vflair_core.message import Phase, Role
 from vflair_core.program import Program
 from vflair_core.roles import Call, Captured, find_roles
 
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.cache_utils import Cache
 
-    from vflair_core.absent import Recorder
     from vflair_core.partition import Partition
+    from vflair_core.recorder import Recorder
+    from vflair_core.task import Example
 
 
 MAX_PATHS = 4096  # remembered ways of calling the model; forgetting them costs time only
@@ -44,6 +46,7 @@ class DataParty:
         partition: The cut.
         channel: The way to the model party.
         absent: Names of the modules the model party holds, in call order.
+        fingerprint: Of model and cut; the model party must have the same.
         defenses: Applied in this order on the way out, in reverse on the way back.
         tokenizer: Needed for `encode` and `ask`.
         seed: Seed of the defenses' noise; None draws it from the operating system.
@@ -59,6 +62,7 @@ class DataParty:
         partition: Partition,
         channel: Channel,
         absent: tuple[str, ...],
+        fingerprint: str,
         *,
         defenses: Sequence[Defense] = (),
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -66,23 +70,15 @@ class DataParty:
         untied: tuple[str, ...] = (),
     ) -> None:
         self.partition, self.channel, self.absent, self.untied = partition, channel, absent, untied
-        self.tokenizer, self.defenses, self.seed = tokenizer, tuple(defenses), seed
-        self.task_kind = "*"
-        self.step = 0
-        self.fingerprint = ""
-        self.session = uuid.uuid4().hex
-        self.bypass_defenses = False
+        self.line = Line(channel, fingerprint)
+        self.tokenizer = tokenizer
+        self.defenses = Defenses(defenses, partition.kind, seed)
         self.roles: dict[str, tuple[Role, ...]] = {}
-        self._generators = [_generator(seed, n) for n in range(len(self.defenses))]
-        self._registered: set[str] = set()
-        self._released_graphs: list[int] = []
-        self._released_caches: list[str] = []
-        self._copied_caches: list[tuple[str, str]] = []
-        self._exchanges = self._seq = 0
+        self._exchanges = 0
         self._call: Call | None = None
         self._last: Exchange | None = None
         self._begun: Exchange | None = None
-        self._probing = False
+        self._probing = self._asking = False
         self._seen_paths: set[Any] = set()
         self.model = _hand_over_forward(model, self)
         embeddings = model.get_input_embeddings()
@@ -97,6 +93,11 @@ class DataParty:
         return self.model.parameters()
 
     @property
+    def step(self) -> int:
+        """Optimizer steps taken so far."""
+        return self.line.step
+
+    @property
     def disclosed(self) -> set[str]:
         """Tensors that crossed although they depend on the text, because the partition says they may."""
         crossing = any("disclosed" in roles for roles in self.roles.values())
@@ -105,7 +106,7 @@ class DataParty:
     def save(self, folder: str | Path) -> Path:
         """Write the weights this party owns, and nothing else, to ``data_party.safetensors``."""
         return save_weights(
-            Path(folder) / "data_party.safetensors", self.model, self.fingerprint, self.step
+            Path(folder) / "data_party.safetensors", self.model, self.line.fingerprint, self.step
         )
 
     # -- calling the model ------------------------------------------------------------------------------
@@ -114,24 +115,32 @@ class DataParty:
         """Run the model's own forward with the defenses that act on whole batches around it."""
         if self._probing:
             return forward(**inputs)
-        for defense in self._active("expand"):
+        self._refuse_raw_text(inputs)
+        for defense in self.defenses.at("expand"):
             inputs = {
                 **inputs,
                 **defense.expand({k: v for k, v in inputs.items() if torch.is_tensor(v)}),
             }
         self.recorder.reset()
         self._call = Call(forward, inputs, self._past(inputs))
+        trains = self.model.training and torch.is_grad_enabled()
         try:
+            if trains and inputs.get("labels") is not None:
+                inputs = {**inputs, "labels": self._defended_labels(inputs["labels"])}
             outputs = forward(**inputs)
-            if self.model.training and torch.is_grad_enabled() and self._last is not None:
-                for defense in self._active("penalty"):
-                    there = attrs.evolve(self._last, generator=self._generator_of(defense))
-                    _add_penalty(outputs, defense.penalty(there), defense)
+            if trains and self._last is not None:
+                self.defenses.penalise(outputs, self._last)
         finally:
             self._call = self._last = self._begun = None
-        for defense in reversed(self._active("contract")):
+        for defense in reversed(self.defenses.at("contract")):
             outputs = defense.contract(outputs)
         return outputs
+
+    def _defended_labels(self, labels: Tensor) -> Tensor:
+        if self.defenses.at("on_labels"):
+            self._begun = self._begun or self._begin(labels.shape[-1])
+            labels = self.defenses.apply("on_labels", labels, self._begun, name="labels")
+        return labels
 
     def smashed(self, **inputs: Any) -> Tensor:
         """Run the head alone and return the undefended hidden states it would send: (B, T, D).
@@ -196,8 +205,8 @@ class DataParty:
             remote = caches.attach(
                 cache,
                 self._absent_layers(),
-                self._released_caches.append,
-                lambda old, new: self._copied_caches.append((old, new)),
+                self.line.caches.append,
+                lambda old, new: self.line.copies.append((old, new)),
             )
             spec = {"id": remote.id, "deeds": list(remote.deeds)}
             if not remote.known:
@@ -215,7 +224,7 @@ class DataParty:
         inputs = self._call.inputs if self._call else {}
         phase = self._phase(inputs.get("past_key_values"))
         return Exchange(
-            self._exchanges, self.step, phase, mask=_mask(inputs, positions), batch=inputs
+            self._exchanges, self.line.step, phase, mask=_mask(inputs, positions), batch=inputs
         )
 
     def _absent_layers(self) -> list[int]:
@@ -261,170 +270,88 @@ class DataParty:
             past.crop(-new)
         return past
 
-    # -- defenses ---------------------------------------------------------------------------------------
-
-    def defend(self, place: str, tensor: Any, exchange: Exchange, *, name: str, role: Role) -> Any:
-        """Pass `tensor` through the method `place` of every defense that has one."""
-        defenses = self._active(place)
-        if not defenses:
-            return tensor
-        axes = _axes(tensor, exchange)
-        incoming = place in ("on_returned", "on_smashed_grad")
-        for defense in reversed(defenses) if incoming else defenses:
-            self._check_support(defense, exchange.phase)
-            if place == "on_smashed" and axes not in defense.axes:
-                raise DefenseError(
-                    f"{type(defense).__name__} cannot defend {name!r}: its axes are {axes!r} (shape "
-                    f"{tuple(tensor.shape)}) and the defense knows {', '.join(sorted(defense.axes))}. Use "
-                    "another cut or another defense."
-                )
-            there = attrs.evolve(
-                exchange,
-                name=name,
-                role=role,
-                axes=axes,
-                generator=self._generator_of(defense),
-            )
-            tensor = getattr(defense, place)(tensor, there)
-        return tensor
-
-    def _generator_of(self, defense: Defense) -> torch.Generator:
-        return next(g for d, g in zip(self.defenses, self._generators, strict=True) if d is defense)
-
-    def _active(self, place: str) -> list[Defense]:
-        if self.bypass_defenses:
-            return []
-        base = getattr(Defense, place)
-        return [d for d in self.defenses if getattr(type(d), place) is not base]
-
-    def _check_support(self, defense: Defense, phase: Phase) -> None:
-        cell = (self.partition.kind, self.task_kind, phase)
-        for supported in defense.supports:
-            if all(
-                "*" in (ours, theirs) or ours == theirs
-                for ours, theirs in zip(cell, supported, strict=True)
-            ):
-                return
-        cells = "; ".join(" × ".join(cell) for cell in sorted(defense.supports))
-        raise DefenseError(
-            f"{type(defense).__name__} does not support {' × '.join(cell)} (partition × task × phase). "
-            f"It supports {cells}."
-        )
-
     def _on_embeddings(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-        if self._probing or self._call is None or not self._active("on_embeddings"):
+        if self._probing or self._call is None or not self.defenses.at("on_embeddings"):
             return None
         self._begun = self._begun or self._begin(output.shape[1])
-        defended: Tensor = self.defend(
+        defended: Tensor = self.defenses.apply(
             "on_embeddings", output, self._begun, name="embeddings", role="smashed"
         )
         return defended
 
     # -- text in, text out ------------------------------------------------------------------------------
 
-    def defend_text(self, text: str) -> str:
-        """Pass one text through the defenses that change text."""
-        for defense in self._active("on_text"):
-            text = defense.on_text({"text": text})["text"]
-        return text
+    def encode(self, examples: Sequence[Example], *, max_length: int = 512) -> Batch:
+        """Turn examples into a batch, through the defenses that act on text and tokens.
 
-    def defend_tokens(self, batch: Batch) -> Batch:
-        """Pass a tokenised batch through the defenses that change tokens."""
-        for defense in self._active("on_tokens"):
-            batch = defense.on_tokens(batch)
+        Args:
+            examples: Examples of a task of kind `task_kind` (by default causal-lm).
+            max_length: Tokens kept of each.
+
+        Raises:
+            DefenseError: There is no tokenizer.
+        """
+        kind = "causal-lm" if self.task_kind == "*" else self.task_kind
+        batch = encode(
+            self._needed_tokenizer(),
+            examples,
+            kind=kind,
+            max_length=max_length,
+            change=self.defenses.text,
+        )
+        batch = self.defenses.tokens(batch)
+        batch["input_ids"].vflair_encoded = True  # type: ignore[attr-defined]
         return batch
 
-    def defend_labels(self, labels: Tensor) -> Tensor:
-        """Pass labels through the defenses that change them."""
-        exchange = Exchange(self._exchanges + 1, self.step, "train")
-        defended: Tensor = self.defend("on_labels", labels, exchange, name="labels", role="smashed")
-        return defended
+    def ask(self, texts: Sequence[str], **options: Any) -> list[str]:
+        """Generate an answer to each text, through the defenses that act on text, tokens and answers.
 
-    # -- messages ---------------------------------------------------------------------------------------
+        Args:
+            texts: Prompts.
+            options: Of transformers' `generate`, e.g. ``max_new_tokens=64``.
 
-    def open(self, optimizer: Mapping[str, Any] | None = None) -> None:
-        """Start a session with the model party; `optimizer` asks it to make one of its allow-list."""
-        from vflair_core.counterparts import describe
-
-        self._registered.clear()
-        counterparts, weights = describe(self.defenses)
-        meta: dict[str, Any] = {"fingerprint": self.fingerprint, "counterparts": counterparts}
-        if optimizer is not None:
-            meta["optimizer"] = dict(optimizer)
-        self.request("open", None, weights, meta)
-
-    def request(
-        self,
-        kind: Kind,
-        exchange: Exchange | None,
-        crossings: Sequence[Crossing],
-        meta: Mapping[str, Any],
-    ) -> Message:
-        """Send one message of this session and return the reply."""
-        graphs, gone, copies = (
-            self._released_graphs[:],
-            self._released_caches[:],
-            self._copied_caches[:],
+        Raises:
+            DefenseError: There is no tokenizer.
+        """
+        tokenizer = self._needed_tokenizer()
+        defended = [self.defenses.text(text) for text in texts]
+        batch = dict(tokenizer(defended, return_tensors="pt", padding=True, padding_side="left"))
+        batch = self.defenses.tokens({key: batch[key] for key in ("input_ids", "attention_mask")})
+        self._asking = True
+        model: Any = self.model
+        try:
+            ids = model.generate(**batch, **{"pad_token_id": tokenizer.pad_token_id, **options})
+        finally:
+            self._asking = False
+        answers = tokenizer.batch_decode(
+            ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
         )
-        never = {new for _, new in copies} & set(gone)  # copied and dropped between two messages
-        news = {
-            "released_graphs": graphs,
-            "released_caches": [key for key in gone if key not in never],
-            "copied_caches": [pair for pair in copies if pair[1] not in never],
-        }
-        self._seq += 1
-        reply = self.channel.request(
-            Message(
-                kind,
-                self.session,
-                self.step,
-                exchange.number if exchange else 0,
-                self._seq,
-                exchange.phase if exchange else "control",
-                tuple(crossings),
-                {**meta, **{key: value for key, value in news.items() if value}},
-            )
-        )
-        # Only now: a refused message released nothing. What was added meanwhile stays for the next one.
-        del self._released_graphs[: len(graphs)], self._released_caches[: len(gone)]
-        del self._copied_caches[: len(copies)]
-        if "program" in meta:
-            self._registered.add(meta["id"])
-        return reply
+        pairs = zip(texts, answers, strict=True)
+        return [self.defenses.answer(prompt, answer) for prompt, answer in pairs]
 
-    def forward_meta(
-        self, program: Program, *, grad: bool, wants: list[int], cache: dict[str, Any] | None
-    ) -> dict[str, Any]:
-        """What a forward message says beside its tensors; a program is spelt out once per session."""
-        meta: dict[str, Any] = {
-            "id": program.id,
-            "grad": grad,
-            "wants": wants,
-            "training": self.model.training,
-            "cache": cache,
-        }
-        device = self.model.device.type
-        if torch.is_autocast_enabled(device):
-            meta["autocast"] = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
-        if program.id not in self._registered:
-            meta["program"] = program.to_wire()
-        return meta
+    def _needed_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise DefenseError("Text needs a tokenizer: split(model, partition, tokenizer=...).")
+        return self.tokenizer
 
-    def release(self, exchange: int) -> None:
-        """Tell the model party, with the next message, that no backward will come for `exchange`."""
-        self._released_graphs.append(exchange)
-
-
-def _add_penalty(outputs: Any, penalty: Tensor | None, defense: Defense) -> None:
-    if penalty is None or not isinstance(outputs, dict):
-        if penalty is not None:
+    def _refuse_raw_text(self, inputs: dict[str, Any]) -> None:
+        """A batch that did not come through `encode` would go round the defenses that act on text."""
+        there = self.defenses.at("on_text") + self.defenses.at("on_tokens")
+        encoded = getattr(inputs.get("input_ids"), "vflair_encoded", False)
+        if there and not encoded and not self._asking:
             raise DefenseError(
-                f"{type(defense).__name__} adds to the loss, which a tuple of outputs does not name: call the "
-                "model with return_dict=True."
+                f"{type(there[0]).__name__} changes text before it is sent, and this batch did not come "
+                "through it. Use data_party.encode(examples) or data_party.ask(texts)."
             )
-        return
-    if outputs.get("loss") is not None:
-        outputs["loss"] = outputs["loss"] + penalty
+
+    @property
+    def task_kind(self) -> str:
+        """The kind of the task at hand; ``"*"`` while nobody said."""
+        return self.defenses.task_kind
+
+    @task_kind.setter
+    def task_kind(self, kind: str) -> None:
+        self.defenses.task_kind = kind
 
 
 def _hand_over_forward(model: PreTrainedModel, party: DataParty) -> PreTrainedModel:
@@ -443,16 +370,6 @@ def _hand_over_forward(model: PreTrainedModel, party: DataParty) -> PreTrainedMo
     return model
 
 
-def _generator(seed: int | None, index: int) -> torch.Generator:
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        digest = hashlib.sha256(f"defense {index} {seed}".encode()).digest()
-        generator.manual_seed(int.from_bytes(digest[:7], "little"))
-    return generator
-
-
 def _positions(leaves: list[Tensor], roles: tuple[Role, ...]) -> int:
     hidden = [leaf for leaf, role in zip(leaves, roles, strict=True) if role == "smashed"]
     return hidden[0].shape[1] if hidden and hidden[0].dim() > 1 else 1
@@ -466,18 +383,3 @@ def _mask(inputs: Mapping[str, Any], positions: int) -> Tensor | None:
 def _all_ones(inputs: Mapping[str, Any]) -> bool | None:
     mask = inputs.get("attention_mask")
     return bool(mask.all()) if isinstance(mask, Tensor) else None
-
-
-def _axes(tensor: Tensor, exchange: Exchange) -> str:
-    """Name the dimensions: B and T by the batch at hand, D the last one, ? where nothing fits."""
-    ids = exchange.batch.get("input_ids")
-    if ids is None:
-        ids = exchange.batch.get("inputs_embeds")
-    if ids is None or ids.dim() < 2 or tensor.dim() < 2:
-        return "BTD"[: tensor.dim()]
-    batch, positions = ids.shape[:2]
-    if tensor.dim() == 3 and tuple(tensor.shape[:2]) == (batch, positions):
-        return "BTD"
-    if tensor.dim() == 3 and tuple(tensor.shape[:2]) == (positions, batch):
-        return "TBD"
-    return "BD" if tensor.dim() == 2 and tensor.shape[0] == batch else "?" * tensor.dim()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,27 +11,25 @@ import torch
 from torch import Tensor
 
 from vflair_core.data_party import DataParty
-from vflair_core.encoding import IGNORED, encode
+from vflair_core.defense import Batch
+from vflair_core.encoding import IGNORED
 from vflair_core.task import Example, Task
 
 Run = Callable[..., Any]  # a model, whole or split, called with a batch
 
 
 def evaluate(
-    model: Run, task: Task, tokenizer: Any, *, batch_size: int, max_length: int, change: Any = None
+    model: Run, task: Task, make_batch: Callable[[Sequence[Example]], Batch], *, batch_size: int
 ) -> dict[str, float]:
-    """Score `model` on the test examples. The first metric is MP, in [0, 1], higher is better.
+    """Score `model` on the test examples, made into batches by `make_batch`. The first metric is MP, in [0, 1], higher is better.
 
     For ``causal-lm``: next-token accuracy and loss (nats per token); for ``classification``: accuracy and
     loss; for ``regression``: R² clipped to [0, 1], and mean squared error. A task's own `score` goes first.
     """
-    options = {"kind": task.kind, "max_length": max_length}
-    if change is not None:
-        options["change"] = change
     logits, losses, predictions, labels = [], [], [], []
     with torch.no_grad():
         for examples in _chunks(task.test, batch_size):
-            batch = encode(tokenizer, examples, **options)  # type: ignore[arg-type]
+            batch = make_batch(examples)
             outputs = model(**batch, use_cache=False)
             losses.append((float(outputs.loss), _weight(batch["labels"])))
             logits.append(outputs.logits)
@@ -47,15 +46,9 @@ def evaluate_party(
     """Evaluate across the cut, defenses on, in eval mode; the mode is put back."""
     training = party.model.training
     party.model.eval()
+    make_batch = functools.partial(party.encode, max_length=max_length)
     try:
-        return evaluate(
-            party.model,
-            task,
-            party.tokenizer,
-            batch_size=batch_size,
-            max_length=max_length,
-            change=party.defend_text,
-        )
+        return evaluate(party.model, task, make_batch, batch_size=batch_size)
     finally:
         party.model.train(training)
 

@@ -16,12 +16,13 @@ from attrs import field, frozen
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vflair_core.absent import Absent, Recorder, on_meta
+from vflair_core.absent import Absent, on_meta
 from vflair_core.channel import Channel, LocalChannel
 from vflair_core.data_party import DataParty
 from vflair_core.errors import PartitionError, ProtocolError
 from vflair_core.model_party import ModelParty
 from vflair_core.plugins import decide, observe
+from vflair_core.recorder import Recorder
 
 if TYPE_CHECKING:
     import pluggy
@@ -106,6 +107,7 @@ def split(
         partition,
         _open_channel(channel, model_party, plugins, wire=wire),
         names,
+        model_party.fingerprint,
         defenses=defenses,
         tokenizer=tokenizer,
         seed=seed,
@@ -118,8 +120,7 @@ def split(
         stand_in = Absent(name, held.get_submodule(name), recorder)
         setattr(model.get_submodule(parent), leaf, stand_in)
     data_party.recorder = recorder
-    data_party.fingerprint = model_party.fingerprint
-    data_party.open()
+    data_party.line.open(defenses)
     observe(
         plugins,
         "vflair_model_partitioned",

@@ -38,6 +38,25 @@ Leaf = tuple[str, str, int]  # (name, dtype, rank)
 MAX_STEPS = 4096
 MAX_DEPTH = 8
 
+# Arguments that blocks accept through **kwargs and hand on to attention.
+ALLOWED = frozenset(
+    [
+        "hidden_states",
+        "attention_mask",
+        "position_ids",
+        "position_embeddings",
+        "past_key_values",
+        "use_cache",
+        "cache_position",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "is_causal",
+        "encoder_hidden_states",
+        "encoder_attention_mask",
+    ]
+)
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "getitem": torch.Tensor.__getitem__,
     "view": torch.Tensor.view,

@@ -39,7 +39,7 @@ def cross(
     """Send what `program` takes, return what it gives: one exchange, on every one of them every defense."""
     names = [name for name, _, _ in program.leaves]
     defended = [
-        party.defend("on_smashed", leaf, exchange, name=name, role=role)
+        party.defenses.apply("on_smashed", leaf, exchange, name=name, role=role)
         if role == "smashed"
         else leaf
         for name, role, leaf in zip(names, roles, leaves, strict=True)
@@ -50,7 +50,7 @@ def cross(
     grad = torch.is_grad_enabled()
     returned = Cut.apply(party, exchange, program, roles, cache, grad, anchor, *defended)  # type: ignore[no-untyped-call]
     return [
-        party.defend("on_returned", tensor, exchange, name="returned", role="returned")
+        party.defenses.apply("on_returned", tensor, exchange, name="returned", role="returned")
         for tensor in returned
     ]
 
@@ -75,15 +75,22 @@ class Cut(torch.autograd.Function):
             Crossing(name, role, leaf.detach())
             for (name, _, _), role, leaf in zip(program.leaves, roles, leaves, strict=True)
         ]
-        meta = party.forward_meta(program, grad=grad, wants=wants, cache=cache)
-        reply = party.request("forward", exchange, crossings, meta)
+        meta = {
+            **party.line.program(program),
+            "grad": grad,
+            "wants": wants,
+            "training": party.model.training,
+            "autocast": _autocast_dtype(party.model.device.type),
+            "cache": cache,
+        }
+        reply = party.line.request("forward", exchange, crossings, meta)
         outputs = tuple(crossing.tensor.to(leaves[0].device) for crossing in reply.tensors)
         live = [n for n, alive in enumerate(reply.meta["live"]) if alive]
         ctx.mark_non_differentiable(*(out for n, out in enumerate(outputs) if n not in live))
         ctx.set_materialize_grads(False)
         ctx.party, ctx.exchange, ctx.wants, ctx.width = party, exchange, wants, len(leaves)
         if live:
-            weakref.finalize(ctx, party.release, exchange.number)
+            weakref.finalize(ctx, party.line.graphs.append, exchange.number)
         return outputs
 
     @staticmethod
@@ -92,17 +99,19 @@ class Cut(torch.autograd.Function):
         party, exchange = ctx.party, ctx.exchange
         there = [n for n, gradient in enumerate(gradients) if gradient is not None]
         defended = [
-            party.defend(
+            party.defenses.apply(
                 "on_gradient", gradients[n], exchange, name="hidden_grad", role="hidden_grad"
             )
             for n in there
         ]
         crossings = [Crossing("hidden_grad", "hidden_grad", gradient) for gradient in defended]
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        reply = party.request("backward", exchange, crossings, {"outputs": there, "keep": keep})
+        reply = party.line.request(
+            "backward", exchange, crossings, {"outputs": there, "keep": keep}
+        )
         answer: list[Tensor | None] = [None] * ctx.width
         for index, crossing in zip(ctx.wants, reply.tensors, strict=True):
-            answer[index] = party.defend(
+            answer[index] = party.defenses.apply(
                 "on_smashed_grad",
                 crossing.tensor.to(defended[0].device),
                 exchange,
@@ -110,3 +119,9 @@ class Cut(torch.autograd.Function):
                 role="smashed_grad",
             )
         return (None, None, None, None, None, None, None, *answer)
+
+
+def _autocast_dtype(device: str) -> str | None:
+    if not torch.is_autocast_enabled(device):
+        return None
+    return str(torch.get_autocast_dtype(device)).removeprefix("torch.")

@@ -16,7 +16,7 @@ import torch
 from vflair_core.arm import Arm, Clock, Reporter, Setting, run_arm
 from vflair_core.attacking import Launch
 from vflair_core.channel import Transcript
-from vflair_core.defense import Batch, Defense
+from vflair_core.defense import Defense
 from vflair_core.encoding import encode, shuffled
 from vflair_core.errors import ExperimentError
 from vflair_core.experiment import AttackSpec, Experiment
@@ -101,7 +101,7 @@ def _go(
         launches=launches,
         victims=_victims(e, task),
         prior=_prior(e, task, model, tokenizer),
-        batches=_batches(e, task, tokenizer),
+        orders=_orders(e, task),
     )
     arms = {"undefended": run_arm("undefended", copy.deepcopy(model), [], setting, {})}
     if e.check_unsplit:
@@ -168,12 +168,10 @@ def _prior(e: Experiment, task: Task, model: Any, tokenizer: Any) -> torch.Tenso
     return prior_guess(model, tokenizer, task.public, length)
 
 
-def _batches(e: Experiment, task: Task, tokenizer: Any) -> list[Batch]:
+def _orders(e: Experiment, task: Task) -> list[list[Any]]:
     generator = torch.Generator().manual_seed(stream_seed(e.seed, "order"))
-    order = shuffled(len(task.train), e.train.batch_size, generator)
-    options: dict[str, Any] = {"kind": task.kind, "max_length": e.train.max_length}
-    chosen = [[task.train[row] for row in next(order)] for _ in range(e.train.steps)]
-    return [encode(tokenizer, examples, **options) for examples in chosen]
+    rows = shuffled(len(task.train), e.train.batch_size, generator)
+    return [[task.train[row] for row in next(rows)] for _ in range(e.train.steps)]
 
 
 def _compare_unsplit(whole: Any, setting: Setting, arm: Arm) -> None:
@@ -184,7 +182,10 @@ def _compare_unsplit(whole: Any, setting: Setting, arm: Arm) -> None:
         output = whole.get_output_embeddings()
         output.weight = torch.nn.Parameter(output.weight.detach().clone())
     torch.manual_seed(stream_seed(setting.experiment.seed, "dropout"))
-    losses = train_unsplit(whole, setting.batches, setting.experiment.train)
+    train = setting.experiment.train
+    options: dict[str, Any] = {"kind": setting.task.kind, "max_length": train.max_length}
+    batches = [encode(setting.tokenizer, examples, **options) for examples in setting.orders]
+    losses = train_unsplit(whole, batches, train)
     arm.numbers["unsplit_losses_equal"] = losses == arm.numbers["losses"]
 
 

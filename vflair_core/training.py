@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vflair_core.data_party import DataParty
 from vflair_core.defense import Batch
-from vflair_core.model_party import OPTIMIZERS
+from vflair_core.optimizers import make_optimizer
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -73,24 +73,21 @@ class FineTuning:
     def __init__(self, party: DataParty, options: Train) -> None:
         self.party, self.options = party, options
         own = [p for p in party.parameters() if p.requires_grad]
-        own += [p for defense in party.defenses for p in defense.parameters()]
-        self.optimizer = _optimizer(own, options)
-        party.open(optimizer=options.optimizer_spec())
+        own += [p for defense in party.defenses.each for p in defense.parameters()]
+        self.optimizer = make_optimizer(own, options.optimizer_spec())
+        party.line.open(party.defenses.each, options.optimizer_spec())
 
     def step(self, *batches: Batch) -> float:
         """Take one optimizer step over `batches` (gradient accumulation) and return the mean loss in nats."""
         self.party.model.train()
         losses = []
         for batch in batches:
-            labels = self.party.defend_labels(batch["labels"])
-            loss = self.party.model(**{**batch, "labels": labels}, use_cache=False).loss / len(
-                batches
-            )
+            loss = self.party.model(**batch, use_cache=False).loss / len(batches)
             loss.backward()
             losses.append(loss.detach())
         rate = self.options.rate(self.party.step)
         self.commit(rate)
-        for defense in self.party.defenses:
+        for defense in self.party.defenses.each:
             defense.after_step()
         return float(torch.stack(losses).sum())
 
@@ -113,11 +110,10 @@ class FineTuning:
             if not skip:
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        self.party.request("commit", None, (), {"scale": scale, "lr": rate, "skip": skip})
-        self.party.step += 1
+        self.party.line.commit(scale=scale, rate=rate, skip=skip)
 
     def _norms(self) -> list[Tensor]:
-        reply = self.party.request("norms", None, (), {})
+        reply = self.party.line.request("norms", None, (), {})
         theirs = dict(zip(reply.meta["names"], reply.tensors[0].tensor, strict=True))
         ours = {
             name: torch.linalg.vector_norm(p.grad)
@@ -132,9 +128,7 @@ class FineTuning:
 def train_unsplit(model: nn.Module, batches: Iterable[Batch], options: Train) -> list[float]:
     """Fine-tune the whole model by the textbook loop: the witness for what the split run must do."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = OPTIMIZERS[options.optimizer](
-        parameters, lr=options.learning_rate, weight_decay=options.weight_decay
-    )
+    optimizer = make_optimizer(parameters, options.optimizer_spec())
     model.train()
     losses = []
     for step, batch in enumerate(batches):
@@ -142,17 +136,13 @@ def train_unsplit(model: nn.Module, batches: Iterable[Batch], options: Train) ->
         loss.backward()
         if options.clip:
             nn.utils.clip_grad_norm_(parameters, options.clip)
-        for group in optimizer.param_groups:
+        for group in _groups(optimizer):
             group["lr"] = options.rate(step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
     return losses
-
-
-def _optimizer(parameters: list[nn.Parameter], options: Train) -> torch.optim.Optimizer | None:
-    spec = options.optimizer_spec()
-    return OPTIMIZERS[spec.pop("name")](parameters, **spec) if parameters else None
 
 
 def _groups(optimizer: torch.optim.Optimizer | None) -> list[dict[str, Any]]:

@@ -56,7 +56,7 @@ def test_the_graph_of_the_loss_ends_at_the_cut(cut, tail, wire):
 def test_no_reference_leads_from_one_party_to_the_others_tensors_of_an_exchange(cut):
     parties = cut("gpt2", 1, 1)
     out = parties.data_party.model(**tiny_batch(parties.whole, labels="tokens"))
-    session = parties.model_party.sessions[parties.data_party.session]
+    session = parties.model_party.sessions[parties.data_party.line.session]
     (graph,) = session.graphs.values()
     theirs = {tensor.untyped_storage().data_ptr() for tensor in (*graph.inputs, *graph.outputs)}
     gc.collect()

@@ -203,9 +203,9 @@ def test_a_bypass_switches_every_place_off_and_on_again(cut):
     parties = cut("llama", defenses=[Zero()])
     batch = tiny_batch(parties.whole)
     expected = parties.whole(**batch).logits
-    parties.data_party.bypass_defenses = True
+    parties.data_party.defenses.bypassed = True
     assert torch.equal(parties.data_party.model(**batch).logits, expected)
-    parties.data_party.bypass_defenses = False
+    parties.data_party.defenses.bypassed = False
     assert not torch.allclose(parties.data_party.model(**batch).logits, expected)
 
 

@@ -36,7 +36,7 @@ def assert_same_writing(ours, expected):
 
 
 def remote_caches(parties):
-    return parties.model_party.sessions[parties.data_party.session].caches
+    return parties.model_party.sessions[parties.data_party.line.session].caches
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -178,7 +178,7 @@ def test_generation_leaves_no_graph_at_the_model_party(cut):
     cache = DynamicCache(config=parties.whole.config)
     ids = tiny_batch(parties.whole)["input_ids"]
     read(parties.data_party.model, ids, cache)
-    session = parties.model_party.sessions[parties.data_party.session]
+    session = parties.model_party.sessions[parties.data_party.line.session]
     (half,) = session.caches.values()
     assert not session.graphs
     filled = [layer.keys for layer in half.layers if layer.is_initialized]

@@ -219,7 +219,7 @@ def test_a_commit_without_its_facts_is_refused_and_changes_no_weight(victim, fac
 
 def test_one_sessions_numbers_reach_no_graph_of_another(mallory):
     loss = mallory.data_party.model(**mallory.batch).loss
-    (mine,) = mallory.model_party.sessions[mallory.data_party.session].graphs
+    (mine,) = mallory.model_party.sessions[mallory.data_party.line.session].graphs
     theft = attrs.evolve(mallory.forged("backward"), exchange=mine)
     with pytest.raises(ProtocolError, match="has no graph"):
         mallory.model_party.handle(theft)

@@ -19,7 +19,7 @@ def parties(cut):
 
 
 def graphs_of(parties):
-    return parties.model_party.sessions[parties.data_party.session].graphs
+    return parties.model_party.sessions[parties.data_party.line.session].graphs
 
 
 def gradients_of(*owners):
@@ -116,7 +116,7 @@ def test_forwards_without_gradients_leave_no_graph_at_all(parties):
 
 
 def test_graphs_over_the_cap_are_refused_and_none_is_dropped(parties):
-    parties.model_party.max_graphs = 2
+    parties.model_party.caps.graphs = 2
     losses = [parties.data_party.model(**parties.batch).loss for _ in range(2)]
     with pytest.raises(
         ProtocolError, match=r"2 forwards wait for their backward. Use torch.no_grad"
@@ -132,7 +132,7 @@ def test_graphs_over_the_cap_are_refused_and_none_is_dropped(parties):
 
 
 def test_caches_over_the_cap_are_refused_by_name(parties):
-    parties.model_party.max_caches = 2
+    parties.model_party.caps.caches = 2
     with torch.no_grad():
         kept = [parties.data_party.model(**parties.batch, use_cache=True) for _ in range(2)]
         with pytest.raises(ProtocolError, match="may keep 2 caches"):
@@ -143,23 +143,23 @@ def test_caches_over_the_cap_are_refused_by_name(parties):
 
 
 def test_a_release_that_travels_with_a_refused_message_is_not_lost(parties):
-    parties.model_party.max_graphs = 1
+    parties.model_party.caps.graphs = 1
     first = parties.data_party.model(**parties.batch)
-    parties.data_party.step = 9  # the next message is refused before anything in it is read
+    parties.data_party.line.step = 9  # the next message is refused before anything in it is read
     del first
     gc.collect()
     with pytest.raises(ProtocolError, match="step 9"):
         parties.data_party.model(**parties.batch)
-    parties.data_party.step = 0
+    parties.data_party.line.step = 0
     gc.collect()
     parties.data_party.model(**parties.batch).loss.backward()
 
 
 def test_a_program_whose_first_message_was_refused_is_spelt_out_again(parties):
-    parties.data_party.step = 9
+    parties.data_party.line.step = 9
     with pytest.raises(ProtocolError, match="step 9"):
         parties.data_party.model(**parties.batch)
-    parties.data_party.step = 0
+    parties.data_party.line.step = 0
     ours = parties.data_party.model(**parties.batch).logits
     assert torch.equal(ours, parties.whole(**parties.batch).logits)
 
@@ -176,12 +176,12 @@ def test_a_program_is_spelt_out_once_and_then_called_by_its_id(parties):
 
 def test_two_sessions_share_the_weights_and_nothing_else(parties):
     first = parties.data_party.model(**parties.batch).loss
-    session = parties.data_party.session
-    parties.data_party.session = "another"
-    parties.data_party.open()
+    session = parties.data_party.line.session
+    parties.data_party.line.session = "another"
+    parties.data_party.line.open(())
     parties.data_party.model(**parties.batch).loss.backward()
     assert not parties.model_party.sessions["another"].graphs
-    parties.data_party.session = session
+    parties.data_party.line.session = session
     first.backward()
     for _ in range(2):
         parties.whole(**parties.batch).loss.backward()

@@ -1,0 +1,143 @@
+"""The defenses of one data party, in their order: who stands where, with which random stream."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from vflair_core.defense import Batch, Defense, Exchange
+from vflair_core.errors import DefenseError
+from vflair_core.message import Phase, Role
+
+
+class Defenses:
+    """Applied in order on the way out, in reverse on the way back.
+
+    Args:
+        each: The defenses.
+        partition_kind: HT or HBT.
+        seed: Seed of their noise; None draws it from the operating system.
+    """
+
+    def __init__(self, each: Sequence[Defense], partition_kind: str, seed: int | None) -> None:
+        self.each = tuple(each)
+        self.partition_kind, self.task_kind = partition_kind, "*"
+        self.bypassed = False  # for positive controls only
+        self._generators = [_generator(seed, n) for n in range(len(self.each))]
+
+    def apply(
+        self, place: str, tensor: Any, exchange: Exchange, *, name: str, role: Role = "smashed"
+    ) -> Any:
+        """Pass `tensor` through the method `place` of every defense that has one."""
+        defenses = self.at(place)
+        if not defenses:
+            return tensor
+        axes = _axes(tensor, exchange)
+        incoming = place in ("on_returned", "on_smashed_grad")
+        for defense in reversed(defenses) if incoming else defenses:
+            self._check_support(defense, exchange.phase)
+            if place == "on_smashed" and axes not in defense.axes:
+                raise DefenseError(
+                    f"{type(defense).__name__} cannot defend {name!r}: its axes are {axes!r} (shape "
+                    f"{tuple(tensor.shape)}) and the defense knows {', '.join(sorted(defense.axes))}. Use "
+                    "another cut or another defense."
+                )
+            there = attrs.evolve(
+                exchange,
+                name=name,
+                role=role,
+                axes=axes,
+                generator=self.generator_of(defense),
+            )
+            tensor = getattr(defense, place)(tensor, there)
+        return tensor
+
+    def generator_of(self, defense: Defense) -> torch.Generator:
+        """The random stream of one defense."""
+        return next(g for d, g in zip(self.each, self._generators, strict=True) if d is defense)
+
+    def at(self, place: str) -> list[Defense]:
+        """Return the defenses that stand at `place`, in order."""
+        if self.bypassed:
+            return []
+        base = getattr(Defense, place)
+        return [d for d in self.each if getattr(type(d), place) is not base]
+
+    def _check_support(self, defense: Defense, phase: Phase) -> None:
+        cell = (self.partition_kind, self.task_kind, phase)
+        for supported in defense.supports:
+            if all(
+                "*" in (ours, theirs) or ours == theirs
+                for ours, theirs in zip(cell, supported, strict=True)
+            ):
+                return
+        cells = "; ".join(" × ".join(cell) for cell in sorted(defense.supports))
+        raise DefenseError(
+            f"{type(defense).__name__} does not support {' × '.join(cell)} (partition × task × phase). "
+            f"It supports {cells}."
+        )
+
+    def text(self, text: str) -> str:
+        """Pass one text through the defenses that change text."""
+        for defense in self.at("on_text"):
+            text = defense.on_text({"text": text})["text"]
+        return text
+
+    def tokens(self, batch: Batch) -> Batch:
+        """Pass a tokenised batch through the defenses that change tokens."""
+        for defense in self.at("on_tokens"):
+            batch = defense.on_tokens(batch)
+        return batch
+
+    def answer(self, prompt: str, answer: str) -> str:
+        """Pass an answer back through the defenses that change answers."""
+        for defense in reversed(self.at("on_answer")):
+            answer = defense.on_answer(prompt, answer)
+        return answer
+
+    def penalise(self, outputs: Any, exchange: Exchange) -> None:
+        """Add the defenses' penalties to the loss of a training forward."""
+        for defense in self.at("penalty"):
+            there = attrs.evolve(exchange, generator=self.generator_of(defense))
+            penalty = defense.penalty(there)
+            if penalty is None:
+                continue
+            if not isinstance(outputs, dict):
+                raise DefenseError(
+                    f"{type(defense).__name__} adds to the loss, which a tuple of outputs does not name: "
+                    "call the model with return_dict=True."
+                )
+            if outputs.get("loss") is not None:
+                outputs["loss"] = outputs["loss"] + penalty
+
+
+def _generator(seed: int | None, index: int) -> torch.Generator:
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        digest = hashlib.sha256(f"defense {index} {seed}".encode()).digest()
+        generator.manual_seed(int.from_bytes(digest[:7], "little"))
+    return generator
+
+
+def _axes(tensor: Tensor, exchange: Exchange) -> str:
+    """Name the dimensions: B and T by the batch at hand, D the last one, ? where nothing fits."""
+    ids = exchange.batch.get("input_ids")
+    if ids is None:
+        ids = exchange.batch.get("inputs_embeds")
+    if ids is None or ids.dim() < 2 or tensor.dim() < 2:
+        return "BTD"[: tensor.dim()]
+    batch, positions = ids.shape[:2]
+    if not tensor.is_floating_point():  # labels
+        return "BT"[: tensor.dim()]
+    if tensor.dim() == 3 and tuple(tensor.shape[:2]) == (batch, positions):
+        return "BTD"
+    if tensor.dim() == 3 and tuple(tensor.shape[:2]) == (positions, batch):
+        return "TBD"
+    return "BD" if tensor.dim() == 2 and tensor.shape[0] == batch else "?" * tensor.dim()

@@ -1,0 +1,114 @@
+"""What the model party remembers of one data party, and the caps on it.
+
+A request over a cap is refused; nothing that is in use is ever dropped.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from attrs import define, field
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from vflair_core import cache as caches
+from vflair_core.chain import Chain
+from vflair_core.errors import ProtocolError
+from vflair_core.program import Program
+
+
+@define(eq=False)
+class Caps:
+    """How much one session may hold at the model party."""
+
+    graphs: int = 256  # forwards that wait for their backward
+    caches: int = 64
+    programs: int = 1024
+
+
+@define(eq=False)
+class Graph:
+    """A forward whose backward may still come."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+@define(eq=False)
+class Session:
+    """What the model party remembers of one data party."""
+
+    caps: Caps
+    programs: dict[str, Program] = field(factory=dict)
+    graphs: dict[int, Graph] = field(factory=dict)
+    caches: dict[str, Cache] = field(factory=dict)
+    counterparts: list[nn.Module] = field(factory=list)
+    optimizer: torch.optim.Optimizer | None = None
+    trains: bool = False
+    step: int = 0
+
+    def forget(self, meta: Any) -> None:
+        """Drop what the data party no longer uses, and copy the caches it copied."""
+        for number in meta.get("released_graphs", ()):
+            self.graphs.pop(number, None)
+        for old, new in meta.get("copied_caches", ()):
+            if len(self.caches) >= self.caps.caches:
+                raise ProtocolError(
+                    f"A session may keep {self.caps.caches} caches; delete unused ones."
+                )
+            self.caches[new] = copy.deepcopy(self.caches[old])
+        for key in meta.get("released_caches", ()):
+            self.caches.pop(key, None)
+
+    def program(self, meta: Any, chain: Chain) -> Program:
+        """Return the program that a forward names, checking it when it comes for the first time."""
+        if "program" in meta:
+            program = Program.from_wire(meta["program"])
+            chain.check(program)
+            if len(self.programs) >= self.caps.programs:
+                raise ProtocolError(f"A session may register {self.caps.programs} programs.")
+            if program.id == meta["id"]:
+                return program
+        if meta["id"] not in self.programs:
+            raise ProtocolError(f"Program {meta['id']} was not registered in this session.")
+        return self.programs[meta["id"]]
+
+    @contextmanager
+    def cache(self, spec: Any, layers: Sequence[int]) -> Iterator[Cache | None]:
+        """Lend the session's cache; if what is done with it fails, it is as it was before."""
+        if spec is None:
+            yield None
+            return
+        key = spec["id"]
+        known = self.caches.get(key)
+        before = [copy.copy(layer) for layer in known.layers] if known else []
+        try:
+            yield self._prepared_cache(spec, layers)
+        except BaseException:
+            if known:
+                known.layers[:] = before
+            else:
+                self.caches.pop(key, None)
+            raise
+
+    def _prepared_cache(self, spec: Any, layers: Sequence[int]) -> Cache:
+        key = spec["id"]
+        if key not in self.caches:
+            if "layers" not in spec:
+                raise ProtocolError(f"There is no cache {key!r} in this session.")
+            if len(self.caches) >= self.caps.caches:
+                raise ProtocolError(
+                    f"A session may keep {self.caps.caches} caches; delete unused ones."
+                )
+            if not layers or not max(layers) < len(spec["layers"]) <= 4096:
+                raise ProtocolError(
+                    f"A cache of {len(spec['layers'])} layers does not fit this model."
+                )
+            self.caches[key] = caches.build(spec["layers"])
+        found = self.caches[key]
+        caches.repeat(found, spec["deeds"], layers)
+        return found

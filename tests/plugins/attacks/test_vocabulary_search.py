@@ -34,8 +34,8 @@ def accuracy(guess: Guess, ids) -> float:
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
 @pytest.mark.parametrize(
     "partition",
-    [Partition(h, t) for h, t in [(0, 0), (1, 0), (2, 0), (3, 0), (0, 1), (1, 1), (2, 1), (1, 2)]],
-    ids=lambda p: f"{p.kind}-{p.head}",
+    [Partition(head, tail) for head in range(4) for tail in range(4 - head)],
+    ids=lambda p: f"{p.kind}-{p.head}-{p.tail}",
 )
 def test_undefended_text_is_recovered_whole_at_every_cut(kind, partition):
     torch.manual_seed(0)

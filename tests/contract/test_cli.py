@@ -1,0 +1,125 @@
+"""The program as a person uses it, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MINE = Path(__file__).with_name("mine.py")
+EXPERIMENT = """
+[task]
+name = "words"
+
+[model]
+vocab_size = 300
+config = { model_type = "llama", hidden_size = 16, intermediate_size = 32, num_hidden_layers = 3, \
+num_attention_heads = 2, num_key_value_heads = 2, max_position_embeddings = 64 }
+
+[partition]
+head = 1
+tail = 0
+
+[train]
+steps = 3
+batch_size = 4
+max_length = 16
+
+[victims]
+count = 4
+max_length = 12
+bypass = 2
+
+[[attacks]]
+name = "first-row"
+knowledge = "K1"
+
+[[defenses]]
+name = "shift"
+"""
+
+
+def vflair(*arguments, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vflair_core.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("experiment") / "small.toml"
+    path.write_text(EXPERIMENT)
+    return path
+
+
+def test_a_run_with_a_one_file_plugin_shows_and_writes_its_result(file, tmp_path):
+    done = vflair("run", file, "--plugin", MINE, "--out", tmp_path, "-o", "train.steps=2")
+    for word in (
+        "undefended",
+        "defended",
+        "first-row (K1)",
+        "AP",
+        "floor",
+        "DCS",
+        "guarantee",
+        "MB",
+    ):
+        assert word in done.stdout, word
+    assert "private" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "experiment.toml",
+        "result.json",
+        "transcript.safetensors",
+        "transcript-undefended.safetensors",
+    }
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert len(result["numbers"]["defended"]["losses"]) == 2
+    again = vflair(
+        "run", tmp_path / "experiment.toml", "--plugin", MINE, "--out", tmp_path, "--json"
+    )
+    assert json.loads(again.stdout)["numbers_hash"] == result["numbers_hash"]
+
+
+def test_explain_says_what_crosses_and_who_owns_what(file):
+    facts = json.loads(vflair("explain", file, "--plugin", MINE, "--json").stdout)
+    roles = {(row["role"], row["direction"]) for row in facts["crossings"]}
+    assert {("smashed", "sent"), ("returned", "received"), ("hidden_grad", "sent")} <= roles
+    assert facts["owners"]["model.embed_tokens.weight"] == "data party"
+    assert facts["owners"]["lm_head.weight"] == "model party"
+    assert any("HT training hands the labels over" in note for note in facts["notes"])
+
+
+def test_show_lists_options_knowledge_and_text():
+    facts = json.loads(vflair("show", "first-row", "--plugin", MINE, "--json").stdout)
+    assert facts["knowledge"]["needs"] == ["smashed", "mask", "embeddings"]
+    shift = json.loads(vflair("show", "shift", "--plugin", MINE, "--json").stdout)
+    assert shift["options"] == [{"name": "by", "type": "float", "default": "1.0"}]
+
+
+def test_list_names_what_plugins_offer_and_which_models_are_verified():
+    names = {
+        row["name"]
+        for row in json.loads(vflair("list", "tasks", "--plugin", MINE, "--json").stdout)
+    }
+    assert {"words", "two-words"} <= names
+    assert "llama · causal-lm" in json.loads(vflair("list", "models", "--json").stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "nowhere.toml"], "There is no experiment file nowhere.toml"),
+        (["show", "first-rwo", "--plugin", MINE], "Did you mean 'first-row'"),
+        (["list", "attcks"], "Possible: attacks, defenses, tasks, commands, models"),
+        (["plugins", "--plugin", "nowhere.py"], "There is no Python file"),
+        (["dance"], "No plugin offers command 'dance'"),
+    ],
+)
+def test_mistakes_end_in_one_sentence_and_code_one(arguments, said):
+    done = vflair(*arguments, code=1)
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,40 @@
+"""The examples keep their promises, with fewer steps: they need all three plugin packages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vflair_core import plugin_manager, read_experiment, run
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SHORTER = ["pretrain.steps=60", "train.steps=60", "victims.count=4", "victims.bypass=2"]
+
+
+@pytest.mark.slow
+def test_the_quickstart_learns_leaks_and_is_defended():
+    e = read_experiment(EXAMPLES / "quickstart.toml", [*SHORTER, "victims.max_length=24"])
+    numbers = run(e, plugins=plugin_manager()).numbers
+    undefended, defended = numbers["undefended"], numbers["defended"]
+    first, last = (undefended["evaluations"][n]["metrics"]["loss"] for n in (0, -1))
+    assert last <= 0.9 * first
+    assert undefended["unsplit_losses_equal"] is True
+    search = {arm: numbers[arm]["attacks"][0] for arm in ("undefended", "defended")}
+    assert search["undefended"]["attack_performance"] == 1.0
+    assert search["defended"]["attack_performance"] < 0.9
+    assert search["defended"]["positive_control"] == 1.0
+    assert all(grade["verdict"] == "ok" for grade in search.values())
+    (promise,) = defended["guarantees"]
+    assert promise["epsilon"] > promise["epsilon_per_release"] > 0
+
+
+@pytest.mark.slow
+def test_labels_cross_in_ht_classification_and_the_report_shows_it():
+    e = read_experiment(EXAMPLES / "chapters.toml", [*SHORTER, "victims.count=8"])
+    numbers = run(e, plugins=plugin_manager()).numbers
+    sign = numbers["undefended"]["attacks"][0]
+    assert (sign["attack"], sign["knowledge"]) == ("gradient-sign", "K0")
+    assert sign["attack_performance"] == 1.0
+    assert numbers["defended"]["covers"] == ["prompt", "response"]
+    assert numbers["defended"]["attacks"][0]["attack_performance"] == 1.0

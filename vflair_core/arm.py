@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -110,7 +111,7 @@ def run_arm(
         channel=e.channel,
         wire=e.wire,
         devices=e.devices,
-        seed=stream_seed(e.seed, "noise"),
+        seed=noise_seed(e.seed, task),
         plugins=setting.plugins,
     )
     party.task_kind = task.kind
@@ -159,7 +160,7 @@ def run_arm(
         "evaluations": evaluations,
         "attacks": [_without_seconds(grade) for grade in grades],
         "guarantees": [
-            {"defense": spec.name, **defense.guarantee(releases).to_dict()}
+            {"defense": spec.name, **_promise(defense, releases)}
             for spec, defense in zip(e.defenses, defenses, strict=False)
         ],
         "covers": sorted({place for defense in defenses for place in defense.covers}),
@@ -176,6 +177,17 @@ def run_arm(
     ]
     performances = {grade.attack: grade.reference for grade in grades}
     return Arm(numbers, _cost(party, clock, grades), main, grades, samples, performances)
+
+
+def noise_seed(seed: int, task: Task) -> int:
+    """Seed of the defenses' noise: reproducible, yet out of reach for who lacks the private text.
+
+    An attack may know the experiment and hence its seed; it must not be able to draw the same noise.
+    """
+    digest = hashlib.sha256()
+    for example in (*task.train, *task.test):
+        digest.update(example.text.encode() + b"\0")
+    return stream_seed(seed, f"noise {digest.hexdigest()}")
 
 
 def _partition(model: Any, setting: Setting) -> Partition:
@@ -267,6 +279,15 @@ def _auxiliary(setting: Setting) -> dict[str, Any]:
         "few_labelled": [attrs.asdict(example) for example in others[:16]],
         "queries": list(task.public[: v.queries]),
     }
+
+
+def _promise(defense: Defense, releases: int) -> dict[str, Any]:
+    promised = defense.guarantee(releases)
+    if promised.mechanism is not None:
+        promised = attrs.evolve(
+            promised, randomness="seeded by the experiment and the private text"
+        )
+    return promised.to_dict()
 
 
 def _releases(setting: Setting, evaluations: int) -> int:

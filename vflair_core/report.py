@@ -56,7 +56,9 @@ def show_result(result: Result, folder: Path) -> None:
 def _utility(result: Result, arms: list[str]) -> Table:
     metric = result.numbers[arms[0]]["metric"]
     table = Table(
-        title=f"{result.task['name']} · numbers {result.numbers_hash}", title_justify="left"
+        box=SIMPLE,
+        title=f"{result.task['name']} · numbers {result.numbers_hash}",
+        title_justify="left",
     )
     for column in ("", f"MP ({metric})", "held-out loss", "guarantee", "MB", "seconds"):
         table.add_column(column)

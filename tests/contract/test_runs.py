@@ -295,3 +295,19 @@ def test_decisions_of_plugins_are_taken_when_the_experiment_asks(pm):
     assert chosen.numbers["undefended"]["partition"]["head"] == 0
     assert asked == [("cpu", "cpu"), "test:1"]
     assert chosen.config_hash != plain.config_hash
+
+
+def test_the_noise_cannot_be_drawn_again_by_who_knows_the_experiment_and_not_the_text():
+    from vflair_core import Example, Task
+    from vflair_core.arm import noise_seed
+    from vflair_core.worker import stream_seed
+
+    def task(text):
+        return Task(name="t", kind="causal-lm", train=[Example(text)], test=[Example("x")])
+
+    ours = noise_seed(0, task("private"))
+    assert ours == noise_seed(0, task("private"))
+    assert ours != noise_seed(0, task("privatf"))
+    assert ours not in {
+        stream_seed(0, name) for name in ("noise", "noise ", "order", "dropout", "weights")
+    }

@@ -116,7 +116,7 @@ class GaussianNoise(Defense):
             epsilon_per_release=gaussian_epsilon(mu, self.delta),
             releases=releases,
             epsilon=gaussian_epsilon(mu * math.sqrt(releases), self.delta),
-            randomness="torch generator of the data party",
+            randomness="the data party's torch generator: from the operating system unless seeded",
         )
 
     def _ready(self) -> float:

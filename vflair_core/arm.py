@@ -105,7 +105,7 @@ def run_arm(
     e, task, clock = setting.experiment, setting.task, Clock()
     party, model_party = split(
         model,
-        _partition(model, setting),
+        choose_partition(model, e, setting.plugins),
         defenses=defenses,
         tokenizer=setting.tokenizer,
         channel=e.channel,
@@ -190,12 +190,15 @@ def noise_seed(seed: int, task: Task) -> int:
     return stream_seed(seed, f"noise {digest.hexdigest()}")
 
 
-def _partition(model: Any, setting: Setting) -> Partition:
-    """The cut of the experiment, or the one that the plugin it names chooses."""
-    e = setting.experiment
+def choose_partition(model: Any, e: Experiment, plugins: pluggy.PluginManager) -> Partition:
+    """The cut of the experiment, or the one that the plugin it names chooses.
+
+    Raises:
+        ExperimentError: The plugin it names does not answer.
+    """
     if not e.cut:
         return e.partition
-    answers = setting.plugins.hook.vflair_partition.get_hookimpls()
+    answers = plugins.hook.vflair_partition.get_hookimpls()
     chosen = [i for i in answers if i.plugin_name == e.cut]
     if not chosen:
         there = ", ".join(i.plugin_name for i in answers) or "none"

@@ -115,6 +115,7 @@ class DataParty:
         """Run the model's own forward with the defenses that act on whole batches around it."""
         if self._probing:
             return forward(**inputs)
+        self.defenses.check(self._phase(inputs.get("past_key_values")))
         self._refuse_raw_text(inputs)
         for defense in self.defenses.at("expand"):
             inputs = {

@@ -40,7 +40,6 @@ class Defenses:
         axes = _axes(tensor, exchange)
         incoming = place in ("on_returned", "on_smashed_grad")
         for defense in reversed(defenses) if incoming else defenses:
-            self._check_support(defense, exchange.phase)
             if place == "on_smashed" and axes not in defense.axes:
                 raise DefenseError(
                     f"{type(defense).__name__} cannot defend {name!r}: its axes are {axes!r} (shape "
@@ -68,7 +67,16 @@ class Defenses:
         base = getattr(Defense, place)
         return [d for d in self.each if getattr(type(d), place) is not base]
 
-    def _check_support(self, defense: Defense, phase: Phase) -> None:
+    def check(self, phase: Phase) -> None:
+        """See that every defense supports the cell at hand.
+
+        Raises:
+            DefenseError: One does not; the message says which cells it supports.
+        """
+        for defense in () if self.bypassed else self.each:
+            self._check(defense, phase)
+
+    def _check(self, defense: Defense, phase: Phase) -> None:
         cell = (self.partition_kind, self.task_kind, phase)
         for supported in defense.supports:
             if all(

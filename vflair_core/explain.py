@@ -6,7 +6,9 @@ from typing import Any
 
 import attrs
 
+from vflair_core.arm import choose_partition
 from vflair_core.channel import Transcript
+from vflair_core.data_party import DataParty
 from vflair_core.encoding import encode
 from vflair_core.experiment import Experiment
 from vflair_core.partition import split
@@ -30,7 +32,7 @@ def explain(experiment: Experiment, plugins: PluginManager) -> dict[str, Any]:
     seed = stream_seed(experiment.seed, "noise")
     party, model_party = split(
         model,
-        experiment.partition,
+        choose_partition(model, experiment, plugins),
         defenses=defenses,
         tokenizer=tokenizer,
         seed=seed,
@@ -66,13 +68,13 @@ def explain(experiment: Experiment, plugins: PluginManager) -> dict[str, Any]:
     return {
         "crossings": crossings,
         "owners": owners,
-        "notes": _notes(experiment, task, party.untied),
+        "notes": _notes(experiment, task, party),
     }
 
 
-def _notes(experiment: Experiment, task: Task, untied: tuple[str, ...]) -> list[str]:
+def _notes(experiment: Experiment, task: Task, party: DataParty) -> list[str]:
     notes = []
-    if experiment.partition.kind == "HT":
+    if party.partition.kind == "HT":
         text = ", which are the text itself" if task.kind == "causal-lm" else ""
         notes.append(
             "HT training hands the labels over: the gradient of the logits has one negative entry per row, "
@@ -80,10 +82,10 @@ def _notes(experiment: Experiment, task: Task, untied: tuple[str, ...]) -> list[
         )
     notes += [
         f"{name} was tied to a weight of the data party; each side now has its own."
-        for name in untied
+        for name in party.untied
     ]
-    if experiment.partition.disclose:
-        names = ", ".join(experiment.partition.disclose)
+    if party.partition.disclose:
+        names = ", ".join(party.partition.disclose)
         notes.append(
             f"Crosses although it depends on the text, because the experiment says so: {names}."
         )

@@ -92,25 +92,29 @@ class FineTuning:
         return float(torch.stack(losses).sum())
 
     def commit(self, rate: float) -> None:
-        """Decide scale and skip from all gradient norms, then let both parties step."""
-        own = [
-            p for group in _groups(self.optimizer) for p in group["params"] if p.grad is not None
-        ]
-        scale, skip = None, False
+        """Decide scale and skip from all gradient norms, then let both parties step, or neither.
+
+        The model party goes first: if it refuses, nothing has changed on this side.
+
+        Raises:
+            ProtocolError: The model party refuses the step.
+        """
+        norms = self._norms()
+        total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        skip, scale = not bool(total.isfinite()), None
         if self.options.clip:
-            norms = self._norms()
-            total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-            skip = not bool(total.isfinite())
             scale = float((self.options.clip / (total + 1e-6)).clamp(max=1.0))
-            for parameter in own:
-                parameter.grad.mul_(scale)
-        if self.optimizer is not None:
-            for group in _groups(self.optimizer):
-                group["lr"] = rate
-            if not skip:
-                self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
         self.party.line.commit(scale=scale, rate=rate, skip=skip)
+        if self.optimizer is None:
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+            for parameter in group["params"]:
+                if scale is not None and parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+        if not skip:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _norms(self) -> list[Tensor]:
         reply = self.party.line.request("norms", None, (), {})

@@ -15,6 +15,7 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor
 
+from vflair_core.attack import wants
 from vflair_core.attacking import Evidence, Launch, attack_and_grade, record_victims, truth_of
 from vflair_core.channel import Transcript
 from vflair_core.defense import Defense
@@ -263,7 +264,8 @@ def _record(
     bypassed = queries = None
     if defended:
         bypassed = record_victims(party, setting.victims[: v.bypass], bypass=True, **options)
-    if v.queries and setting.task.public:
+    asked = any("queries" in names for launch in setting.launches for names in wants(launch.attack))
+    if asked and v.queries and setting.task.public:
         publics = [Example(text, label=0) for text in setting.task.public[: v.queries]]
         queries = record_victims(party, publics, max_length=length, gradients=False)
     return main, bypassed, queries
@@ -276,12 +278,13 @@ def _auxiliary(setting: Setting) -> dict[str, Any]:
     others: Sequence[Example] = [
         task.train[n] for n in range(first, min(first + 64, len(task.train)))
     ]
-    return {
+    auxiliary = {
         "public_texts": list(task.public),
         "in_domain": [example.text for example in others],
         "few_labelled": [attrs.asdict(example) for example in others[:16]],
         "queries": list(task.public[: v.queries]),
     }
+    return {name: rows for name, rows in auxiliary.items() if rows}
 
 
 def _promise(defense: Defense, releases: int) -> dict[str, Any]:

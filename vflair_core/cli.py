@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -161,14 +162,18 @@ def main() -> None:
 
 
 def _add_plugin_commands(arguments: list[str]) -> None:
-    """Plugins' commands are looked up only when the core has no command of that name."""
-    known = {"run", "plugins", "list", "show", "explain"}
-    if not arguments or arguments[0].startswith("-") or arguments[0] in known:
+    """Plugins' commands are looked up only for help, and where the core has no command of that name."""
+    name = next((word for word in arguments if not word.startswith("-")), "")
+    if name in {"run", "plugins", "list", "show", "explain"}:
         return
-    from vflair_core.plugins import find, plugin_manager
+    from vflair_core.plugins import find, offers, plugin_manager
 
-    command: Callable[..., Any] = find(plugin_manager(), "commands", arguments[0]).load()
-    app.command(command, name=arguments[0])
+    after = itertools.pairwise(arguments)
+    _configure_logging(verbose=False, level=logging.ERROR)
+    manager = plugin_manager([value for flag, value in after if flag == "--plugin"])
+    offered = [find(manager, "commands", name)] if name else offers(manager, "commands").values()
+    for command in offered:
+        app.command(command.load(), name=command.name)
 
 
 def _summary(thing: Any) -> str:

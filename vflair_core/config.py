@@ -78,7 +78,7 @@ def _exactly(value: Any, kind: type) -> Any:
     return value
 
 
-def _override(table: dict[str, Any], override: str) -> None:
+def _override(table: Any, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals:
         raise ExperimentError(f"{override!r} is not key=value; write e.g. -o train.steps=10.")
@@ -86,16 +86,18 @@ def _override(table: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a text
-    *path, last = key.strip().split(".")
-    for part in path:
-        inner = table[int(part)] if isinstance(table, list) else table.setdefault(part, {})
-        if not isinstance(inner, (dict, list)):
-            raise ExperimentError(f"{key!r} cannot be set: {part!r} is not a table.")
-        table = inner  # type: ignore[assignment]
-    if isinstance(table, list):
-        table[int(last)] = value
-    else:
+    try:
+        *path, last = [_step(part) for part in key.strip().split(".")]
+        for part in path:
+            table = table[part] if isinstance(table, list) else table.setdefault(part, {})
         table[last] = value
+    except (TypeError, IndexError, AttributeError, KeyError) as error:
+        raise ExperimentError(f"{key!r} cannot be set: there is no such table or entry.") from error
+
+
+def _step(part: str) -> Any:
+    """Part of a dotted key: a number for an entry of a list."""
+    return int(part) if part.isdecimal() else part
 
 
 def _explain(error: BaseException, where: str) -> list[str]:
@@ -118,6 +120,8 @@ def _explain(error: BaseException, where: str) -> list[str]:
             return [f"{key}: this key is needed."]
         case VflairError() | ValueError() | TypeError():
             return [f"{key}: {error}"]
+        case AttributeError():
+            return [f"{key}: expected a table of keys."]
         case _:
             return [f"{key}: {type(error).__name__}: {error}"]
 

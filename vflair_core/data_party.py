@@ -365,9 +365,14 @@ def _hand_over_forward(model: PreTrainedModel, party: DataParty) -> PreTrainedMo
         inputs = dict(zip(names, args, strict=False)) | kwargs
         return party.run_forward(functools.partial(original.forward, self), inputs)
 
-    model.__class__ = type(
-        original.__name__, (original,), {"forward": forward, "__module__": __name__}
-    )
+    def save_pretrained(_self: Any, *_: Any, **__: Any) -> None:
+        raise PartitionError(
+            f"This {original.__name__} holds half of the weights, so it cannot be saved as a whole one. Use "
+            "data_party.save(folder) and model_party.save(folder, step)."
+        )
+
+    own = {"forward": forward, "save_pretrained": save_pretrained, "__module__": __name__}
+    model.__class__ = type(original.__name__, (original,), own)
     return model
 
 

@@ -9,7 +9,6 @@ import attrs
 from vflair_core.arm import choose_partition
 from vflair_core.channel import Transcript
 from vflair_core.data_party import DataParty
-from vflair_core.encoding import encode
 from vflair_core.experiment import Experiment
 from vflair_core.partition import split
 from vflair_core.plugins import PluginManager, build, find
@@ -42,12 +41,8 @@ def explain(experiment: Experiment, plugins: PluginManager) -> dict[str, Any]:
     for defense in defenses:
         defense.prepare(task.public, party)
     texts = [Example(text, label=0) for text in task.public[: experiment.train.batch_size]]
-    batch = encode(
-        tokenizer,
-        texts or list(task.train[: experiment.train.batch_size]),
-        kind=task.kind,
-        max_length=experiment.train.max_length,
-    )
+    examples = texts or list(task.train[: experiment.train.batch_size])
+    batch = party.encode(examples, max_length=experiment.train.max_length)
     party.model.train()
     with party.channel.tap(Transcript()) as transcript:
         party.model(**batch, use_cache=False).loss.backward()
@@ -89,8 +84,9 @@ def _notes(experiment: Experiment, task: Task, party: DataParty) -> list[str]:
         notes.append(
             f"Crosses although it depends on the text, because the experiment says so: {names}."
         )
-    covered = {place for d in experiment.defenses for place in (d.name,)}
-    notes.append(
-        f"Defenses: {', '.join(sorted(covered)) or 'none; hidden states cross as they are'}."
-    )
+    if not experiment.defenses:
+        notes.append("No defense: hidden states cross as they are.")
+    for spec, defense in zip(experiment.defenses, party.defenses.each, strict=True):
+        covered = ", ".join(sorted(defense.covers)) or "nothing it names"
+        notes.append(f"{spec.name} covers {covered}; the rest crosses as it is.")
     return notes

@@ -139,7 +139,10 @@ def judge(grade: Grade, reference: float | None, bypassed: float | None) -> Grad
             f"negative control failed: {grade.negative_control:.3f} on other examples' messages"
         )
     elif bypassed is not None and bypassed < 0.95 * undefended:
-        grade.verdict = f"positive control failed: {bypassed:.3f} with the defense bypassed"
+        grade.verdict = (
+            f"positive control failed: {bypassed:.3f} with the defense bypassed against {undefended:.3f} "
+            "undefended, so the drop is not the defense's alone"
+        )
     elif undefended <= grade.floor or (reference is None and low <= grade.floor):
         grade.verdict = "attack uninformative: it is at the floor without a defense"
     return grade

@@ -26,7 +26,7 @@ class Guarantee:
     epsilon_per_release: float | None = None
     releases: int = 0
     epsilon: float | None = None  # composed over all releases
-    randomness: str = ""  # "seeded" in an experiment, "operating system" when served
+    randomness: str = ""  # where the noise is drawn from
     excluded: str = "lengths, timing and floating-point sampling"
 
     def __str__(self) -> str:

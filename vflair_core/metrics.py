@@ -37,7 +37,10 @@ def evaluate(
             predictions += _predict(task, outputs.logits)
     loss = sum(value * weight for value, weight in losses) / sum(weight for _, weight in losses)
     metrics = _own(task, logits, labels) | {"loss": loss}
-    return dict(task.score(predictions, task.test)) | metrics if task.score else metrics
+    if task.score is None:
+        return metrics
+    own = dict(task.score(predictions, task.test))
+    return own | {name: value for name, value in metrics.items() if name not in own}
 
 
 def evaluate_party(

@@ -137,7 +137,8 @@ class ModelParty:
             torch.set_grad_enabled(grad),
             _autocast(meta.get("autocast"), leaves),
         ):
-            for counterpart in reversed(session.counterparts):  # what was done last is undone first
+            there = session.counterparts if meta["counterparts"] else []
+            for counterpart in reversed(there):  # what was done last is undone first
                 for index, crossing in enumerate(message.tensors):
                     if crossing.role == "smashed":
                         leaves[index] = counterpart(leaves[index])

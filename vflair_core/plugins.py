@@ -233,7 +233,7 @@ def find(manager: pluggy.PluginManager, shelf: Shelf, name: str) -> Offered:
     broken = [f"{info.name} ({info.error})" for info in getattr(manager, "failures", ())]
     raise PluginError(
         f"No plugin offers {shelf[:-1]} {name!r}.{did_you_mean(name, found)} "
-        f"Possible: {', '.join(found) or 'none; install vflair-' + shelf}."
+        f"Possible: {', '.join(found) or 'none; install a plugin that offers ' + shelf}."
         + (f" These plugins failed to load: {'; '.join(broken)}." if broken else "")
     )
 

@@ -82,6 +82,7 @@ class Cut(torch.autograd.Function):
             "training": party.model.training,
             "autocast": _autocast_dtype(party.model.device.type),
             "cache": cache,
+            "counterparts": not party.defenses.bypassed,
         }
         reply = party.line.request("forward", exchange, crossings, meta)
         outputs = tuple(crossing.tensor.to(leaves[0].device) for crossing in reply.tensors)

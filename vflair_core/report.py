@@ -57,10 +57,10 @@ def _utility(result: Result, arms: list[str]) -> Table:
     metric = result.numbers[arms[0]]["metric"]
     table = Table(
         box=SIMPLE,
-        title=f"{result.task['name']} · numbers {result.numbers_hash}",
+        title=f"{result.task['name']} · MP is {metric} · numbers {result.numbers_hash}",
         title_justify="left",
     )
-    for column in ("", f"MP ({metric})", "held-out loss", "guarantee", "MB", "seconds"):
+    for column in ("", "MP", "held-out loss", "guarantee", "MB", "seconds"):
         table.add_column(column)
     for arm in arms:
         numbers, cost = result.numbers[arm], result.cost[arm]
@@ -116,7 +116,10 @@ def _remarks(result: Result, arms: list[str]) -> Iterator[str]:
             word = "equal" if equal else "failed to equal"
             yield f"{arm}: all training losses {word} the unsplit model's."
         for guarantee in result.numbers[arm]["guarantees"]:
-            yield f"{guarantee['defense']}: {guarantee['statement']}."
+            outside = (
+                f" Outside the claim: {guarantee['excluded']}." if guarantee["mechanism"] else ""
+            )
+            yield f"{guarantee['defense']}: {guarantee['statement']}.{outside}"
         for grade in result.numbers[arm]["attacks"]:
             if grade["verdict"] != "ok":
                 yield f"{arm}, {grade['attack']}: {grade['verdict']}."

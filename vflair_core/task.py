@@ -67,7 +67,7 @@ class Task:
 
     `public` is text that anyone may see: it serves pretraining, calibration of defenses and the
     attacker's auxiliary data, and must not overlap `train` and `test`. `score` turns predictions (label
-    indices, numbers or texts, by kind) into metrics; the first one is the main-task performance MP, in
+    indices, numbers, or for causal-lm the (T,) most likely next tokens of each row) into metrics; the first one is the main-task performance MP, in
     [0, 1] and higher is better. None takes the core's own metric for the kind. `facts` (corpus hash,
     rows dropped, …) goes into the result as it is.
     """

@@ -26,6 +26,7 @@ from vflair_core.channel import Transcript
 from vflair_core.defense import Defense, Mechanism
 from vflair_core.errors import AttackError
 from vflair_core.halves import Head, Tail, halves
+from vflair_core.knowledge import AUXILIARY
 from vflair_core.partition import Partition
 from vflair_core.plugins import load_target
 from vflair_core.task import Example
@@ -129,7 +130,7 @@ class Granted(Mapping[str, Any]):
             names -= {"mechanism", "parameters"}  # nothing was applied to these messages
         if room.partition.kind == "HT":
             names -= {"tail", "pretrained_tail", "current_tail"}
-        absent = {"queries", "few_labelled"} - set(room.job["auxiliary"])
+        absent = set(AUXILIARY) - set(room.job["auxiliary"])  # the task has none
         self.names = [n for n in sorted(names - absent) if n not in _SEEN or n in self.seen]
 
     def __iter__(self) -> Iterator[str]:

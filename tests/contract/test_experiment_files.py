@@ -87,3 +87,14 @@ def test_partition_errors_keep_their_own_type_outside_files():
 
     with pytest.raises(PartitionError, match="whole number of blocks"):
         Partition(head=True)
+
+
+@pytest.mark.parametrize("key", ["attacks.9.name", "attacks.a.name", "seed.deeper"])
+def test_an_override_of_something_that_is_not_there_is_refused(key):
+    with pytest.raises(ExperimentError, match="there is no such table or entry"):
+        read_experiment(EXAMPLES / "quickstart.toml", [f"{key}=x"])
+
+
+def test_a_word_where_a_table_belongs_is_refused():
+    with pytest.raises(ExperimentError, match="task: expected a table of keys"):
+        read_experiment(EXAMPLES / "quickstart.toml", ["task=word"])

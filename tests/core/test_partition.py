@@ -240,3 +240,9 @@ def test_lora_on_all_linear_layers_touches_only_local_ones_and_learns(cut, kind)
     assert losses[-1] < 0.8 * losses[0]
     after = dict(parties.model_party.named_parameters())
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_half_a_model_is_not_saved_as_a_whole_one(cut, tmp_path):
+    with pytest.raises(PartitionError, match="holds half of the weights"):
+        cut("llama").data_party.model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -107,7 +107,7 @@ class GaussianNoise(Defense):
             return Guarantee()
         mu = 2 / self.ratio
         return Guarantee(
-            mechanism="row-clipped Gaussian",
+            mechanism="row-clipped Gaussian on smashed data",
             adjacency="replace the text of one example; each of its rows is one release",
             clip=bound,
             sensitivity=2 * bound,
@@ -116,6 +116,10 @@ class GaussianNoise(Defense):
             epsilon_per_release=gaussian_epsilon(mu, self.delta),
             releases=releases,
             epsilon=gaussian_epsilon(mu * math.sqrt(releases), self.delta),
+            excluded=(
+                "gradients sent in training, what training on an example changes in later rows of others, "
+                "lengths, timing and floating-point sampling"
+            ),
             randomness="the data party's torch generator: from the operating system unless seeded",
         )
 

@@ -84,10 +84,13 @@ def _promise(guarantee: dict[str, Any]) -> str:
 
 
 def _privacy(result: Result, arms: list[str]) -> Table:
-    table = Table(box=SIMPLE)
-    table.add_column("attack (knowledge)")
+    table = Table(
+        box=SIMPLE, title="AP with its 95 % interval", title_justify="left", padding=(0, 1, 0, 0)
+    )
+    table.add_column("attack")
+    table.add_column("knows")
     for arm in arms:
-        table.add_column(f"AP {arm} [95 %]")
+        table.add_column(f"AP {arm}")
     table.add_column("floor")
     if len(arms) > 1:
         table.add_column("DCS")
@@ -100,13 +103,13 @@ def _privacy(result: Result, arms: list[str]) -> Table:
         cells.append(f"{last['floor']:.3f}")
         if len(arms) > 1:
             cells.append(f"{scores[last['attack']]:.3f}")
-        table.add_row(f"{last['attack']} ({last['knowledge']})", *cells)
+        table.add_row(last["attack"], last["knowledge"], *cells)
     return table
 
 
 def _performance(grade: dict[str, Any]) -> str:
     low, high = grade["interval"]
-    return f"{grade['attack_performance']:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{grade['attack_performance']:.3f} [{low:.2f}, {high:.2f}]"
 
 
 def _remarks(result: Result, arms: list[str]) -> Iterator[str]:

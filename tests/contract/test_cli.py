@@ -61,7 +61,8 @@ def test_a_run_with_a_one_file_plugin_shows_and_writes_its_result(file, tmp_path
     for word in (
         "undefended",
         "defended",
-        "first-row (K1)",
+        "first-row",
+        "K1",
         "AP",
         "floor",
         "DCS",

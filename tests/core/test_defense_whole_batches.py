@@ -200,6 +200,9 @@ def test_a_bypass_switches_every_place_off_and_on_again(cut):
         def on_smashed(self, smashed, exchange):
             return smashed * 0
 
+        def counterpart(self):
+            return nn.LayerNorm(16)
+
     parties = cut("llama", defenses=[Zero()])
     batch = tiny_batch(parties.whole)
     expected = parties.whole(**batch).logits

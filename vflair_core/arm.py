@@ -21,7 +21,7 @@ from vflair_core.channel import Transcript
 from vflair_core.defense import Defense
 from vflair_core.errors import ExperimentError
 from vflair_core.experiment import Experiment
-from vflair_core.grading import Grade
+from vflair_core.grading import Grade, Reference
 from vflair_core.message import Message
 from vflair_core.metrics import evaluate_party
 from vflair_core.partition import Partition, split
@@ -96,11 +96,11 @@ class Arm:
     transcript: Transcript
     grades: list[Grade]
     samples: list[dict[str, Any]]
-    references: dict[str, float]  # each attack's performance on the victims that cross bypassed
+    references: list[Reference]  # what each attack reached, for the other arm to compare with
 
 
 def run_arm(
-    name: str, model: Any, defenses: list[Defense], setting: Setting, references: dict[str, float]
+    name: str, model: Any, defenses: list[Defense], setting: Setting, references: list[Reference]
 ) -> Arm:
     """Run one arm on `model`, which it consumes; `references` come from the undefended arm."""
     e, task, clock = setting.experiment, setting.task, Clock()
@@ -176,8 +176,8 @@ def run_arm(
         for grade in grades
         for n, text in enumerate(grade.recovered)
     ]
-    performances = {grade.attack: grade.reference for grade in grades}
-    return Arm(numbers, _cost(party, clock, grades), main, grades, samples, performances)
+    reached = [Reference(grade.reference, informative=grade.informative) for grade in grades]
+    return Arm(numbers, _cost(party, clock, grades), main, grades, samples, reached)
 
 
 def noise_seed(seed: int, task: Task) -> int:
@@ -188,7 +188,8 @@ def noise_seed(seed: int, task: Task) -> int:
     digest = hashlib.sha256()
     for example in (*task.train, *task.test):
         digest.update(example.text.encode() + b"\0")
-    return stream_seed(seed, f"noise {digest.hexdigest()}")
+    digest.update(f"noise {seed}".encode())
+    return int(digest.hexdigest(), 16)
 
 
 def choose_partition(model: Any, e: Experiment, plugins: pluggy.PluginManager) -> Partition:
@@ -255,20 +256,28 @@ def _save(arm: str, party: DataParty, model_party: ModelParty, setting: Setting)
 
 def _record(
     party: DataParty, setting: Setting, *, defended: bool
-) -> tuple[Transcript, Transcript | None, Transcript | None]:
+) -> tuple[Transcript, Transcript | None, dict[str, Transcript]]:
     """Let the victims cross, some of them once more with the defense bypassed, and public queries."""
     v, length = setting.experiment.victims, setting.victim_length
     gradients = v.phase == "train"
     options: dict[str, Any] = {"max_length": length, "gradients": gradients}
     main = record_victims(party, setting.victims, releases=v.releases, **options)
-    bypassed = queries = None
+    bypassed = None
     if defended:
-        bypassed = record_victims(party, setting.victims[: v.bypass], bypass=True, **options)
-    asked = any("queries" in names for launch in setting.launches for names in wants(launch.attack))
-    if asked and v.queries and setting.task.public:
+        some = setting.victims[: v.bypass]
+        bypassed = record_victims(party, some, releases=v.releases, bypass=True, **options)
+    queries: dict[str, Transcript] = {}
+    if _asked(setting, "queries") and v.queries and setting.task.public:
         publics = [Example(text, label=0) for text in setting.task.public[: v.queries]]
-        queries = record_victims(party, publics, max_length=length, gradients=False)
+        for which in ("main", "bypassed") if defended else ("main",):
+            queries[which] = record_victims(
+                party, publics, max_length=length, gradients=False, bypass=which == "bypassed"
+            )
     return main, bypassed, queries
+
+
+def _asked(setting: Setting, name: str) -> bool:
+    return any(name in names for launch in setting.launches for names in wants(launch.attack))
 
 
 def _auxiliary(setting: Setting) -> dict[str, Any]:
@@ -316,7 +325,7 @@ def _cost(party: DataParty, clock: Clock, grades: list[Grade]) -> dict[str, Any]
         "total_bytes": sum(t.bytes for t in traffic.values()),
         "channel_seconds": party.channel.seconds,
         "seconds": clock.seconds,
-        "attack_seconds": {grade.attack: grade.seconds for grade in grades},
+        "attack_seconds": [grade.seconds for grade in grades],
     }
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,15 @@ from vflair_core.channel import Transcript
 from vflair_core.data_party import DataParty
 from vflair_core.encoding import private_positions
 from vflair_core.errors import AttackError
-from vflair_core.grading import Grade, Truth, grade_labels, grade_tokens, judge, subset_accuracy
+from vflair_core.grading import (
+    Grade,
+    Reference,
+    Truth,
+    grade_labels,
+    grade_tokens,
+    judge,
+    subset_accuracy,
+)
 from vflair_core.knowledge import granted
 from vflair_core.model_party import ModelParty
 from vflair_core.plugins import target_of
@@ -70,7 +79,7 @@ class Evidence:
     releases: int
     task: Task
     auxiliary: dict[str, Any] = field(factory=dict)
-    queries: Transcript | None = None
+    queries: Mapping[str, Transcript] = field(factory=dict)  # by pass: main, bypassed
 
 
 def record_victims(
@@ -142,7 +151,7 @@ def attack_and_grade(
     *,
     prior: Tensor | None,
     subset: Sequence[int],
-    references: dict[str, float] | None = None,
+    references: Sequence[Reference] | None = None,
     isolation: Isolation = "process",
     progress: Progress = lambda *_: None,
     threads: int | None = None,
@@ -155,7 +164,7 @@ def attack_and_grade(
         truth: What really was there; it stays in this process.
         prior: (T,) the best guess of someone who knows the public text and saw no message.
         subset: Rows of the victims that crossed again with the defense bypassed.
-        references: Attack performance of the undefended run on that subset, by attack; None for that run itself.
+        references: What each attack reached in the undefended arm; None for that arm itself.
         isolation: process for a worker of its own, inline for this process.
         progress: Told (attack, done, total) now and then.
         threads: CPU threads of the worker.
@@ -185,7 +194,7 @@ def attack_and_grade(
                 control, _ = read_guess(folder / f"guess-{number}-bypassed")
                 bypassed = subset_accuracy(control, truth, subset)
             grade.reference = _on_subset(guess, truth, subset)
-            grades.append(judge(grade, (references or {}).get(launch.name), bypassed))
+            grades.append(judge(grade, references[number] if references else None, bypassed))
     return grades
 
 
@@ -205,7 +214,14 @@ def _run(folder: Path, isolation: Isolation, progress: Progress) -> None:
     command = [sys.executable, "-m", "vflair_core.worker", str(folder)]
     with (
         (folder / "stderr.txt").open("w") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,  # noqa: S603
+        subprocess.Popen(  # noqa: S603
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=folder,
+            env=_environment(),
+        ) as process,
     ):
         assert process.stdout is not None  # PIPE was asked for
         for line in process.stdout:
@@ -222,6 +238,21 @@ def _run(folder: Path, isolation: Isolation, progress: Progress) -> None:
         raise AttackError(f"The attack worker ended with code {code}: {said}")
 
 
+def _environment() -> dict[str, str]:
+    """What the worker needs of this process's environment, and nothing else of it."""
+    kept = (
+        "PATH",
+        "PYTHONPATH",
+        "VIRTUAL_ENV",
+        "HOME",
+        "TMPDIR",
+        "LD_LIBRARY_PATH",
+        "HF_HUB_OFFLINE",
+    )
+    here = os.pathsep.join(path for path in sys.path if path)
+    return {name: os.environ[name] for name in kept if name in os.environ} | {"PYTHONPATH": here}
+
+
 def _furnish(folder: Path, launches: Sequence[Launch], evidence: Evidence, threads: int) -> None:
     """Write the transcript and what is granted into the folder, and nothing else."""
     party, names = evidence.party, {n for launch in launches for n in launch.granted}
@@ -234,13 +265,18 @@ def _furnish(folder: Path, launches: Sequence[Launch], evidence: Evidence, threa
     releases = {"main": evidence.releases}
     if evidence.bypassed is not None:
         evidence.bypassed.save(folder / "bypassed.safetensors")
-        releases["bypassed"] = 1
+        releases["bypassed"] = evidence.releases
     if asked & {"head", "tail", "pretrained_head", "pretrained_tail", "pretrained_model"}:
         _save_weights(folder / "pretrained.safetensors", evidence.pretrained)
     theirs = {n: p.detach() for n, p in evidence.model_party.model.state_dict().items()}
     if asked & {"body"}:
         _save_weights(folder / "body.safetensors", theirs)
-    if "current_head" in names and asked & {"head", "tail", "current_head", "current_tail"}:
+    if names & {"current_head", "current_tail"} and asked & {
+        "head",
+        "tail",
+        "current_head",
+        "current_tail",
+    }:
         _save_weights(folder / "current.safetensors", {**model.state_dict(), **theirs})
     if "embeddings" in asked:
         table = evidence.pretrained[_embedding_name(model)]
@@ -252,15 +288,15 @@ def _furnish(folder: Path, launches: Sequence[Launch], evidence: Evidence, threa
             f"{n}.{k}": v for n, d in enumerate(party.defenses.each) for k, v in d.state().items()
         }
         _save_weights(folder / "defenses.safetensors", state)
-    if evidence.queries is not None:
-        evidence.queries.save(folder / "queries.safetensors")
+    for which, transcript in evidence.queries.items():
+        transcript.save(folder / f"queries-{which}.safetensors")
     job = {
         "attacks": [_describe(n, launch, evidence) for n, launch in enumerate(launches)],
         "releases": releases,
         "partition": attrs.asdict(party.partition),
         "task_kind": evidence.task.kind,
         "model_class": type(model).__mro__[1].__name__,
-        "defenses": [_defense(defense) for defense in party.defenses.each] if asked & {"mechanism"} else
+        "defenses": [_defense(defense) for defense in party.defenses.each] if asked & {"mechanism", "parameters"} else
         [{} for _ in party.defenses.each],
         "auxiliary": {k: v for k, v in evidence.auxiliary.items() if k in asked},
         "threads": threads,

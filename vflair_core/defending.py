@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -125,12 +127,13 @@ class Defenses:
 
 
 def _generator(seed: int | None, index: int) -> torch.Generator:
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        digest = hashlib.sha256(f"defense {index} {seed}".encode()).digest()
-        generator.manual_seed(int.from_bytes(digest[:7], "little"))
+    """A stream whose whole state comes from a digest: `manual_seed` would keep 32 bits of it."""
+    material = os.urandom(32) if seed is None else f"defense {index} {seed}".encode()
+    generator = torch.Generator().manual_seed(0)
+    state = generator.get_state()  # a header of 24 bytes, then 624 words of 32 bits in 64
+    words = np.frombuffer(hashlib.shake_256(material).digest(624 * 4), "<u4").astype("<u8")
+    state[24 : 24 + 624 * 8] = torch.from_numpy(words.view("u1").copy())
+    generator.set_state(state)
     return generator
 
 

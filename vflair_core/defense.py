@@ -45,8 +45,11 @@ class Mechanism:
     """What an adaptive attacker may know of a defense: all but its randomness.
 
     `expected` is the deterministic part (clip, mapping); `log_likelihood` scores an observation, up to a
-    constant, given the undefended hidden state.
+    constant, given the undefended hidden state. `in_nats` says that it really is one: an attack then adds it
+    to other log-likelihoods as it is, and otherwise estimates the scale of the noise.
     """
+
+    in_nats: bool = False
 
     def expected(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., D)
         """Return what would be sent for `hidden` if the noise were at its most likely value."""

@@ -50,6 +50,7 @@ class Grade:
     budget: dict[str, float] = field(factory=dict)
     reference: float = 0.0  # performance on the victims that also cross with the defense bypassed
     seconds: float = 0.0
+    informative: bool = True  # above its floor where nothing defends
     recovered: list[str] = field(factory=list)  # the guesses as text; not among the numbers
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,15 +125,23 @@ def grade_labels(guess: Guess, truth: Truth, *, name: str, knowledge: str) -> Gr
     )  # fmt: skip
 
 
-def judge(grade: Grade, reference: float | None, bypassed: float | None) -> Grade:
+@frozen
+class Reference:
+    """What the same attack reached in the undefended arm, on the victims that cross again bypassed."""
+
+    performance: float
+    informative: bool
+
+
+def judge(grade: Grade, reference: Reference | None, bypassed: float | None) -> Grade:
     """Add the controls' verdict to a grade.
 
-    `reference` is the same attack's performance on the undefended run's victims; `bypassed` its performance
-    on messages of this run sent with the defense bypassed, on the same subset.
+    `bypassed` is the attack's performance on messages of this run sent with the defense bypassed, on the same
+    victims as `reference`; both are None in the undefended arm.
     """
     grade.positive_control = bypassed
     others = max(grade.floors["constant"], grade.floors.get("prior", 0.0))
-    undefended = grade.attack_performance if reference is None else reference
+    undefended = grade.attack_performance if reference is None else reference.performance
     low, _ = grade.interval
     if grade.negative_control is not None and grade.negative_control > others + 0.1:
         grade.verdict = (
@@ -143,7 +152,8 @@ def judge(grade: Grade, reference: float | None, bypassed: float | None) -> Grad
             f"positive control failed: {bypassed:.3f} with the defense bypassed against {undefended:.3f} "
             "undefended, so the drop is not the defense's alone"
         )
-    elif undefended <= grade.floor or (reference is None and low <= grade.floor):
+    grade.informative = low > grade.floor if reference is None else reference.informative
+    if grade.verdict == "ok" and not grade.informative:
         grade.verdict = "attack uninformative: it is at the floor without a defense"
     return grade
 
@@ -234,7 +244,7 @@ def interval(hits: Sequence[tuple[int, int]]) -> tuple[float, float]:
     )
     sums = table[draws].sum(1)  # (resamples, 2)
     rates = (sums[:, 0] / sums[:, 1].clamp_min(1)).sort().values
-    low, high = int(tail * RESAMPLES), int((1 - tail) * RESAMPLES) - 1
+    low, high = round(tail * RESAMPLES), round((1 - tail) * RESAMPLES) - 1
     return float(rates[low]), float(rates[high])
 
 

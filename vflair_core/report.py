@@ -94,15 +94,13 @@ def _privacy(result: Result, arms: list[str]) -> Table:
     table.add_column("floor")
     if len(arms) > 1:
         table.add_column("DCS")
-    scores = {
-        row["attack"]: row["dcs"] for row in result.numbers.get("dcs", {}).get("per_attack", ())
-    }
+    scores = result.numbers.get("dcs", {}).get("per_attack", ())
     for row, last in enumerate(result.numbers[arms[-1]]["attacks"]):
         grades = [result.numbers[arm]["attacks"][row] for arm in arms]
         cells = [_performance(grade) for grade in grades]
         cells.append(f"{last['floor']:.3f}")
         if len(arms) > 1:
-            cells.append(f"{scores[last['attack']]:.3f}")
+            cells.append(f"{scores[row]['dcs']:.3f}")
         table.add_row(last["attack"], last["knowledge"], *cells)
     return table
 

@@ -103,7 +103,7 @@ def _go(
         prior=_prior(e, task, model, tokenizer),
         orders=_orders(e, task),
     )
-    arms = {"undefended": run_arm("undefended", copy.deepcopy(model), [], setting, {})}
+    arms = {"undefended": run_arm("undefended", copy.deepcopy(model), [], setting, [])}
     if e.check_unsplit:
         with clock("unsplit reference"):
             _compare_unsplit(copy.deepcopy(model), setting, arms["undefended"])
@@ -195,20 +195,20 @@ def _scores(undefended: Arm, defended: Arm, task: Task) -> dict[str, Any]:
     chance = 1 / len(task.labels) if task.kind == "classification" else 0.0
     rows: list[dict[str, Any]] = []
     for before, after in zip(undefended.grades, defended.grades, strict=True):
-        attack, floor = after.attack_performance, after.floor
-        rows.append(
-            {
-                "attack": after.attack,
-                "dcs": dcs(attack, main, best),
-                "normalised": normalised_dcs(
-                    attack, floor, before.attack_performance, main, chance, best
-                ),
-            }
+        row: dict[str, Any] = {"attack": after.attack, "knowledge": after.knowledge}
+        row["dcs"] = dcs(after.attack_performance, main, best)
+        row["normalised"] = (
+            None  # an attack that fails a control or finds nothing undefended ranks nothing
         )
+        if before.verdict == after.verdict == "ok":
+            attacks = (after.attack_performance, before.floor, before.attack_performance)
+            row["normalised"] = normalised_dcs(*attacks, main, chance, best)
+        rows.append(row)
+    ranked = [row["normalised"] for row in rows if row["normalised"] is not None]
     return {
         "per_attack": rows,
         "mean": sum(row["dcs"] for row in rows) / len(rows),
-        "normalised_worst": min(row["normalised"] for row in rows),
+        "normalised_worst": min(ranked) if ranked else None,
     }
 
 

@@ -1,7 +1,8 @@
 """Runs attacks in a process of their own: ``python -m vflair_core.worker FOLDER``.
 
-The folder holds the transcript and the granted knowledge. It holds no truth, no noise seed and no private
-text, so no attack can find them here. Guesses are written back into the folder.
+The folder holds the transcript and the granted knowledge: no truth, no noise seed and no private text, and
+neither does this process. It is no sandbox: an attack that breaks out of its process attacks the machine, not
+the messages. Guesses are written back into the folder.
 """
 
 from __future__ import annotations
@@ -85,6 +86,15 @@ class Room:
 
         return AutoTokenizer.from_pretrained(self.folder)
 
+    @cached_property
+    def has_mechanism(self) -> bool:
+        """Whether knowing the defenses could help: one that has no mechanism leaves nothing to know."""
+        specs = self.job["defenses"]
+        return all(specs) and any(
+            load_target(spec["target"]).mechanism is not Defense.mechanism  # type: ignore[attr-defined]
+            for spec in specs
+        )
+
     def mechanism(self, *, with_parameters: bool) -> Mechanism:
         """The defenses of the run as one mechanism, in their order."""
         parts = []
@@ -107,6 +117,11 @@ class Chain(Mechanism):
 
     parts: list[Mechanism]
 
+    @property
+    def in_nats(self) -> bool:  # type: ignore[override]
+        """Whether the noise that is seen has a likelihood."""
+        return bool(self.parts) and self.parts[-1].in_nats
+
     def expected(self, hidden: Tensor) -> Tensor:
         for part in self.parts:
             hidden = part.expected(hidden)
@@ -123,11 +138,15 @@ class Granted(Mapping[str, Any]):
     """Name → knowledge, for one attack in one pass: what was granted, and no more."""
 
     def __init__(self, room: Room, attack: dict[str, Any], which: str, progress: Any) -> None:
-        self.room, self.attack, self.progress = room, attack, progress
+        self.room, self.attack, self.which, self.progress = room, attack, which, progress
         self.seen = room.observables(which)
         names = set(attack["granted"])
         if which == "bypassed" or not room.job["defenses"]:
             names -= {"mechanism", "parameters"}  # nothing was applied to these messages
+        if room.job["task_kind"] != "causal-lm":
+            names -= {"pretrained_model"}  # it is a classifier, no language-model prior
+        if names & {"mechanism", "parameters"} and not room.has_mechanism:
+            names -= {"mechanism", "parameters"}
         if room.partition.kind == "HT":
             names -= {"tail", "pretrained_tail", "current_tail"}
         absent = set(AUXILIARY) - set(room.job["auxiliary"])  # the task has none
@@ -145,11 +164,8 @@ class Granted(Mapping[str, Any]):
         if name in self.seen:
             return self.seen[name]
         room = self.room
-        best = (
-            room.current
-            if "current_head" in self.attack["granted"] and name in ("head", "tail")
-            else None
-        )
+        latest = f"current_{name}" in self.attack["granted"] or name.startswith("current_")
+        held = room.current if latest and name.endswith(("head", "tail")) else None
         match name:
             case "task_kind":
                 return room.job["task_kind"]
@@ -164,15 +180,17 @@ class Granted(Mapping[str, Any]):
             case "embeddings":
                 return load_file(room.folder / "embeddings.safetensors")["embeddings"]
             case "head" | "pretrained_head" | "current_head":
-                return (best or (room.current if name == "current_head" else room.pretrained))[0]
+                return (held or room.pretrained)[0]
             case "tail" | "pretrained_tail" | "current_tail":
-                return (best or (room.current if name == "current_tail" else room.pretrained))[1]
+                return (held or room.pretrained)[1]
             case "mechanism" | "parameters":
                 return room.mechanism(with_parameters="parameters" in self.attack["granted"])
             case "few_labelled":
                 return [Example(**row) for row in room.job["auxiliary"]["few_labelled"]]
             case "queries":
-                records = Transcript.load(room.folder / "queries.safetensors").messages
+                records = Transcript.load(
+                    room.folder / f"queries-{self.which}.safetensors"
+                ).messages
                 rows = [r.tensor[0] for r in records if r.role == "smashed"]
                 return list(zip(room.job["auxiliary"]["queries"], rows, strict=True))
             case _:

@@ -28,7 +28,12 @@ WORDS = [
 
 @hookimpl
 def vflair_attacks():
-    return {"first-row": FirstRow, "peek": peek, "last-label": last_label}
+    return {
+        "first-row": FirstRow,
+        "peek": peek,
+        "last-label": last_label,
+        "which-weights": which_weights,
+    }
 
 
 @hookimpl
@@ -71,6 +76,17 @@ def peek(smashed, mask) -> Guess:
 def last_label(smashed, mask) -> Guess:
     """Guess class 0 for everyone."""
     return Guess(labels=torch.zeros(len(smashed), dtype=torch.long))
+
+
+def which_weights(smashed, head, tail, pretrained_head, pretrained_tail) -> Guess:
+    """Say whether head and tail are others than the pretrained ones."""
+    ids = torch.arange(3, 9)[None]
+    states = torch.ones(1, 6, smashed.shape[-1])
+    moved = {
+        "head": not torch.equal(head(ids), pretrained_head(ids)),
+        "tail": not torch.equal(tail(states), pretrained_tail(states)),
+    }
+    return Guess(tokens=torch.zeros(smashed.shape[:2], dtype=torch.long), budget=moved)
 
 
 @define(slots=False)

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vflair_core import AttackError, Guess
-from vflair_core.grading import Truth, auc, grade_labels, grade_tokens, interval, judge, rouge_l
+from vflair_core.grading import (
+    Reference,
+    Truth,
+    auc,
+    grade_labels,
+    grade_tokens,
+    interval,
+    judge,
+    rouge_l,
+)
 from vflair_core.metrics import dcs, normalised_dcs
 
 
@@ -162,9 +171,10 @@ def test_a_guess_that_fits_other_examples_fails_the_negative_control():
 
 def test_an_attack_that_cannot_read_bypassed_messages_fails_the_positive_control():
     there = truth()
-    grade = judge(graded(torch.stack(there.tokens), there), 1.0, 0.5)
+    whole = Reference(1.0, informative=True)
+    grade = judge(graded(torch.stack(there.tokens), there), whole, 0.5)
     assert "positive control failed" in grade.verdict
-    assert judge(graded(torch.stack(there.tokens), there), 1.0, 0.97).verdict == "ok"
+    assert judge(graded(torch.stack(there.tokens), there), whole, 0.97).verdict == "ok"
 
 
 def test_a_guess_for_too_few_victims_is_refused():
@@ -188,3 +198,9 @@ def test_the_normalised_score_is_one_for_a_perfect_defense_and_the_same_at_every
     assert normalised_dcs(0.9, 0.1, 0.9, 0.4, 0.0, 0.4) == pytest.approx(dcs(1.0, 1.0, 1.0))
     small = normalised_dcs(0.5, 0.1, 0.9, 0.2, 0.0, 0.4)
     assert small == pytest.approx(normalised_dcs(0.5, 0.1, 0.9, 0.4, 0.0, 0.8))
+
+
+def test_an_attack_that_found_nothing_undefended_says_nothing_about_a_defense():
+    there = truth()
+    grade = judge(graded(torch.stack(there.tokens), there), Reference(0.3, informative=False), 0.9)
+    assert "uninformative" in grade.verdict

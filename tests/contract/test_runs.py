@@ -311,3 +311,46 @@ def test_the_noise_cannot_be_drawn_again_by_who_knows_the_experiment_and_not_the
     assert ours not in {
         stream_seed(0, name) for name in ("noise", "noise ", "order", "dropout", "weights")
     }
+
+
+def test_one_attack_at_two_levels_is_judged_against_itself(pm):
+    """The same attack twice, once seeing more: each has its own undefended reference."""
+    attacks = [{"name": "first-row", "knowledge": k} for k in ("K1", "K4")]
+    result = run(
+        small(attacks=attacks, defenses=[{"name": "shift", "options": {"by": 0.0}}]), plugins=pm
+    )
+    undefended, defended = (result.numbers[arm]["attacks"] for arm in ("undefended", "defended"))
+    assert [g["knowledge"] for g in defended] == ["K1", "K4"]
+    assert [g["attack_performance"] for g in defended] == [
+        g["attack_performance"] for g in undefended
+    ]
+    assert len(result.cost["defended"]["attack_seconds"]) == 2
+
+
+def test_attacks_that_fail_a_control_or_find_nothing_rank_no_defense(pm):
+    result = run(
+        small(attacks=[{"name": "peek"}], defenses=[{"name": "shift"}], isolation="process"),
+        plugins=pm,
+    )
+    assert "uninformative" in result.numbers["undefended"]["attacks"][0]["verdict"]
+    assert result.numbers["dcs"]["per_attack"][0]["normalised"] is None
+    assert result.numbers["dcs"]["normalised_worst"] is None
+
+
+@pytest.mark.parametrize(
+    ("knowledge", "expected"),
+    [
+        (["K2"], {"head": "pretrained", "tail": "pretrained"}),
+        (["K2", "current_head"], {"head": "current", "tail": "pretrained"}),
+        (["K2", "current_tail"], {"head": "pretrained", "tail": "current"}),
+        (["K3"], {"head": "current", "tail": "current"}),
+    ],
+)
+def test_head_and_tail_are_the_best_that_is_granted(pm, knowledge, expected):
+    """The attack `which-weights` reports through its budget whether a half has moved in training."""
+    attacks = [{"name": "which-weights", "knowledge": knowledge}]
+    result = run(small(attacks=attacks), plugins=pm)
+    budget = result.numbers["undefended"]["attacks"][0]["budget"]
+    assert {
+        name: "current" if budget[name] else "pretrained" for name in ("head", "tail")
+    } == expected

@@ -26,8 +26,8 @@ class VocabularySearch:
     """Beam search over the log-likelihood of the known mechanism, with a language-model prior.
 
     Maximises Σ_t log p_noise(H̃_t − f(H_t(v))) + prior · log p_LM(v_t | v_<t), where f is the defense's
-    deterministic part; repeated releases of a row add up. Without a known mechanism the noise is taken to
-    be Gaussian with the variance that the best candidates leave over. Differs from the papers: a beam
+    deterministic part; repeated releases of a row add up. Without a known noise its
+    scale is estimated, for each example, from what the best candidate leaves over. Differs from the papers: a beam
     and a likelihood instead of the nearest candidate in L1, all candidates of a position in one pass.
 
     Attributes:
@@ -57,9 +57,10 @@ class VocabularySearch:
         """Return the tokens (N, T) of every example."""
         _refuse_unless_causal(head)
         known = parameters if parameters is not None else mechanism
-        likelihood = None if known is None else known.log_likelihood
-        model = pretrained_model if self.prior else None
-        options = (likelihood, head, model, self)
+        measure = Measure(_squared, in_nats=False)
+        if known is not None:
+            measure = Measure(known.log_likelihood, in_nats=known.in_nats)
+        options = (measure, head, pretrained_model if self.prior else None, self)
         return _search_all(releases, lengths, options, progress)
 
 
@@ -88,7 +89,21 @@ class GreedySearch:
         """Return the tokens (N, T) of every example."""
         _refuse_unless_causal(head)
         plan = VocabularySearch(beam=1, prior=0.0, chunk=self.chunk, group=self.group)
-        return _search_all(releases[:1], lengths, (_nearest_l1, head, None, plan), progress)
+        return _search_all(
+            releases[:1], lengths, (Measure(_nearest_l1, in_nats=True), head, None, plan), progress
+        )
+
+
+@frozen
+class Measure:
+    """How well a hidden state explains an observation; `in_nats` if that is a log-likelihood."""
+
+    score: Callable[[Tensor, Tensor], Tensor]
+    in_nats: bool
+
+
+def _squared(observed: Tensor, hidden: Tensor) -> Tensor:
+    return -(observed - hidden).square().sum(-1)
 
 
 def _nearest_l1(observed: Tensor, hidden: Tensor) -> Tensor:
@@ -130,7 +145,7 @@ class _Beam:
 
     observed: Tensor  # (R, N, T, D)
     lengths: Tensor
-    likelihood: Callable[[Tensor, Tensor], Tensor] | None
+    measure: Measure
     head: Any
     model: Any
     plan: VocabularySearch
@@ -144,7 +159,8 @@ class _Beam:
         self.cache = self.head.cache()
         self.prior_cache: Any = None
         self.found: dict[int, Tensor] = {}
-        self.scale = self.observed.var().item() * ROUNDING
+        spread = [self.observed[:, n, :length].var() for n, length in enumerate(self.lengths)]
+        self.scale = (torch.stack(spread) * ROUNDING).clamp_min(1e-30)  # (N,)
 
     def advance(self, position: int) -> int:
         """Extend every hypothesis by one token and return how many examples were still running."""
@@ -177,24 +193,23 @@ class _Beam:
         """Score every token as the next one of every hypothesis: (N, W, V)."""
         count, width = self.scores.shape
         vocabulary = len(self.head.embeddings)
-        measure = self.likelihood or (lambda seen, hidden: -(seen - hidden).square().sum(-1))
         pieces = []
         for start in range(0, vocabulary, self.plan.chunk):
             candidates = torch.arange(start, min(start + self.plan.chunk, vocabulary))
             hidden = self.head.try_tokens(candidates.expand(count * width, -1), self.cache)
             hidden = hidden.unflatten(0, (count, width))  # (N, W, C, D)
             self.forwards += count * width * len(candidates)
-            scored = [measure(seen[:, None, None], hidden) for seen in observed]
+            scored = [self.measure.score(seen[:, None, None], hidden) for seen in observed]
             pieces.append(torch.stack(scored).sum(0))
         scores = torch.cat(pieces, dim=2)
-        return scores if self.likelihood is not None else self._in_nats(scores, observed)
+        return scores if self.measure.in_nats else self._in_nats(scores, observed)
 
     def _in_nats(self, distances: Tensor, observed: Tensor) -> Tensor:
-        """Turn minus squared distances into log-likelihoods by the noise that the best candidates leave."""
+        """Turn minus squared distances into log-likelihoods, for each example by what its best one leaves."""
         releases, _, size = observed.shape
-        best = -distances.flatten(1).max(1).values.mean().item() / (releases * size)
-        variance = max(best, self.scale)
-        return distances / (2 * variance)
+        best = -distances.flatten(1).max(1).values / (releases * size)  # (N,)
+        variance = torch.maximum(best, self.scale[self.alive])
+        return distances / (2 * variance[:, None, None])
 
     def _prior(self) -> Tensor:
         """Log p_LM of every next token of every hypothesis: (N, W, V)."""

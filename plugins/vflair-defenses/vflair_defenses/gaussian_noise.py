@@ -84,9 +84,9 @@ class GaussianNoise(Defense):
             return smashed
         clipped = clip_rows(smashed, bound)
         if not self.ratio:
-            return clipped
-        noise = torch.randn(smashed.shape, generator=exchange.generator, dtype=smashed.dtype)
-        return clipped + self.ratio * bound * noise.to(smashed.device)
+            return clipped.to(smashed.dtype)
+        noise = torch.randn(smashed.shape, generator=exchange.generator)
+        return (clipped + self.ratio * bound * noise.to(smashed.device)).to(smashed.dtype)
 
     def mechanism(self) -> Mechanism | None:
         """Clip and noise scale, when they are known; else that there is Gaussian noise, which is the default."""
@@ -137,6 +137,7 @@ class GaussianMechanism(Mechanism):
 
     bound: float
     sigma: float
+    in_nats = True
 
     def expected(self, hidden: Tensor) -> Tensor:
         return clip_rows(hidden, self.bound)
@@ -148,6 +149,7 @@ class GaussianMechanism(Mechanism):
 
 
 def clip_rows(rows: Tensor, bound: float) -> Tensor:
-    """Scale each row down to L2 norm `bound` where it is longer."""
-    norms = rows.norm(dim=-1, keepdim=True)
-    return rows * (bound / norms.clamp_min(1e-12)).clamp(max=1.0)
+    """Scale each row down to L2 norm `bound` where it is longer; in float32, as half precision overshoots."""
+    exact = rows.float()
+    norms = exact.norm(dim=-1, keepdim=True)
+    return exact * (bound / norms.clamp_min(1e-12)).clamp(max=1.0)

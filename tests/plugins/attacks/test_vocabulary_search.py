@@ -127,3 +127,29 @@ def test_an_encoder_head_is_refused_because_its_rows_see_later_tokens():
     head, _ = halves(tiny_model("bert", task="classification"), Partition(1, 1))
     with pytest.raises(AttackError, match="needs a causal head"):
         GreedySearch()(torch.zeros(1, 1, 4, 32), torch.tensor([4]), head)
+
+
+class Silent(Mechanism):
+    """Known to the attacker, and without a noise that could be scored."""
+
+
+def test_one_example_that_nothing_explains_does_not_spoil_its_group():
+    torch.manual_seed(0)
+    model = tiny_model("llama", vocab_size=300)
+    head, _ = halves(model, Partition(2, 1))
+    ids = torch.randint(3, 300, (6, 8))
+    seen = head(ids)
+    seen[0] = 100 * torch.randn_like(seen[0])
+    guess = VocabularySearch()(seen[None], torch.full((6,), 8), head, pretrained_model=model)
+    assert torch.equal(guess.tokens[1:], ids[1:])
+
+
+def test_knowing_a_mechanism_without_noise_is_no_handicap():
+    """Small hidden states: squared distances taken for nats would lose against the prior."""
+    torch.manual_seed(0)
+    model = tiny_model("llama", vocab_size=300, initializer_range=0.02)
+    head, _ = halves(model, Partition(1, 1))
+    ids = torch.randint(3, 300, (4, 8))
+    options = {"mechanism": Silent(), "pretrained_model": model}
+    guess = VocabularySearch()(head(ids)[None], torch.full((4,), 8), head, **options)
+    assert torch.equal(guess.tokens, ids)

@@ -93,6 +93,13 @@ def test_no_row_is_longer_than_the_clip_before_noise_and_short_rows_stay():
     assert torch.allclose(clipped.flatten(0, 1), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_clip_holds_in_half_precision_before_the_noise(dtype):
+    torch.manual_seed(0)
+    rows = (10 * torch.randn(500, 64)).to(dtype)
+    assert float(clip_rows(rows, 3.0).norm(dim=-1).max()) <= 3.0 * (1 + 1e-5)
+
+
 def test_the_clip_comes_from_public_text_by_quantile():
     tokenizer = train_tokenizer(PUBLIC, 300)
     party, _ = split(tiny_model("gpt2", vocab_size=300), Partition(1, 1), tokenizer=tokenizer)

@@ -2,89 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import structlog
 import torch
-from attrs import define, field, frozen
-from torch import Tensor
+from attrs import define
 
 from vflair_core.attack import wants
-from vflair_core.attacking import Evidence, Launch, attack_and_grade, record_victims, truth_of
+from vflair_core.attacking import Evidence, attack_and_grade
 from vflair_core.channel import Transcript
 from vflair_core.defense import Defense
 from vflair_core.errors import ExperimentError
-from vflair_core.experiment import Experiment
 from vflair_core.grading import Grade, Reference
 from vflair_core.message import Message
 from vflair_core.metrics import evaluate_party
-from vflair_core.partition import Partition, split
-from vflair_core.plugins import observe
-from vflair_core.task import Example, Task
+from vflair_core.partition import split
+from vflair_core.setting import Clock, Setting, choose_partition, noise_seed
+from vflair_core.task import Example
 from vflair_core.training import FineTuning
+from vflair_core.victims import record_victims, truth_of
 from vflair_core.worker import stream_seed
 
 if TYPE_CHECKING:
-    import pluggy
-
     from vflair_core.data_party import DataParty
     from vflair_core.model_party import ModelParty
 
 log = structlog.get_logger()
-
-
-class Reporter(Protocol):
-    """Shows how far a run is; the command line draws bars, a library user can pass anything."""
-
-    def __call__(self, phase: str, done: int, total: int, /) -> None: ...
-
-
-@define
-class Clock:
-    """Seconds per phase."""
-
-    seconds: dict[str, float] = field(factory=dict)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-
-
-@frozen(eq=False)
-class Setting:
-    """What both arms of an experiment share."""
-
-    experiment: Experiment
-    plugins: pluggy.PluginManager
-    report: Reporter
-    strict: bool
-    out: Path | None
-    task: Task
-    tokenizer: Any
-    pretrained: dict[str, Tensor]
-    launches: list[Launch]
-    victims: list[Example]
-    prior: Tensor | None
-    orders: list[list[Example]]  # the examples of each training step
-
-    @property
-    def victim_length(self) -> int:
-        """Tokens kept of each victim."""
-        return self.experiment.victims.max_length or self.experiment.train.max_length
-
-    def tell(self, hook: str, **facts: Any) -> None:
-        """Tell the observers."""
-        observe(self.plugins, hook, strict=self.strict, **facts)
 
 
 @define
@@ -178,36 +124,6 @@ def run_arm(
     ]
     reached = [Reference(grade.reference, informative=grade.informative) for grade in grades]
     return Arm(numbers, _cost(party, clock, grades), main, grades, samples, reached)
-
-
-def noise_seed(seed: int, task: Task) -> int:
-    """Seed of the defenses' noise: reproducible, yet out of reach for who lacks the private text.
-
-    An attack may know the experiment and hence its seed; it must not be able to draw the same noise.
-    """
-    digest = hashlib.sha256()
-    for example in (*task.train, *task.test):
-        digest.update(example.text.encode() + b"\0")
-    digest.update(f"noise {seed}".encode())
-    return int(digest.hexdigest(), 16)
-
-
-def choose_partition(model: Any, e: Experiment, plugins: pluggy.PluginManager) -> Partition:
-    """The cut of the experiment, or the one that the plugin it names chooses.
-
-    Raises:
-        ExperimentError: The plugin it names does not answer.
-    """
-    if not e.cut:
-        return e.partition
-    answers = plugins.hook.vflair_partition.get_hookimpls()
-    chosen = [i for i in answers if i.plugin_name == e.cut]
-    if not chosen:
-        there = ", ".join(i.plugin_name for i in answers) or "none"
-        raise ExperimentError(f"No plugin {e.cut!r} answers vflair_partition. Possible: {there}.")
-    given: dict[str, Any] = {"model": model, "partition": e.partition}
-    answer: Any = chosen[0].function(**{n: given[n] for n in chosen[0].argnames})
-    return e.partition if answer is None else answer
 
 
 def _fine_tune(

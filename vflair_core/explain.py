@@ -6,13 +6,13 @@ from typing import Any
 
 import attrs
 
-from vflair_core.arm import choose_partition
 from vflair_core.channel import Transcript
 from vflair_core.data_party import DataParty
 from vflair_core.experiment import Experiment
 from vflair_core.partition import split
 from vflair_core.plugins import PluginManager, build, find
 from vflair_core.pretraining import prepare_model
+from vflair_core.setting import choose_partition
 from vflair_core.task import Example, Task
 from vflair_core.worker import stream_seed
 

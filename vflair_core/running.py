@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
-from vflair_core.arm import Arm, Clock, Reporter, Setting, run_arm
+from vflair_core.arm import Arm, run_arm
 from vflair_core.attacking import Launch
 from vflair_core.channel import Transcript
 from vflair_core.defense import Defense
@@ -24,6 +24,7 @@ from vflair_core.metrics import dcs, normalised_dcs
 from vflair_core.plugins import build, find, observe, plugin_manager
 from vflair_core.pretraining import prepare_model, prior_guess
 from vflair_core.result import Result
+from vflair_core.setting import Clock, Reporter, Setting
 from vflair_core.task import Task
 from vflair_core.training import train_unsplit
 from vflair_core.worker import stream_seed

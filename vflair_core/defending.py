@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vflair_core.defense import Batch, Defense, Exchange
-from vflair_core.errors import DefenseError
+from vflair_core.defense import COVERABLE, Batch, Defense, Exchange
+from vflair_core.errors import DefenseError, did_you_mean
 from vflair_core.message import Phase, Role
 
 
@@ -28,6 +28,12 @@ class Defenses:
 
     def __init__(self, each: Sequence[Defense], partition_kind: str, seed: int | None) -> None:
         self.each = tuple(each)
+        for defense in self.each:
+            for place in defense.covers - set(COVERABLE):
+                raise DefenseError(
+                    f"{type(defense).__name__} covers {place!r}, which is nothing a defense can cover."
+                    f"{did_you_mean(place, COVERABLE)} Possible: {', '.join(COVERABLE)}."
+                )
         self.partition_kind, self.task_kind = partition_kind, "*"
         self.bypassed = False  # for positive controls only
         self._generators = [_generator(seed, n) for n in range(len(self.each))]

@@ -32,6 +32,7 @@ def vflair_attacks():
         "first-row": FirstRow,
         "peek": peek,
         "last-label": last_label,
+        "ask-all": ask_all,
         "which-weights": which_weights,
     }
 
@@ -87,6 +88,32 @@ def which_weights(smashed, head, tail, pretrained_head, pretrained_tail) -> Gues
         "tail": not torch.equal(tail(states), pretrained_tail(states)),
     }
     return Guess(tokens=torch.zeros(smashed.shape[:2], dtype=torch.long), budget=moved)
+
+
+def ask_all(
+    smashed,
+    body,
+    tokenizer,
+    pretrained_model,
+    in_domain,
+    few_labelled,
+    queries,
+    public_texts,
+    rounds,
+) -> Guess:
+    """Take everything that can be granted and count it."""
+    text, rows = queries[0]
+    ids = tokenizer(text, truncation=True, max_length=12)["input_ids"]
+    counts = {
+        "body": sum(p.numel() for p in body.parameters()),
+        "model": sum(p.numel() for p in pretrained_model.parameters()),
+        "odd_rows_of_query": abs(len(rows) - len(ids)),
+        "in_domain": len(in_domain),
+        "labelled": len(few_labelled),
+        "public": len(public_texts),
+        "rounds": len(rounds),
+    }
+    return Guess(tokens=torch.zeros(smashed.shape[:2], dtype=torch.long), budget=counts)
 
 
 @define(slots=False)

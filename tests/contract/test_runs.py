@@ -354,3 +354,13 @@ def test_head_and_tail_are_the_best_that_is_granted(pm, knowledge, expected):
     assert {
         name: "current" if budget[name] else "pretrained" for name in ("head", "tail")
     } == expected
+
+
+def test_everything_that_can_be_granted_is_there_when_it_is_asked_for(pm):
+    attacks = [{"name": "ask-all", "knowledge": ["K4", "in_domain", "few_labelled", "queries"]}]
+    result = run(small(attacks=attacks, isolation="process"), plugins=pm)
+    counts = result.numbers["undefended"]["attacks"][0]["budget"]
+    assert 0 < counts["body"] < counts["model"]
+    assert counts["odd_rows_of_query"] == 0
+    assert (counts["in_domain"], counts["labelled"], counts["public"]) == (20, 16, 60)
+    assert counts["rounds"] > 0

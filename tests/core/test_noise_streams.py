@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from vflair_core import Defense
+from vflair_core import Defense, DefenseError
 from vflair_core.defending import Defenses
 
 
@@ -34,3 +35,11 @@ def test_the_noise_is_standard_normal():
     draws = noise(1)
     assert abs(float(draws.mean())) < 5 / 4000**0.5
     assert abs(float(draws.var()) - 1) < 5 * (2 / 4000) ** 0.5
+
+
+def test_a_defense_that_covers_nothing_there_is_gets_a_suggestion():
+    class Odd(Defense):
+        covers = frozenset({"promt"})
+
+    with pytest.raises(DefenseError, match="Did you mean 'prompt'"):
+        Defenses([Odd()], "HBT", 0)

@@ -45,6 +45,22 @@ class Absent(nn.Module):
         return self.recorder.call(self, args, kwargs)
 
 
+def call_here_and_there(module: nn.Module, absent: Absent, here: tuple[bool, ...]) -> None:
+    """Let call number n of `module` run here if ``here[n]``, else be recorded: for blocks that share weights."""
+    original = type(module)
+    recorder = absent.recorder
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        number = recorder.calls[absent.name]
+        recorder.calls[absent.name] += 1
+        if here[number]:
+            return original.forward(self, *args, **kwargs)
+        absent.training = self.training
+        return absent(*args, **kwargs)
+
+    module.__class__ = type(original.__name__, (original,), {"forward": forward})
+
+
 def on_meta(module: nn.Module) -> nn.Module:
     """Copy a module without its data: same structure and attributes, weights on the meta device."""
     memo: dict[int, Any] = {}

@@ -7,6 +7,8 @@ runs for one stack: its middle blocks and, in HT, the modules after them.
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -207,7 +209,10 @@ def _shared_blocks(model: nn.Module) -> tuple[Blocks, ...]:
     entries = {f"{n}.{k}" for n in outer for k, _ in model.get_submodule(n).named_children()}
     if depth is None or not entries:
         return ()
-    calls = [name for name in _calls(model, sorted(entries)) if name in entries]
+    try:
+        calls = [name for name in _calls(model, sorted(entries)) if name in entries]
+    except PartitionError:
+        return ()
     counts = Counter(name.rpartition(".")[0] for name in calls)
     return tuple(
         Blocks(name, tuple(call for call in calls if call.startswith(name + ".")))
@@ -248,39 +253,55 @@ def _units(model: nn.Module, stacks: Sequence[Blocks]) -> list[str]:
 
 def _calls(model: nn.Module, names: list[str]) -> list[str]:
     """Names in the order of their calls, found without data, or with a little if need be."""
-    inputs = {key: value[:1, :4] for key, value in model.dummy_inputs.items()}  # type: ignore[union-attr,operator]
+    given: dict[str, Any] = model.dummy_inputs  # type: ignore[assignment]
+    inputs = {key: value[:1, :4] for key, value in given.items() if torch.is_tensor(value)}
     if _has_two_stacks(model):
         inputs.setdefault("decoder_input_ids", inputs["input_ids"])
     shadow = on_meta(model).eval()
     try:
         return _trace(shadow, names, {key: value.to("meta") for key, value in inputs.items()})
     except Exception:  # noqa: BLE001 - any operation may lack a meta kernel; the real model has them all
+        # The weights are shared, not copied; what the run may set on its modules stays with the twin.
+        twin = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
         device = next(model.parameters()).device
-        training = {module: module.training for module in model.modules()}
+        texts = {key: _plain(model, value.to(device)) for key, value in inputs.items()}
         try:
-            ones = {key: torch.ones_like(value, device=device) for key, value in inputs.items()}
-            return _trace(model.eval(), names, ones)
+            return _trace(twin.eval(), names, texts)
         except Exception as error:
             raise PartitionError(
                 f"{type(model).__name__} cannot be run on text alone, so the order of its modules is not known: "
                 f"{type(error).__name__}: {error}. Use a partition with tail >= 1, which needs no such run."
             ) from error
-        finally:
-            for module, flag in training.items():
-                module.training = flag
+
+
+def _plain(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Words of one sort with an end of text: some classifiers look for it."""
+    end = getattr(_text_config(model), "eos_token_id", None)
+    words = torch.ones_like(ids)
+    if end is not None:
+        words[:, -1] = end[0] if isinstance(end, (list, tuple)) else end
+    return words
 
 
 def _trace(model: nn.Module, names: list[str], inputs: dict[str, torch.Tensor]) -> list[str]:
     order: list[str] = []
+    modules = {name: model.get_submodule(name) for name in names}
 
-    def note(name: str) -> Any:
-        return lambda *_: order.append(name)
+    def noting(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            order.append(name)
+            return forward(*args, **kwargs)
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+        return noted
+
+    # Not by hooks: some models call `forward` itself.
+    for name, module in modules.items():
+        module.forward = noting(name, module.forward)
     try:
         with torch.no_grad():
             model(**inputs)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for module in modules.values():
+            del module.forward
     return order

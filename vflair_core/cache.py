@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from attrs import define, field
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
@@ -137,6 +137,14 @@ def _remote_kind(kind: str) -> type:
     return type(f"Remote{kind}", (RemoteLayer, KINDS[kind][0]), {})
 
 
+def layers_of(block: nn.Module) -> frozenset[int]:
+    """Numbers of the cache layers that `block` fills, as its parts give them."""
+    numbers = (
+        getattr(part, name, None) for part in block.modules() for name in ("layer_idx", "layer_id")
+    )
+    return frozenset(number for number in numbers if type(number) is int)
+
+
 def parts_of(cache: Cache) -> list[Cache]:
     """Return the plain caches that `cache` consists of.
 
@@ -179,6 +187,10 @@ def attach(
     if remote is not None:
         return remote
     remote, layers = RemoteCache(copied=copied, released=released), sorted(absent_layers)
+    if not layers:
+        raise PartitionError(
+            "The blocks of this model do not say which layer of a cache they fill (layer_idx). Use use_cache=False."
+        )
     for number, part in enumerate(parts_of(cache)):
         make = part.layer_class_to_replicate
         while make is not None and len(part.layers) <= layers[-1]:

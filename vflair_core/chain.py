@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from vflair_core.blocks import Stage
+from vflair_core.cache import layers_of
 from vflair_core.errors import ProtocolError
 from vflair_core.program import ALLOWED, Program, Step
 
@@ -24,14 +25,7 @@ class Chain:
             name: frozenset(inspect.signature(module.forward).parameters)
             for name, module in modules.items()
         }
-        self.layers = sorted(
-            {
-                index
-                for module in modules.values()
-                for part in module.modules()
-                if isinstance(index := getattr(part, "layer_idx", None), int)
-            }
-        )
+        self.layers = sorted(frozenset().union(*map(layers_of, modules.values())))
 
     def call(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Call the module `name`: the one that has this name now, which an adapter may have wrapped."""
@@ -47,7 +41,7 @@ class Chain:
             raise _not_a_chain(program, [self])
         for number, step in enumerate(program.steps):
             self._check_step(step)
-            if number and not any(source == number - 1 for source in _sources(step)):
+            if number and not self._is_fed(step, number):
                 raise ProtocolError(
                     f"Step {number} ({step[1]}) does not use the output of the step before."
                 )
@@ -55,6 +49,11 @@ class Chain:
                 raise ProtocolError(
                     f"Step {number} ({step[1]}) uses an output that does not exist yet."
                 )
+
+    def _is_fed(self, step: Step, number: int) -> bool:
+        """A block takes what the step before gave; what follows the blocks may reach further back."""
+        sources = _sources(step)
+        return number - 1 in sources if step[1] in self.stage.blocks else bool(sources)
 
     def _check_step(self, step: Step) -> None:
         """An operation takes one value and numbers, so that nothing it gives is larger; a call, known names."""
@@ -64,9 +63,12 @@ class Chain:
             if unknown or args:
                 raise ProtocolError(f"{name} is called by name, and with nothing like {unknown}.")
             return
-        others = [*args[1:], *dict(kwargs).values()]
+        others = [*args[1:], *(tree for key, tree in kwargs if (key, tree) not in _SPELT_OUT)]
         if not args or args[0][0] not in ("out", "leaf") or not all(map(_is_number, others)):
             raise ProtocolError(f"Operation {name!r} takes one tensor, then numbers.")
+
+
+_SPELT_OUT = [("approximate", ("value", name)) for name in ("none", "tanh")]  # of gelu
 
 
 def matching(program: Program, chains: Sequence[Chain]) -> Chain:

@@ -83,8 +83,14 @@ class DataParty:
         self._probe: Probe | None = None
         self._asking = False
         self._seen_paths: set[Any] = set()
+        self._may_cache = "use_cache" in inspect.signature(type(model).forward).parameters
         self.model = _hand_over_forward(model, self)
-        for table in _token_tables(model):
+        tables = _token_tables(model)
+        if not tables and self.defenses.at("on_embeddings"):
+            raise PartitionError(
+                f"{type(model).__name__} has no table of token embeddings for a defense to stand at."
+            )
+        for table in tables:
             table.register_forward_hook(self._on_embeddings)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -407,7 +413,10 @@ class _Given(Probe):
 
 def _token_tables(model: PreTrainedModel) -> list[nn.Module]:
     """The embedding of tokens, under all its names: encoder and decoder may have one each."""
-    table: Any = model.get_input_embeddings()
+    try:
+        table: Any = model.get_input_embeddings()
+    except NotImplementedError:  # hashes of characters, for example
+        return []
     twins = (part for part in model.modules() if isinstance(part, nn.Embedding))
     return [table, *(part for part in twins if part.weight is table.weight and part is not table)]
 

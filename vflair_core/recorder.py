@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -219,7 +219,7 @@ def _run_skeleton(absent: Absent, named: dict[str, Any]) -> Any:
         if isinstance(value, Tensor):
             return None if has_past and "mask" in key else torch.empty_like(value, device="meta")
         if isinstance(value, (tuple, list)):
-            return type(value)(to_meta(item, key) for item in value)
+            return _like(value, [to_meta(item, key) for item in value])
         return None if isinstance(value, Cache) else value
 
     shadow = {key: to_meta(value, key) for key, value in named.items()}
@@ -228,17 +228,20 @@ def _run_skeleton(absent: Absent, named: dict[str, Any]) -> Any:
         with torch.no_grad():
             return absent.skeleton(**shadow)
     except Exception:  # noqa: BLE001 - any operation may lack a meta kernel; zeros can be computed with
-        return _run_on_zeros(absent, shadow)
+        kept = {key: named[key] if shadow[key] is not None else None for key in named}
+        return _run_on_zeros(absent, kept)
 
 
-def _run_on_zeros(absent: Absent, shadow: dict[str, Any]) -> Any:
+def _run_on_zeros(absent: Absent, named: dict[str, Any]) -> Any:
     """Run a block whose shapes depend on values (a router's choice of experts) with zeros for weights."""
 
-    def to_zeros(value: Any) -> Any:
+    def known(value: Any) -> Any:
+        if isinstance(value, Deferred):
+            return torch.zeros(value.meta.shape, dtype=value.meta.dtype)
         if isinstance(value, Tensor):
-            return torch.zeros(value.shape, dtype=value.dtype)
+            return value.detach().cpu()
         if isinstance(value, (tuple, list)):
-            return type(value)(map(to_zeros, value))
+            return _like(value, map(known, value))
         return value
 
     try:
@@ -246,7 +249,7 @@ def _run_on_zeros(absent: Absent, shadow: dict[str, Any]) -> Any:
         with torch.no_grad(), torch.random.fork_rng([]):
             for weight in (*block.parameters(), *block.buffers()):
                 weight.zero_()
-            answer = block(**{key: to_zeros(value) for key, value in shadow.items()})
+            answer = block(**{key: known(value) for key, value in named.items()})
         return _map(answer, lambda tensor, _path: tensor.to("meta"), None)
     except Exception as error:
         raise PartitionError(
@@ -265,8 +268,14 @@ def _map(
     if isinstance(value, Tensor):
         return change(value, path)
     if isinstance(value, dict):
-        items = {key: _map(item, change, cache, (*path, key)) for key, item in value.items()}
-        return type(value)(items)
+        entries = {key: _map(item, change, cache, (*path, key)) for key, item in value.items()}
+        return type(value)(entries)
     if isinstance(value, (tuple, list)):
-        return type(value)(_map(item, change, cache, (*path, n)) for n, item in enumerate(value))
+        items = [_map(item, change, cache, (*path, n)) for n, item in enumerate(value)]
+        return _like(value, items)
     return cache if isinstance(value, Cache) else value
+
+
+def _like(value: Any, items: Iterable[Any]) -> Any:
+    """Make a tuple, named tuple or list of the same class."""
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

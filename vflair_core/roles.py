@@ -195,21 +195,25 @@ def _other(model: nn.Module, key: str, value: Any, probe: Probe) -> Any:
 
 
 def _other_ids(config: Any, ids: Tensor, generator: torch.Generator) -> Tensor:
-    """Random tokens in which padding and places of images stay, and end tokens stand here and there."""
+    """Random tokens in which padding and places of images stay, and some end tokens, which some models mask by."""
     text: Any = config.get_text_config()
-    size = text.vocab_size
-    fixed = {text.pad_token_id, *_places(config), *_places(text)} - {None}
-    other = torch.randint(size, ids.shape, generator=generator).to(ids.device)
-    end = text.eos_token_id
-    if end is not None:  # some models mask or pool by them
-        first = end[0] if isinstance(end, (list, tuple)) else end
-        chosen = torch.rand(ids.shape, generator=generator).to(ids.device) < 0.2
-        other = other.masked_fill(chosen, first)
+    size = getattr(text, "vocab_size", None) or int(ids.max()) + 1
+    named: set[int | None] = {getattr(text, "pad_token_id", None), *_places(config), *_places(text)}
+    fixed = {token for token in named if token is not None}
     free = next(token for token in range(size) if token not in fixed)
+    other = torch.randint(size, ids.shape, generator=generator).to(ids.device)
+    end = getattr(text, "eos_token_id", None)
+    end = end[0] if isinstance(end, (list, tuple)) else end
+    stays = torch.zeros_like(ids, dtype=torch.bool)
     for token in fixed:
-        other = torch.where(other == token, free, other)
-        other = torch.where(ids == token, ids, other)
-    return other
+        stays |= ids == token
+        other = other.masked_fill(other == token, free)
+    if end is not None and ids.dim() > 1:
+        count = min(max(int((ids[0] == end).sum()), 1), ids.shape[1])
+        scores = torch.rand(ids.shape, generator=generator).to(ids.device).masked_fill(stays, -1)
+        other = other.masked_fill(other == end, free)
+        other = other.scatter(1, scores.topk(count, dim=1).indices, end)
+    return torch.where(stays, ids, other)
 
 
 def _places(config: Any) -> set[int]:

@@ -56,11 +56,12 @@ def _small(
         values["num_key_value_heads"] = HEADS  # latent attention has no groups
     if raw.get("is_encoder_decoder"):
         values.setdefault("decoder_start_token_id", PAD)
-    values |= ODD.get(cls.model_type, {}) | dict(overrides)
+    told = ODD.get(cls.model_type, {}) | dict(overrides)
+    values |= told
     values = {name: value for name, value in values.items() if value is not dataclasses.MISSING}
     config = cls(**values)
     missing = _missing(cls, config) | _kinds(default, config)
-    return cls(**values | missing) if missing else config
+    return cls(**values | missing | told) if missing else config
 
 
 def _missing(cls: type[PreTrainedConfig], config: PreTrainedConfig) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def _missing(cls: type[PreTrainedConfig], config: PreTrainedConfig) -> dict[str,
     if "num_key_value_heads" in facts and facts["num_key_value_heads"] is None:
         missing["num_key_value_heads"] = HEADS // 2
     sections = "mrope_section" in (getattr(cls, "ignore_keys_at_rope_validation", None) or ())
-    if sections and cls.model_type not in ODD:
+    if sections:
         missing["rope_parameters"] = _sections(facts["rope_parameters"])
     return missing
 
@@ -151,7 +152,7 @@ def _kinds(default: PreTrainedConfig | None, config: PreTrainedConfig) -> dict[s
     if not (lost or wrong or places):
         return {}
     chosen = _chosen(blocks)
-    thinned = {name: [value[n] for n in chosen] for name, value in full.items()}
+    thinned = {name: [small(name, value[n]) for n in chosen] for name, value in full.items()}
     for name, value in places.items():
         thinned[name] = [position for position, n in enumerate(chosen) if n in value]
     return {n: type(vars(default)[n])(v) if n in lists else v for n, v in thinned.items()}

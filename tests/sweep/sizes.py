@@ -138,6 +138,7 @@ ODD: dict[str, dict[str, Any]] = {
         "deepstack_layer_map": [[-2, 0], [-1, 2]],
     },
     "granitemoehybrid": {"layer_types": MIXED},
+    "inkling_vision": {"patch_size": 4},
     "janus_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"]},
     "llava_next": {"image_grid_pinpoints": [[28, 28]]},

@@ -45,7 +45,13 @@ def build(model_type: str, task: str) -> PreTrainedModel:
     if task == "causal-lm" and is_encoder(model_type):
         config.is_decoder = True
     torch.manual_seed(zlib.crc32(f"{model_type} {task}".encode()))
-    return getattr(transformers, TASKS[task][0]).from_config(config).float()  # type: ignore[no-any-return]
+    auto_class = getattr(transformers, TASKS[task][0])
+    own = auto_class._model_mapping.get(type(config), None)
+    for name in ("decoder", "text_config"):  # some classes are made of a part of the config alone
+        part = getattr(config, name, None)
+        if own and not isinstance(config, own.config_class) and isinstance(part, own.config_class):
+            return own._from_config(part).float()  # type: ignore[no-any-return]
+    return auto_class.from_config(config).float()  # type: ignore[no-any-return]
 
 
 def is_encoder(model_type: str) -> bool:
@@ -57,7 +63,9 @@ def batches(model: PreTrainedModel, task: str, *, padded: bool) -> dict[str, dic
     """Return the inputs to try, by name: ``text``, and ``image`` where the model takes pictures."""
     words = text(model, task, padded=padded)
     found = {"text": words}
-    if task == "image-text" and {"pixel_values", "flattened_patches"} & _takes(model):
+    if task in {"causal-lm", "image-text"} and {"pixel_values", "flattened_patches"} & _takes(
+        model
+    ):
         try:
             found["image"] = pictures.with_picture(model, {**_others(model, words), **words})
         except ValueError as error:  # such a model is tried with text alone
@@ -88,6 +96,8 @@ def text(model: PreTrainedModel, task: str, *, padded: bool) -> dict[str, Tensor
     labels = _labels(words, mask, task, generator, answer=_answer_length(config) if whole else 0)
     if "start_positions" in labels and "start_positions" not in _takes(model):
         labels = {"labels": labels["start_positions"]}  # an answer out of a list
+    if getattr(config, "num_codebooks", None) == 1:
+        labels = {"labels": labels["labels"][..., None]}  # one label a codebook
     return {"input_ids": words, "attention_mask": mask, **labels}
 
 

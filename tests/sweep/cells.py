@@ -51,12 +51,12 @@ def examine(model_type: str, task: str, *, quick: bool) -> dict[str, Any]:
     result: dict[str, Any] = {"task": task, "type": model_type, "runnable": False, "cells": []}
     try:
         whole = cases.build(model_type, task)
+        weights = sum(p.numel() for p in whole.parameters())
         references = _References(whole, task)
-        names = references.names()
+        names = references.names() if weights <= LARGEST else []
     except Exception as error:  # noqa: BLE001 - whatever a type of transformers does here is noted
         return {**result, "reason": _said(error), "seconds": time.monotonic() - started}
-    weights = sum(p.numel() for p in whole.parameters())
-    if weights > LARGEST:
+    if not names:
         return {**result, "reason": f"the small model still has {weights} weights"}
     result["runnable"], result["inputs"] = True, names
     for cell in cells(quick=quick):

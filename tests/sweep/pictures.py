@@ -39,7 +39,7 @@ def _filled(
     token = _image_token(model.config)
     if token is None:
         return {**batch, **pixels, **_places(takes, batch["input_ids"])}
-    count = _tokens(model, pixels, len(batch["input_ids"]))
+    count = _tokens(model, {**batch, **pixels}, len(batch["input_ids"]))
     fills = {"input_ids": token, "attention_mask": 1, "labels": -100}
     longer = {
         key: _inserted(value, fills[key], count)
@@ -96,12 +96,12 @@ def _vision(config: Any) -> Any:
     return config
 
 
-def _tokens(model: PreTrainedModel, pixels: dict[str, Tensor], rows: int) -> int:
+def _tokens(model: PreTrainedModel, inputs: dict[str, Tensor], rows: int) -> int:
     """How many tokens stand for one picture: as many as the model makes features of it."""
     whole = getattr(model, "model", model)
     owner = model if hasattr(model, "get_image_features") else whole
     known = set(inspect.signature(owner.get_image_features).parameters)
-    given = {name: value for name, value in pixels.items() if name in known}
+    given = {name: value for name, value in inputs.items() if name in known - {"input_ids"}}
     with torch.no_grad():
         features = owner.eval().get_image_features(**given)
     features = getattr(features, "pooler_output", features)

@@ -84,6 +84,7 @@ ODD: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 4]},
     "chameleon": {"vocabulary_map": {"<image>": 90}},
     "chameleon_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1]},
+    "blt": {"use_cache": False, "encoder_hash_byte_group_vocab": VOCABULARY},
     "canine": {"num_hash_buckets": 64},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": SECTIONS, "sliding_attention": SECTIONS},
@@ -149,8 +150,16 @@ ODD: dict[str, dict[str, Any]] = {
     "markuplm": {"max_depth": 8},
     "molmo2_adapter": {"vision_feature_layer": [4, 2]},
     "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": [32] * 4, "depths": [1] * 4},
+    "musicgen_decoder": {"num_codebooks": 1},
+    "musicgen_melody_decoder": {"num_codebooks": 1},
     "paddleocr_vl_text": {"rope_parameters": SECTIONS},
     "perceiver": {"num_latents": 8, "num_self_attends_per_block": 2},
+    "pp_formulanet_vision": {
+        "post_conv_in_channels": 16,
+        "post_conv_mid_channels": 32,
+        "post_conv_out_channels": 64,
+        "output_channels": 16,
+    },
     "qwen2_5_omni_thinker": {"vision_start_token_id": 80, "vision_end_token_id": 79},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 80, "vision_end_token_id": 79},
     "qwen4_exp_text": {
@@ -160,7 +169,15 @@ ODD: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
-    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_embds": False,
+        "hash_seed": 0,
+        # Its dropout seeds itself anew each time.
+        "hidden_dropout_prob": 0.0,
+        "lsh_attention_probs_dropout_prob": 0.0,
+        "local_attention_probs_dropout_prob": 0.0,
+    },
     "sam_vision_model": SAM,
     "step3p5": {"sliding_window": 4},
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},

@@ -36,6 +36,7 @@ def main() -> int:
     if options.table:
         rows = [json.loads(line) for line in options.out.read_text().splitlines()]
     else:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.unlink(missing_ok=True)
         rows = []
         for row in sweep(pairs, quick=options.quick):
@@ -133,7 +134,7 @@ def _options() -> argparse.Namespace:
         "--tasks", type=listed, default=list(cases.TASKS), help=", ".join(cases.TASKS)
     )
     parser.add_argument("--quick", action="store_true", help="head 1 only, sdpa only")
-    parser.add_argument("--out", type=Path, default=Path("sweep-results.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("runs/sweep.jsonl"))
     parser.add_argument("--table", action="store_true", help="only read what --out already holds")
     parser.add_argument("--write", action="store_true", help="renew docs/models.md and counts.json")
     parser.add_argument("--check", action="store_true", help="fail if a count has fallen")

@@ -7,6 +7,7 @@ trees of tuples whose first entry says what they are:
     ("leaf", i)              the i-th tensor of the message
     ("out", step, *path)     an output of an earlier step
     ("cache",)               the session's key-value cache
+    ("shared",)              a store, empty at first, that the blocks of this program share
     ("value", v)             None, a bool, a number or a text
     ("dtype", name)          a torch dtype
     ("slice", a, b, c)       a slice; ("ellipsis",) the rest of the dimensions
@@ -22,7 +23,7 @@ from typing import Any
 
 import msgpack
 import torch
-from attrs import define, frozen
+from attrs import define, field, frozen
 from torch import Tensor
 from torch.nn import functional
 
@@ -157,7 +158,7 @@ def _tree(tree: Any, depth: int = 0) -> Tree:
             type(p) in (int, str) for p in path
         ):
             return ("out", step, *path)
-        case ["cache"] | ["ellipsis"]:
+        case ["cache"] | ["shared"] | ["ellipsis"]:
             return (tree[0],)
         case ["value", (None | bool() | int() | float() | str()) as value]:
             return "value", value
@@ -180,6 +181,7 @@ class Execution:
     call: Callable[[str, list[Any], dict[str, Any]], Any]
     leaves: Sequence[Tensor]
     cache: Any = None
+    shared: dict[str, Any] = field(factory=dict)
 
     def run(self, program: Program) -> list[Tensor]:
         """Run all steps and return the tensors of the answer, in order."""
@@ -203,6 +205,8 @@ class Execution:
                 return tree[1]
             case "cache":
                 return self.cache
+            case "shared":
+                return self.shared
             case "tuple":
                 return tuple(self._build(item, outputs) for item in tree[1:])
             case "list":

@@ -7,7 +7,7 @@ the protocol and real tensors come back. Nothing here knows a model family.
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, UserDict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -161,6 +161,11 @@ class Recorder:
                     "dict",
                     *((key, self._tree(item, f"{name}.{key}")) for key, item in value.items()),
                 )
+            case UserDict() if (
+                not value
+            ):  # states that blocks share among themselves, none of them ours
+                _close(value)
+                return ("shared",)
             case slice():
                 return "slice", value.start, value.stop, value.step
             case torch.dtype():
@@ -209,6 +214,18 @@ class Recorder:
             return _map(known, resized, None)
         self._learnt[absent.name] = structure, hidden.shape
         return structure
+
+
+def _close(shared: UserDict[str, Any]) -> None:
+    """From here on the model party's blocks write to a store of their own, which a local block cannot read."""
+
+    def missing(_self: Any, key: str) -> Any:
+        raise PartitionError(
+            f"A block of the data party needs {key!r}, which a block of the model party computed. Choose a cut after "
+            "the last block that shares its states, or HT."
+        )
+
+    shared.__class__ = type("Closed", (type(shared),), {"__missing__": missing})
 
 
 def _checked(absent: Absent, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -15,24 +15,31 @@ class Chain:
     """The held modules `names` of `model`, in the order in which they call each other."""
 
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
-        self.names = names
-        self.modules = {name: model.get_submodule(name) for name in names}
+        self.model, self.names = model, names
+        modules = {name: model.get_submodule(name) for name in names}
         self._arguments = {
-            name: frozenset(inspect.signature(module.forward).parameters)
-            for name, module in self.modules.items()
+            name: tuple(inspect.signature(module.forward).parameters)
+            for name, module in modules.items()
         }
         self.layers = sorted(
             {
                 index
-                for module in self.modules.values()
+                for module in modules.values()
                 for part in module.modules()
                 if isinstance(index := getattr(part, "layer_idx", None), int)
             }
         )
 
     def call(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """Call the module `name`."""
-        return self.modules[name](*args, **kwargs)
+        """Call the module that goes by `name` now: adapters may have taken the place of the first one.
+
+        The first argument goes by position: an adapter gives it another name, and reentrant checkpointing
+        sees no gradient in a named one.
+        """
+        first = self._arguments[name][0]
+        if first in kwargs:
+            args = [*args, kwargs.pop(first)]
+        return self.model.get_submodule(name)(*args, **kwargs)
 
     def check(self, program: Program) -> None:
         """See that each module is called once, in order, each step fed by the one before it.
@@ -60,7 +67,7 @@ class Chain:
         """An operation takes one value and numbers, so that nothing it gives is larger; a call, known names."""
         kind, name, args, kwargs = step
         if kind == "module":
-            unknown = [key for key, _ in kwargs if key not in self._arguments[name] | ALLOWED]
+            unknown = [key for key, _ in kwargs if key not in ALLOWED.union(self._arguments[name])]
             if unknown or args:
                 raise ProtocolError(f"{name} is called by name, and with nothing like {unknown}.")
             return

@@ -1,0 +1,100 @@
+"""The slices of a model that can be chosen for training: which part of it is in which."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from attrs import frozen
+from torch import nn
+
+from vflair_core.errors import ExperimentError, did_you_mean
+
+if TYPE_CHECKING:
+    from vflair_core.partition import Partition
+
+SLICES = ("data_party", "model_party", "head", "body", "tail", "embeddings", "task_head")
+
+
+@frozen
+class Slices:
+    """What each unit of a whole model (a block, or a module around the blocks) belongs to.
+
+    Every unit is in ``data_party`` or ``model_party``, by who holds it. ``head`` is the embeddings and the first
+    blocks; ``tail`` the last blocks and everything behind them; ``body`` what lies between, which HT
+    calls tail. ``embeddings`` are the modules before the blocks that embed; ``task_head`` is all else outside
+    the blocks (final norm, pooler, classifier, output layer); ``blocks.3`` is the block of that number.
+    """
+
+    units: Mapping[str, frozenset[str]]
+
+    @classmethod
+    def find(
+        cls,
+        model: nn.Module,
+        units: Iterable[str],
+        blocks: str,
+        absent: Sequence[str],
+        partition: Partition,
+    ) -> Slices:
+        """Sort the units of a whole model, whose list of blocks is called `blocks`."""
+        middle = "body" if partition.tail else "tail"
+        found = {}
+        for unit in units:
+            there = unit in absent
+            names = {"model_party" if there else "data_party"}
+            if unit.startswith(f"{blocks}."):
+                number = int(unit.rpartition(".")[2])
+                names |= {f"blocks.{number}"}
+                local = "head" if number < partition.head else "tail"
+                names |= {middle if there else local}
+            elif any(isinstance(m, nn.Embedding) for m in model.get_submodule(unit).modules()):
+                names |= {"embeddings", "head"}
+            else:
+                names |= {"task_head", "tail"}
+            found[unit] = frozenset(names)
+        return cls(found)
+
+    def of(self, name: str) -> frozenset[str]:
+        """Return the slices of a module or weight by its name, also of one inside an adapter."""
+        parts = name.split(".")
+        for end in range(len(parts), 0, -1):
+            if found := self.units.get(".".join(parts[:end])):
+                return found
+        return frozenset(
+            {"data_party"}
+        )  # a weight that lies in no module of its own, as `cls_token`
+
+    def check(self, chosen: Iterable[str]) -> None:
+        """See that this model has all slices of `chosen`.
+
+        Raises:
+            ExperimentError: It lacks one.
+        """
+        there = sorted(frozenset().union(*self.units.values()), key=_by_number)
+        for name in chosen:
+            if name not in there:
+                raise ExperimentError(
+                    f"This model, cut this way, has no slice {name!r}.{did_you_mean(name, there)} It has "
+                    f"{', '.join(there)}."
+                )
+
+
+def check_names(chosen: Iterable[str]) -> None:
+    """See that each of `chosen` could be a slice of some model.
+
+    Raises:
+        ExperimentError: One could not.
+    """
+    for name in chosen:
+        if name not in SLICES and not re.fullmatch(r"blocks\.\d+", name):
+            raise ExperimentError(
+                f"There is no slice {name!r}.{did_you_mean(name, (*SLICES, 'blocks.0'))} Possible: "
+                f"{', '.join(SLICES)}, and blocks.0, blocks.1, …"
+            )
+
+
+def _by_number(name: str) -> tuple[bool, int, str]:
+    word, _, number = name.partition(".")
+    return bool(number), int(number or 0), word

@@ -139,7 +139,7 @@ def _fitted(
     inside = {
         name: module
         for name, module in model.named_modules()
-        if name and slices.of(name) & wanted and not slices.of(name) & whole
+        if name and slices.of(name) & wanted - whole and any(module._parameters)
     }
     linear = {
         name
@@ -153,10 +153,10 @@ def _fitted(
     if inside and not chosen:
         leaves = sorted({name.rpartition(".")[2] for name in inside})
         asked = config.target_modules or "every linear layer"
-        first = asked if isinstance(asked, str) else next(iter(asked))
+        asked = asked if isinstance(asked, str) else ", ".join(sorted(asked))
         raise ExperimentError(
-            f"No layer in {', '.join(sorted(wanted))} of this party goes by {asked}."
-            f"{did_you_mean(first, leaves)} There are {', '.join(leaves)}. A slice in which nothing is "
+            f"No layer in {', '.join(sorted(wanted))} of this party goes by {asked!r}."
+            f"{did_you_mean(asked, leaves)} There are {', '.join(leaves)}. A slice in which nothing is "
             "meant can be left out of `trainable`."
         )
     if not chosen:

@@ -139,7 +139,7 @@ def _fitted(
     inside = {
         name: module
         for name, module in model.named_modules()
-        if name and slices.of(name) & wanted - whole and any(module._parameters)
+        if name and module._parameters and slices.of(name) & wanted and not slices.of(name) & whole
     }
     linear = {
         name

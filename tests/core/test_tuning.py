@@ -223,6 +223,14 @@ def test_training_some_slices_equals_the_whole_model_with_the_rest_frozen(partie
     assert all(torch.equal(before[n], after[n]) for n in after if n not in names)
 
 
+def test_a_full_slice_at_the_model_party_gets_no_adapters(cut):
+    parties = cut("llama", 1, 0)
+    lora = Lora(r=2, target_modules=["q_proj", "lm_head"], full=["task_head"])
+    names = tune(parties.model_party, ["model_party"], adapters=lora)
+    own = {name for name in names if "lora_" not in name}
+    assert own == {"model.norm.weight", "lm_head.weight"}
+
+
 def test_full_slices_are_trained_themselves_beside_the_adapters(cut):
     parties = cut("bert", 1, 1, task="classification")
     names = both(parties, trainable=["model_party"], adapters=Lora(r=2, full=["task_head"]))

@@ -242,9 +242,7 @@ def test_each_party_may_have_adapters_of_its_own(crowd):
         tune(owner, adapters=Lora(r=2), seed=seed)
     train = Train(steps=3, learning_rate=0.02)
     tunings = [FineTuning(party, train) for party in crowd.parties]
-    losses = [
-        [t.step(b) for t, b in zip(tunings, crowd.batches, strict=True)] for _ in range(6)
-    ]
+    losses = [[t.step(b) for t, b in zip(tunings, crowd.batches, strict=True)] for _ in range(6)]
     assert all(last < first for first, last in zip(losses[0], losses[-1], strict=True))
 
 

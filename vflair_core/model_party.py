@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -271,13 +272,11 @@ class ModelParty:
             raise ProtocolError(
                 "This session was opened without an optimizer; there is no step to commit."
             )
-        if (
-            not isinstance(rate, float | int)
-            or not isinstance(scale, float | int | None)
-            or not isinstance(skip, bool)
-        ):
+        numbers = [rate] if scale is None else [rate, scale]
+        fit = all(isinstance(n, float | int) and 0 <= n < math.inf for n in numbers)
+        if not fit or not isinstance(skip, bool):
             raise ProtocolError(
-                "A commit needs 'skip', a 'scale' (a number or None) and a learning rate 'lr'."
+                "A commit needs 'skip' (true or false), a 'scale' (None or a number >= 0) and a learning rate 'lr'."
             )
         self.shared.commit(session, scale=scale, rate=rate, skip=skip)
         session.step += 1

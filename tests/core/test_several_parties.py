@@ -254,5 +254,5 @@ def test_a_model_cut_elsewhere_cannot_join():
 
 def test_a_rule_that_does_not_exist_is_refused():
     _, model_party = split(tiny_model("llama"), Partition(1, 1))
-    with pytest.raises(ProtocolError, match="no rule 'means'.* Did you mean 'mean'"):
+    with pytest.raises(ProtocolError, match=r"no rule 'means'.* Did you mean 'mean'"):
         model_party.sharing = "means"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vflair_core import counterparts
+from vflair_core.blocks import Stage
 from vflair_core.chain import Chain
 from vflair_core.checkpoint import save_weights
 from vflair_core.codec import DTYPES
@@ -30,19 +31,20 @@ _WRONG = (AttributeError, LookupError, MemoryError, RuntimeError, TypeError, Val
 
 
 class ModelParty:
-    """Holds the modules `chain` (names in call order) of `model`, under the names the whole model gives them.
+    """Holds modules of `model`, under the names the whole model gives them.
 
-    It runs only programs that call the chain once, in order, each output feeding the next call. Live
-    graphs, caches and programs are capped per session; a request over a cap is refused, nothing is dropped.
+    It runs only programs that call one of the `stages` (names in call order) from its first module to its
+    last, each output feeding the next call. Live graphs, caches and programs are capped per session; a
+    request over a cap is refused, nothing is dropped.
 
     Several data parties may have a session each. `sharing` says when the weights they share take a step.
     """
 
     slices: Slices = Slices({})
 
-    def __init__(self, model: nn.Module, chain: tuple[str, ...], fingerprint: str) -> None:
+    def __init__(self, model: nn.Module, stages: Sequence[Stage], fingerprint: str) -> None:
         self.model = model
-        self.chain = Chain(model, chain)
+        self.chains = [Chain(model, names) for names in stages]
         self.fingerprint = fingerprint
         self.caps = Caps()
         self.sessions: dict[str, Session] = {}
@@ -169,7 +171,7 @@ class ModelParty:
 
     def _forward(self, session: Session, message: Message) -> Message:
         meta = message.meta
-        program = session.program(meta, self.chain)
+        program, chain = session.program(meta, self.chains)
         _check_leaves(program, message)
         leaves = [crossing.tensor.to(self.device) for crossing in message.tensors]
         grad = bool(meta["grad"])
@@ -185,7 +187,7 @@ class ModelParty:
         if self.model.training != meta["training"]:
             self.model.train(meta["training"])
         with (
-            session.cache(meta.get("cache"), self.chain.layers) as cache,
+            session.cache(meta.get("cache"), chain.layers) as cache,
             torch.set_grad_enabled(grad),
             _autocast(meta.get("autocast"), leaves),
         ):
@@ -194,7 +196,7 @@ class ModelParty:
                 for index, crossing in enumerate(message.tensors):
                     if crossing.role == "smashed":
                         leaves[index] = counterpart(leaves[index])
-            outputs = Execution(self.chain.call, leaves, cache).run(program)
+            outputs = Execution(chain.call, leaves, cache).run(program)
         session.programs[program.id] = program
         live = [out.requires_grad for out in outputs]
         if any(live):

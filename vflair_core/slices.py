@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 from torch import nn
 
+from vflair_core.blocks import Blocks, Stage, units_around
 from vflair_core.errors import ExperimentError, did_you_mean
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ class Slices:
     Every unit is in ``data_party`` or ``model_party``, by who holds it. ``head`` is the embeddings and the first
     blocks; ``tail`` the last blocks and everything behind them; ``body`` what lies between, which HT
     calls tail. ``embeddings`` are the modules before the blocks that embed; ``task_head`` is all else outside
-    the blocks (final norm, pooler, classifier, output layer); ``blocks.3`` is the block of that number.
+    the blocks (final norm, pooler, classifier, output layer); ``blocks.3`` is the block of that number in every
+    stack. A block that is called on both sides (ALBERT's share their weights) is in the slices of both.
     """
 
     units: Mapping[str, frozenset[str]]
@@ -33,28 +35,30 @@ class Slices:
     def find(
         cls,
         model: nn.Module,
-        units: Iterable[str],
-        blocks: str,
-        absent: Sequence[str],
+        stacks: Sequence[Blocks],
+        stages: Sequence[Stage],
         partition: Partition,
     ) -> Slices:
-        """Sort the units of a whole model, whose list of blocks is called `blocks`."""
+        """Sort the units of a whole model; `stages` are what the cut takes of its stacks."""
         middle = "body" if partition.tail else "tail"
-        found = {}
-        for unit in units:
-            there = unit in absent
-            names = {"model_party" if there else "data_party"}
-            if unit.startswith(f"{blocks}."):
-                number = int(unit.rpartition(".")[2])
-                names |= {f"blocks.{number}"}
-                local = "head" if number < partition.head else "tail"
-                names |= {middle if there else local}
-            elif any(isinstance(m, nn.Embedding) for m in model.get_submodule(unit).modules()):
-                names |= {"embeddings", "head"}
-            else:
-                names |= {"task_head", "tail"}
-            found[unit] = frozenset(names)
-        return cls(found)
+        found: dict[str, set[str]] = {}
+        for stack in stacks:
+            calls = stack.called(model)
+            for number, unit in enumerate(calls):
+                names = found.setdefault(unit, set())
+                names.add(f"blocks.{number}")
+                if number < partition.head:
+                    names |= {"data_party", "head"}
+                elif number < len(calls) - partition.tail:
+                    names |= {"model_party", middle}
+                else:
+                    names |= {"data_party", "tail"}
+        absent = {name for stage in stages for name in stage.rest}
+        for unit in units_around(model, stacks):
+            embeds = any(isinstance(m, nn.Embedding) for m in model.get_submodule(unit).modules())
+            found[unit] = {"embeddings", "head"} if embeds else {"task_head", "tail"}
+            found[unit].add("model_party" if unit in absent else "data_party")
+        return cls({unit: frozenset(names) for unit, names in found.items()})
 
     def of(self, name: str) -> frozenset[str]:
         """Return the slices of a module or weight by its name, also of one inside an adapter."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vflair_core import Partition, split
+from vflair_core.blocks import Stage
 from vflair_core.errors import PartitionError
 from vflair_core.model_party import ModelParty
 from vflair_core.testing import tiny_batch, tiny_model
@@ -93,4 +94,4 @@ def test_a_model_party_without_blocks_says_so():
     model = nn.Module()
     model.add_module("lm_head", nn.Linear(2, 2))
     with pytest.raises(PartitionError, match="none is a block"):
-        ModelParty(model, ("lm_head",), "").gradient_checkpointing_enable()
+        ModelParty(model, [Stage((), ("lm_head",))], "").gradient_checkpointing_enable()

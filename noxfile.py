@@ -73,6 +73,13 @@ def minimums(session: nox.Session) -> None:
 
 
 @nox.session
+def sweep(session: nox.Session) -> None:
+    """Split every model type of transformers' auto classes; fail if fewer are exact than committed."""
+    install(session, *PLUGINS, groups=("tests",))
+    session.run("python", "tests/sweep/sweep.py", "--check", *session.posargs, env=OFFLINE)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Measure speed against the unsplit model."""
     install(session, *PLUGINS)

@@ -97,8 +97,8 @@ def locate_blocks(
             return (answer,) if isinstance(answer, Blocks) else tuple(answer)
     if len(chosen) == wanted:
         return tuple(Blocks(name) for name in chosen)
-    shared = _shared_blocks(model) if not found else ()
-    if len(shared) == 1:
+    shared = _by_calls(model) if not found else ()
+    if len(shared) == wanted:
         return shared
     raise PartitionError(
         f"Cannot tell where the blocks of {type(model).__name__} lie: found "
@@ -201,8 +201,8 @@ def _name_of(model: nn.Module, question: str) -> str | None:
     return next((name for name, module in model.named_modules() if module is part and name), None)
 
 
-def _shared_blocks(model: nn.Module) -> tuple[Blocks, ...]:
-    """Lists whose few entries are called `num_hidden_layers` times in all: blocks that share weights."""
+def _by_calls(model: nn.Module) -> tuple[Blocks, ...]:
+    """Lists whose entries are called `num_hidden_layers` times in all; blocks that share weights are few."""
     depth = getattr(_text_config(model), "num_hidden_layers", None)
     lists = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList)]
     outer = [n for n in lists if not any(n.startswith(other + ".") for other in lists)]

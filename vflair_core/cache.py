@@ -86,6 +86,7 @@ class RemoteLayer:
 
     def _become(self, length: int) -> None:
         self.length = self.cumulative_length = length
+        self.is_initialized = length > 0
         seen: dict[int, bool] | None = getattr(self, "has_previous_state", None)
         if seen is not None:
             seen.update(dict.fromkeys(seen, length > 0))
@@ -139,9 +140,13 @@ def _remote_kind(kind: str) -> type:
 
 def layers_of(block: nn.Module) -> frozenset[int]:
     """Numbers of the cache layers that `block` fills, as its parts give them."""
-    numbers = (
-        getattr(part, name, None) for part in block.modules() for name in ("layer_idx", "layer_id")
-    )
+    found = [_numbers(part) for part in block.modules()]
+    # Where one block has several layers, its own number counts blocks and theirs count layers.
+    return frozenset().union(*found[1:]) or found[0]
+
+
+def _numbers(part: nn.Module) -> frozenset[int]:
+    numbers = (getattr(part, name, None) for name in ("layer_idx", "layer_id"))
     return frozenset(number for number in numbers if type(number) is int)
 
 
@@ -168,6 +173,13 @@ def length_of(cache: Cache) -> int:
     if all(parts_of(cache)[0].is_linear) and cache.layers:
         return int(cache.has_previous_state())
     return cache.get_seq_length()
+
+
+def holds_past(cache: Cache, layers: Iterable[int]) -> bool:
+    """Whether the absent `layers` of the cache hold positions already."""
+    own = parts_of(cache)[0].layers
+    there = (own[index] for index in layers if index < len(own))
+    return any(isinstance(layer, RemoteLayer) and layer.length > 0 for layer in there)
 
 
 def attach(

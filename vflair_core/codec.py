@@ -115,7 +115,9 @@ def _from_bytes(view: memoryview, dtype: str, shape: list[int]) -> torch.Tensor:
         if math.prod(n or 1 for n in shape) >= 2**40:
             raise ProtocolError(f"{shape!r} is not a shape an empty tensor needs.")
         return torch.empty(shape, dtype=DTYPES[dtype])
-    raw = torch.from_numpy(np.frombuffer(view, dtype=np.uint8).copy())
+    # Memory of torch's own, aligned as its kernels expect: the last bits of a product may hang on that.
+    raw = torch.empty(len(view), dtype=torch.uint8)
+    raw.numpy()[:] = np.frombuffer(view, dtype=np.uint8)
     if dtype == "bool":
         flags = np.unpackbits(raw.numpy(), bitorder="little")
         count = math.prod(shape)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from vflair_core import cache as caches
@@ -32,7 +33,7 @@ from vflair_core.roles import Call, Captured, Probe, find_roles, random_states
 from vflair_core.slices import Slices
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from vflair_core.partition import Partition
     from vflair_core.recorder import Recorder
@@ -97,6 +98,7 @@ class DataParty:
         self._seen_paths: set[Any] = set()
         self._may_cache = "use_cache" in inspect.signature(type(model).forward).parameters
         self.model = _hand_over_forward(model, self)
+        _hand_over_parts(model, self)
         tables = _token_tables(model)
         if not tables and self.defenses.at("on_embeddings"):
             raise PartitionError(
@@ -171,6 +173,28 @@ class DataParty:
         for defense in reversed(self.defenses.at("contract")):
             outputs = defense.contract(outputs)
         return outputs
+
+    def run_part(self, forward: Any, inputs: dict[str, Any]) -> Any:
+        """Run an inner model that was cut: within a call of the whole as it is; alone, as a call of its own.
+
+        `generate` calls the encoder of a sequence-to-sequence model alone, for example.
+        """
+        if self._probe is not None or self._call is not None:
+            return forward(**inputs)
+        if self.defenses.at("expand"):
+            raise DefenseError(
+                f"{type(self.defenses.at('expand')[0]).__name__} adds rows to calls of the whole model; here a "
+                "part of it is called alone."
+            )
+        self.defenses.check(self._phase(_cache_in(inputs)))
+        self._refuse_raw_text(inputs)
+        self.recorder.begin()
+        random = random_states(self.model.device)
+        self._call = Call(forward, inputs, self._past(inputs), random)
+        try:
+            return forward(**inputs)
+        finally:
+            self._call = self._last = self._begun = None
 
     def _defended_labels(self, labels: Tensor) -> Tensor:
         if self.defenses.at("on_labels"):
@@ -394,6 +418,14 @@ class DataParty:
                 "through it. Use data_party.encode(examples) or data_party.ask(texts)."
             )
 
+    def _refuse_layerdrop(self) -> None:
+        for name, module in self.model.named_modules():
+            if getattr(module, "layerdrop", None):
+                raise PartitionError(
+                    f"{name or 'the model'}.layerdrop is {module.layerdrop}: it leaves out blocks at random, and the model "
+                    "party runs all of its blocks or none. Set it to 0 to train."
+                )
+
     @property
     def task_kind(self) -> str:
         """The kind of the task at hand; ``"*"`` while nobody said."""
@@ -407,7 +439,7 @@ class DataParty:
 def _hand_over_forward(model: PreTrainedModel, party: DataParty) -> PreTrainedModel:
     """Give the model a class of its own whose forward goes through the party; all else stays inherited."""
     original = type(model)
-    names = [name for name in inspect.signature(original.forward).parameters if name != "self"]
+    names = _arguments(original)
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -423,6 +455,31 @@ def _hand_over_forward(model: PreTrainedModel, party: DataParty) -> PreTrainedMo
     own = {"forward": forward, "save_pretrained": save_pretrained, "__module__": __name__}
     model.__class__ = type(original.__name__, (original,), own)
     return model
+
+
+def _hand_over_parts(model: PreTrainedModel, party: DataParty) -> None:
+    """The same for the models inside it that were cut: `generate` may call one of them by itself."""
+    for name, part in model.named_modules():
+        cut = any(absent.startswith(f"{name}.") for absent in party.absent)
+        if cut and isinstance(part, PreTrainedModel) and part is not model:
+            _hand_over_part(part, party)
+
+
+def _hand_over_part(part: PreTrainedModel, party: DataParty) -> None:
+    original = type(part)
+    names = _arguments(original)
+
+    @functools.wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = dict(zip(names, args, strict=False)) | kwargs
+        return party.run_part(functools.partial(original.forward, self), inputs)
+
+    part.__class__ = type(original.__name__, (original,), {"forward": forward})
+
+
+def _arguments(original: type) -> list[str]:
+    parameters = inspect.signature(original.forward).parameters  # type: ignore[attr-defined]
+    return [name for name in parameters if name != "self"]
 
 
 class _Given(Probe):

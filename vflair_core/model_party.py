@@ -196,7 +196,13 @@ class ModelParty:
                 for index, crossing in enumerate(message.tensors):
                     if crossing.role == "smashed":
                         leaves[index] = counterpart(leaves[index])
+            before = None if program.id in session.programs else _own_state(self.model)
             outputs = Execution(chain.call, leaves, cache).run(program)
+            if before is not None and (kept := before ^ _own_state(self.model)):
+                raise ProtocolError(
+                    f"{', '.join(sorted({name for name, _ in kept}))} keep what they computed in themselves, where "
+                    "the sessions of several data parties would mix. Such a model cannot be held by a model party."
+                )
         session.programs[program.id] = program
         live = [out.requires_grad for out in outputs]
         if any(live):
@@ -283,6 +289,16 @@ class ModelParty:
         self.shared.commit(session, scale=scale, rate=rate, skip=skip)
         session.step += 1
         return _reply(message)
+
+
+def _own_state(model: nn.Module) -> set[tuple[str, int]]:
+    """Tensors that modules hold although they are neither weights nor buffers."""
+    return {
+        (f"{name}.{key}", id(value))
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _check_leaves(program: Program, message: Message) -> None:

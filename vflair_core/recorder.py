@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from vflair_core.blocks import Stage
-from vflair_core.cache import length_of
+from vflair_core.cache import holds_past
 from vflair_core.codec import DTYPES
 from vflair_core.deferred import Deferred
 from vflair_core.errors import LeakError, PartitionError, ProtocolError
@@ -38,6 +38,7 @@ DROPPED = frozenset(
         "labels",
         "shift_labels",
         "num_items_in_batch",
+        "logits_to_keep",
         "return_dict",
         "output_hidden_states",
         "output_attentions",
@@ -65,6 +66,7 @@ class Recorder:
     _called: list[str] = field(factory=list)  # modules of the program so far
     _known: dict[int, int] = field(factory=dict)
     _structures: dict[Any, Any] = field(factory=dict)
+    _learnt: dict[str, Any] = field(factory=dict)  # of each module the last, and its input's shape
 
     def begin(self) -> None:
         """Make ready for a new call of the model."""
@@ -93,7 +95,7 @@ class Recorder:
                 )
             real = iter(answer)
             return _map(structure, lambda _meta, _path: next(real), local_cache)
-        device, step = _device_of(named), len(self.steps) - 1
+        device, step = _first(named).device, len(self.steps) - 1
         return _map(
             structure,
             lambda m, path: Deferred.of(m, device, self, ("out", step, *path)),
@@ -181,14 +183,32 @@ class Recorder:
 
     def _structure(self, absent: Absent, named: dict[str, Any], trees: dict[str, Tree]) -> Any:
         """What the module returns, with meta tensors for tensors. Learned once per shape of its input."""
-        hidden = next(v for v in named.values() if isinstance(v, Tensor))
+        hidden = _first(named)
         literals = tuple((key, tree) for key, tree in trees.items() if tree[0] == "value")
         key = (absent.name, tuple(hidden.shape), hidden.dtype, absent.training, literals)
         if len(self._structures) >= MAX_STRUCTURES:
             self._structures.clear()
         if key not in self._structures:
-            self._structures[key] = _run_skeleton(absent, named)
+            self._structures[key] = self._learned(absent, named, hidden)
         return self._structures[key]
+
+    def _learned(self, absent: Absent, named: dict[str, Any], hidden: Tensor) -> Any:
+        """What the module returns, found by running its skeleton, or from what it returned for other lengths."""
+        known, shape = self._learnt.get(absent.name, (None, None))
+
+        def resized(tensor: Tensor, _path: Tree) -> Tensor:
+            # What had the shape of the input has it again; of anything else the shape is not known now.
+            size = hidden.shape if tensor.shape == shape else (0,)
+            return torch.empty(size, dtype=tensor.dtype, device="meta")
+
+        try:
+            structure = _run_skeleton(absent, named)
+        except PartitionError:
+            if shape is None:
+                raise
+            return _map(known, resized, None)
+        self._learnt[absent.name] = structure, hidden.shape
+        return structure
 
 
 def _checked(absent: Absent, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -205,13 +225,14 @@ def _checked(absent: Absent, kwargs: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _device_of(named: dict[str, Any]) -> torch.device:
-    return next(value.device for value in named.values() if isinstance(value, Tensor))
+def _first(named: dict[str, Any]) -> Tensor:
+    return next(value for value in named.values() if isinstance(value, Tensor))
 
 
 def _run_skeleton(absent: Absent, named: dict[str, Any]) -> Any:
     """Run a block on the meta device for its shapes: without cache, and without the mask that fits it."""
-    has_past = any(isinstance(v, Cache) and length_of(v) > 0 for v in named.values())
+    past = next((value for value in named.values() if isinstance(value, Cache)), None)
+    has_past = past is not None and holds_past(past, absent.layers)
 
     def to_meta(value: Any, key: str) -> Any:
         if isinstance(value, Deferred):

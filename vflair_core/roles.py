@@ -20,7 +20,7 @@ from transformers.utils.generic import ModelOutput
 
 from vflair_core.errors import LeakError
 from vflair_core.message import Role
-from vflair_core.program import Program
+from vflair_core.program import Program, tensors_of
 
 PROBES = 3
 
@@ -136,14 +136,16 @@ def _run(model: nn.Module, call: Call, probe: Probe) -> Captured:
             for key, value in call.inputs.items()
         }
         tables = [part for part in model.modules() if isinstance(part, nn.Embedding)]
-        hooks = [
-            table.register_forward_hook(lambda _module, _args, out: out.requires_grad_())
-            for table in tables
-        ]
+        hooks = [table.register_forward_hook(_as_computed) for table in tables]
         try:
             call.forward(**inputs)
         except Captured as captured:
             return captured
+        except Exception as error:
+            raise LeakError(
+                "The model cannot be run with other content of the same form, so what depends on the text is not "
+                f"known: {type(error).__name__}: {error}."
+            ) from error
         finally:
             for hook in hooks:
                 hook.remove()
@@ -152,6 +154,13 @@ def _run(model: nn.Module, call: Call, probe: Probe) -> Captured:
         "With other text of the same length the model makes other calls to the model party, so the calls "
         f"themselves would tell the text: {met}."
     )
+
+
+def _as_computed(_module: nn.Module, _args: Any, output: Any) -> None:
+    """Let what an embedding gives require gradients, so that all that comes of it does."""
+    for tensor in tensors_of(output):
+        if tensor.is_floating_point():
+            tensor.requires_grad_()
 
 
 def random_states(device: torch.device) -> Sequence[Tensor]:
@@ -187,6 +196,8 @@ def _other(model: nn.Module, key: str, value: Any, probe: Probe) -> Any:
         return noise.to(value).requires_grad_()
     if key.endswith("input_ids"):
         return _other_ids(model.config, value, probe.generator)
+    if key == "labels" and value.dim() > 1 and not value.is_floating_point():  # tokens
+        return torch.where(value < 0, value, _other_ids(model.config, value, probe.generator))
     if key == "labels":
         size = max(int(value.max()) + 1, 1)
         labels = torch.randint(size, value.shape, generator=probe.generator).to(value.device)
@@ -204,12 +215,13 @@ def _other_ids(config: Any, ids: Tensor, generator: torch.Generator) -> Tensor:
     other = torch.randint(size, ids.shape, generator=generator).to(ids.device)
     end = getattr(text, "eos_token_id", None)
     end = end[0] if isinstance(end, (list, tuple)) else end
+    end = None if ids.dim() < 2 else end
     stays = torch.zeros_like(ids, dtype=torch.bool)
     for token in fixed:
         stays |= ids == token
         other = other.masked_fill(other == token, free)
-    if end is not None and ids.dim() > 1:
-        count = min(max(int((ids[0] == end).sum()), 1), ids.shape[1])
+    count = 0 if end is None else max(int((ids[0] == end).sum()), 1)
+    if end is not None and count < ids.shape[-1]:  # some words must be free to differ
         scores = torch.rand(ids.shape, generator=generator).to(ids.device).masked_fill(stays, -1)
         other = other.masked_fill(other == end, free)
         other = other.scatter(1, scores.topk(count, dim=1).indices, end)

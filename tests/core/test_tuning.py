@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from vflair_core import Partition, split
 from vflair_core.errors import ExperimentError
@@ -198,6 +199,34 @@ def test_a_slice_is_the_part_of_the_model_that_it_names(cut, trainable, partitio
     assert names == [n for n, p in weights_of(parties).items() if p.requires_grad]
     expected = {n for n in weights_of(parties) if n.startswith(tuple(f"{u}." for u in units))}
     assert set(names) == expected
+
+
+def test_slices_and_adapters_reach_both_stacks_of_a_sequence_to_sequence_model(cut):
+    config = AutoConfig.for_model(
+        "t5", vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=3, num_heads=2, dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    parties = cut(model=AutoModelForSeq2SeqLM.from_config(config).eval())
+    units = {name.partition("SelfAttention")[0] for name in both(parties, trainable=["body"])}
+    assert {unit[:15] for unit in units if "block" in unit} == {
+        "encoder.block.1",
+        "decoder.block.1",
+    }
+    names = both(parties, adapters=Lora(r=2))
+    whole = tune(parties.whole, adapters=Lora(r=2), slices=parties.data_party.slices)
+    assert sorted(names) == sorted(whole)
+    parties.batches = [
+        {
+            key: torch.randint(3, 64, (2, length))
+            for key, length in (("input_ids", 5), ("labels", 4))
+        }
+        for _ in range(4)
+    ]
+    train = Train(steps=4, learning_rate=0.05, clip=0.1)
+    losses, expected = trained_as_the_whole_model(parties, train)
+    assert losses == pytest.approx(
+        expected, abs=2e-6
+    )  # the encoder's gradients are summed in another order
 
 
 def test_a_tied_weight_is_trained_if_either_of_its_slices_is(cut):

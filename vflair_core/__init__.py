@@ -35,6 +35,11 @@ _HOMES = {
     "Experiment": "experiment",
     "read_experiment": "config",
     "run": "running",
+    "tune": "tuning",
+    "Lora": "tuning",
+    "FineTuning": "training",
+    "Train": "training",
+    "SplitCallback": "trainer",
     "Result": "result",
 }
 
@@ -69,4 +74,9 @@ if TYPE_CHECKING:
     from vflair_core.running import run as run
     from vflair_core.task import Example as Example
     from vflair_core.task import Task as Task
+    from vflair_core.trainer import SplitCallback as SplitCallback
+    from vflair_core.training import FineTuning as FineTuning
+    from vflair_core.training import Train as Train
+    from vflair_core.tuning import Lora as Lora
+    from vflair_core.tuning import tune as tune
     from vflair_core.verification import verify as verify

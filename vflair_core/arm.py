@@ -16,13 +16,16 @@ from vflair_core.attacking import Evidence, attack_and_grade
 from vflair_core.channel import Transcript
 from vflair_core.defense import Defense
 from vflair_core.errors import ExperimentError
+from vflair_core.experiment import Experiment
 from vflair_core.grading import Grade, Reference
 from vflair_core.message import Message
 from vflair_core.metrics import evaluate_party
 from vflair_core.partition import split
 from vflair_core.setting import Clock, Setting, choose_partition, noise_seed
+from vflair_core.slices import Slices
 from vflair_core.task import Example
 from vflair_core.training import FineTuning
+from vflair_core.tuning import tune
 from vflair_core.victims import record_victims, truth_of
 from vflair_core.worker import stream_seed
 
@@ -43,6 +46,7 @@ class Arm:
     grades: list[Grade]
     samples: list[dict[str, Any]]
     references: list[Reference]  # what each attack reached, for the other arm to compare with
+    slices: Slices  # of the model as it was cut
 
 
 def run_arm(
@@ -62,6 +66,14 @@ def run_arm(
         plugins=setting.plugins,
     )
     party.task_kind = task.kind
+    trained = {
+        who: choose(owner, e)
+        for who, owner in (("data_party", party), ("model_party", model_party))
+    }
+    if not any(trained.values()) and e.train.steps:
+        raise ExperimentError(
+            "train.trainable and train.lora leave nothing to train at either party."
+        )
     with clock("preparing"):
         for defense in defenses:
             defense.prepare(task.public, party)
@@ -112,6 +124,7 @@ def run_arm(
         ],
         "covers": sorted({place for defense in defenses for place in defense.covers}),
         "releases_per_example": releases,
+        "trained_weights": trained,
         "partition": attrs.asdict(party.partition),
         "untied": list(party.untied),
         "disclosed": sorted(party.disclosed),
@@ -123,7 +136,16 @@ def run_arm(
         for n, text in enumerate(grade.recovered)
     ]
     reached = [Reference(grade.reference, informative=grade.informative) for grade in grades]
-    return Arm(numbers, _cost(party, clock, grades), main, grades, samples, reached)
+    cost = _cost(party, clock, grades)
+    return Arm(numbers, cost, main, grades, samples, reached, party.slices)
+
+
+def choose(owner: Any, e: Experiment, slices: Slices | None = None) -> int:
+    """Choose what the experiment trains of a party, or of the whole model; return how many numbers that is."""
+    seed = stream_seed(e.seed, "adapters")
+    names = tune(owner, e.train.trainable, adapters=e.train.lora, seed=seed, slices=slices)
+    weights = dict(owner.named_parameters())
+    return sum(weights[name].numel() for name in names)
 
 
 def _fine_tune(

@@ -36,6 +36,7 @@ from vflair_core.knowledge import granted
 from vflair_core.model_party import ModelParty
 from vflair_core.plugins import target_of
 from vflair_core.task import Task
+from vflair_core.tuning import plain_state
 from vflair_core.worker import MARK, Progress, read_guess, stream_seed, work
 
 log = structlog.get_logger()
@@ -205,7 +206,7 @@ def _furnish(folder: Path, launches: Sequence[Launch], evidence: Evidence, threa
         releases["bypassed"] = evidence.releases
     if asked & {"head", "tail", "pretrained_head", "pretrained_tail", "pretrained_model"}:
         _save_weights(folder / "pretrained.safetensors", evidence.pretrained)
-    theirs = {n: p.detach() for n, p in evidence.model_party.model.state_dict().items()}
+    theirs = plain_state(evidence.model_party.model)
     if asked & {"body"}:
         _save_weights(folder / "body.safetensors", theirs)
     if names & {"current_head", "current_tail"} and asked & {
@@ -214,7 +215,7 @@ def _furnish(folder: Path, launches: Sequence[Launch], evidence: Evidence, threa
         "current_head",
         "current_tail",
     }:
-        _save_weights(folder / "current.safetensors", {**model.state_dict(), **theirs})
+        _save_weights(folder / "current.safetensors", {**plain_state(model), **theirs})
     if "embeddings" in asked:
         table = evidence.pretrained[_embedding_name(model)]
         _save_weights(folder / "embeddings.safetensors", {"embeddings": table})

@@ -117,7 +117,7 @@ def stages(model: nn.Module, stacks: Sequence[Blocks], partition: Partition) -> 
     if partition.tail:
         return tuple(Stage(middle) for middle in middles)
     roots = _roots(stacks)
-    units = _units(model, stacks)
+    units = units_around(model, stacks)
     blocks = [name for stack in stacks for name in stack.called(model)]
     order = list(dict.fromkeys(_calls(model, [*units, *dict.fromkeys(blocks)])))
     found = []
@@ -233,7 +233,7 @@ def _roots(stacks: Sequence[Blocks]) -> list[str]:
     return roots
 
 
-def _units(model: nn.Module, stacks: Sequence[Blocks]) -> list[str]:
+def units_around(model: nn.Module, stacks: Sequence[Blocks]) -> list[str]:
     """Largest modules with weights that are not around the blocks."""
     units = []
 

@@ -22,13 +22,20 @@ class Chain:
         self.model = model
         modules = {name: model.get_submodule(name) for name in stage.names}
         self._arguments = {
-            name: frozenset(inspect.signature(module.forward).parameters)
+            name: tuple(inspect.signature(module.forward).parameters)
             for name, module in modules.items()
         }
         self.layers = sorted(frozenset().union(*map(layers_of, modules.values())))
 
     def call(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """Call the module `name`: the one that has this name now, which an adapter may have wrapped."""
+        """Call the module that goes by `name` now: adapters may have taken the place of the first one.
+
+        The first argument goes by position: an adapter gives it another name, and reentrant checkpointing
+        sees no gradient in a named one.
+        """
+        first = self._arguments[name][0]
+        if first in kwargs:
+            args = [*args, kwargs.pop(first)]
         return self.model.get_submodule(name)(*args, **kwargs)
 
     def check(self, program: Program) -> None:
@@ -59,7 +66,7 @@ class Chain:
         """An operation takes one value and numbers, so that nothing it gives is larger; a call, known names."""
         kind, name, args, kwargs = step
         if kind == "module":
-            unknown = [key for key, _ in kwargs if key not in self._arguments[name] | ALLOWED]
+            unknown = [key for key, _ in kwargs if key not in ALLOWED.union(self._arguments[name])]
             if unknown or args:
                 raise ProtocolError(f"{name} is called by name, and with nothing like {unknown}.")
             return

@@ -26,9 +26,11 @@ from vflair_core.defense import Batch, Defense, Exchange
 from vflair_core.encoding import encode
 from vflair_core.errors import DefenseError, PartitionError
 from vflair_core.line import Line
+from vflair_core.locks import Lock
 from vflair_core.message import Phase, Role
 from vflair_core.program import Program
 from vflair_core.roles import Call, Captured, Probe, find_roles, random_states
+from vflair_core.slices import Slices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,9 +56,14 @@ class DataParty:
         tokenizer: Needed for `encode` and `ask`.
         seed: Seed of the defenses' noise; None draws it from the operating system.
         untied: Weights that got a second copy because both sides use them.
+
+    Threads may share it: forwards take turns, and backwards do.
+
+    Set `loss_scale` to what the loss was multiplied with (by a `GradScaler`): defenses see gradients without it.
     """
 
     recorder: Recorder
+    slices: Slices = Slices({})
     order: tuple[str, ...] = ()  # names of all weights, in the order of the whole model
 
     def __init__(
@@ -77,6 +84,11 @@ class DataParty:
         self.tokenizer = tokenizer
         self.defenses = Defenses(defenses, partition.kind, seed)
         self.roles: dict[str, tuple[Role, ...]] = {}
+        self.loss_scale = 1.0
+        self.overflowed = (
+            False  # a gradient that was not finite came to the defenses since the last step
+        )
+        self._lock = Lock()
         self._exchanges = 0
         self._call: Call | None = None
         self._last: Exchange | None = None
@@ -119,6 +131,10 @@ class DataParty:
         crossing = any("disclosed" in roles for roles in self.roles.values())
         return set(self.partition.disclose) if crossing else set()
 
+    def close(self) -> None:
+        """End the session: the model party forgets this party's graphs, caches and gradients."""
+        self.line.close()
+
     def save(self, folder: str | Path) -> Path:
         """Write the weights this party owns, and nothing else, to ``data_party.safetensors``."""
         return save_weights(
@@ -129,6 +145,10 @@ class DataParty:
 
     def run_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
         """Run the model's own forward with the defenses that act on whole batches around it."""
+        with self._lock:
+            return self._run_forward(forward, inputs)
+
+    def _run_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
         if self._probe is not None:
             return forward(**inputs)
         self.defenses.check(self._phase(_cache_in(inputs)))
@@ -187,6 +207,10 @@ class DataParty:
 
         Nothing crosses. With a `past_key_values`, the local and the absent layers both advance.
         """
+        with self._lock:
+            return self._smashed(inputs)
+
+    def _smashed(self, inputs: dict[str, Any]) -> Tensor:
         cache = _cache_in(inputs)
         if cache is not None:
             caches.attach(cache, self._layers(self.stages[-1].names), lambda _id: None)
@@ -210,7 +234,7 @@ class DataParty:
             raise PartitionError(
                 f"{type(self.model).__name__} takes {len(self.stages)} answers of the model party; one is given."
             )
-        with self._probing(_Given(returned)):
+        with self._lock, self._probing(_Given(returned)):
             return self.model(**inputs)
 
     @contextmanager
@@ -366,12 +390,13 @@ class DataParty:
         defended = [self.defenses.text(text) for text in texts]
         batch = dict(tokenizer(defended, return_tensors="pt", padding=True, padding_side="left"))
         batch = self.defenses.tokens({key: batch[key] for key in ("input_ids", "attention_mask")})
-        self._asking = True
         model: Any = self.model
-        try:
-            ids = model.generate(**batch, **{"pad_token_id": tokenizer.pad_token_id, **options})
-        finally:
-            self._asking = False
+        with self._lock:
+            self._asking = True
+            try:
+                ids = model.generate(**batch, **{"pad_token_id": tokenizer.pad_token_id, **options})
+            finally:
+                self._asking = False
         answers = tokenizer.batch_decode(
             ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vflair_core.channel import Channel
 from vflair_core.counterparts import describe
 from vflair_core.defense import Defense
+from vflair_core.locks import Lock
 from vflair_core.message import Crossing, Kind, Message
 from vflair_core.program import Program
 
@@ -28,6 +29,7 @@ class Line:
         self.copies: list[tuple[str, str]] = []  # caches that were copied: (old, new)
         self._registered: set[str] = set()
         self._seq = 0
+        self._lock = Lock()  # backward runs in whichever thread called it
 
     def open(self, defenses: Sequence[Defense], optimizer: Mapping[str, Any] | None = None) -> None:
         """Start the session; `optimizer` asks the model party to make one of its allow-list."""
@@ -43,6 +45,10 @@ class Line:
         self.request("commit", None, (), {"scale": scale, "lr": rate, "skip": skip})
         self.step += 1
 
+    def close(self) -> None:
+        """End the session: the model party forgets it, with its graphs, caches and gradients."""
+        self.request("close", None, (), {})
+
     def program(self, program: Program) -> dict[str, Any]:
         """Name a program; it is spelt out once per session."""
         named = {"id": program.id}
@@ -56,6 +62,16 @@ class Line:
         meta: Mapping[str, Any],
     ) -> Message:
         """Send one message of this session and return the reply."""
+        with self._lock:
+            return self._request(kind, exchange, crossings, meta)
+
+    def _request(
+        self,
+        kind: Kind,
+        exchange: Exchange | None,
+        crossings: Sequence[Crossing],
+        meta: Mapping[str, Any],
+    ) -> Message:
         graphs, gone, copies = (
             self.graphs[:],
             self.caches[:],

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vflair_core import counterparts
 from vflair_core.blocks import Stage
 from vflair_core.chain import Chain
 from vflair_core.checkpoint import save_weights
 from vflair_core.codec import DTYPES
-from vflair_core.errors import ProtocolError
+from vflair_core.errors import PartitionError, ProtocolError
+from vflair_core.locks import Lock
 from vflair_core.message import Crossing, Message
-from vflair_core.optimizers import make_optimizer
 from vflair_core.program import Execution, Program
 from vflair_core.session import Caps, Graph, Session
+from vflair_core.shared import Rule, SharedWeights, norms_of
+from vflair_core.slices import Slices
 
 _WRONG = (AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 
@@ -30,7 +36,11 @@ class ModelParty:
     It runs only programs that call one of the `stages` (names in call order) from its first module to its
     last, each output feeding the next call. Live graphs, caches and programs are capped per session; a
     request over a cap is refused, nothing is dropped.
+
+    Several data parties may have a session each. `sharing` says when the weights they share take a step.
     """
+
+    slices: Slices = Slices({})
 
     def __init__(self, model: nn.Module, stages: Sequence[Stage], fingerprint: str) -> None:
         self.model = model
@@ -38,6 +48,8 @@ class ModelParty:
         self.fingerprint = fingerprint
         self.caps = Caps()
         self.sessions: dict[str, Session] = {}
+        self.shared = SharedWeights(model, self.sessions)
+        self._lock = Lock()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Weights by the names they have in the whole model."""
@@ -46,6 +58,38 @@ class ModelParty:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Weights, in the order of the whole model."""
         return self.model.parameters()
+
+    @property
+    def sharing(self) -> Rule:
+        """``"turns"``: each commit is a step; ``"mean"``: one step when all training sessions have committed."""
+        return self.shared.rule
+
+    @sharing.setter
+    def sharing(self, rule: Rule) -> None:
+        self.shared.rule = rule
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Compute activations again in the backward instead of keeping them, as transformers' models do."""
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        self._checkpoint(functools.partial(checkpoint, **options))
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self._checkpoint(None)
+
+    def _checkpoint(self, function: Callable[..., Any] | None) -> None:
+        blocks: list[Any] = [
+            m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)
+        ]
+        if not blocks:
+            raise PartitionError(
+                "No held module can be checkpointed: none is a block of transformers."
+            )
+        for block in blocks:
+            block._gradient_checkpointing_func = function
+            block.gradient_checkpointing = function is not None
 
     @property
     def device(self) -> torch.device:
@@ -65,7 +109,8 @@ class ModelParty:
             ProtocolError: The message breaks the protocol; the session is as it was before.
         """
         try:
-            return self._answer(message)
+            with self._lock:
+                return self._answer(message)
         except _WRONG as error:
             # Facts of the wrong sort, or sizes that do not fit: torch says so in many ways.
             raise ProtocolError(
@@ -84,19 +129,21 @@ class ModelParty:
                 "Load checkpoints of the same step on both sides."
             )
         session.forget(message.meta)
+        if message.kind in ("forward", "backward", "norms", "commit"):
+            self.shared.await_round(session)
         match message.kind:
             case "forward":
                 return self._forward(session, message)
             case "backward":
                 return self._backward(session, message)
             case "norms":
-                return self._norms(message)
+                return self._norms(session, message)
             case "commit":
                 return self._commit(session, message)
             case "release":
                 return _reply(message)
             case _:
-                del self.sessions[message.session]
+                self.shared.leave(message.session)
                 return _reply(message)
 
     def _open(self, message: Message) -> Message:
@@ -107,13 +154,18 @@ class ModelParty:
                 f"{self.fingerprint}. Use the same config, revision and partition on both sides."
             )
         session = Session(self.caps, step=message.step)
-        if spec := message.meta.get("optimizer"):
-            session.optimizer, session.trains = make_optimizer(self.model.parameters(), spec), True
         weights = {c.name: c.tensor for c in message.tensors if c.role == "counterpart"}
         session.counterparts = [
             counterparts.build(spec, f"{n}.", weights)
             for n, spec in enumerate(message.meta.get("counterparts", ()))
         ]
+        before = self.sessions.get(message.session)
+        if before is not None:
+            self.shared.await_round(before)
+        if spec := message.meta.get("optimizer"):
+            self.shared.join(session, before, spec)
+        if before is not None:
+            self.shared.replace(before, session)
         self.sessions[message.session] = session
         return _reply(message)
 
@@ -154,7 +206,7 @@ class ModelParty:
         session.programs[program.id] = program
         live = [out.requires_grad for out in outputs]
         if any(live):
-            session.graphs[message.exchange] = Graph(wanted, outputs)
+            session.graphs[message.exchange] = Graph(wanted, outputs, training=meta["training"])
         crossings = tuple(Crossing("returned", "returned", out) for out in outputs)
         return _reply(message, crossings, {"live": live})
 
@@ -165,7 +217,9 @@ class ModelParty:
                 f"Exchange {message.exchange} has no graph to go back through: it was freed by its first "
                 "backward (pass retain_graph=True to keep it) or ran without gradients."
             )
-        keep = bool(message.meta["keep"])
+        keep = message.meta["keep"]
+        if not isinstance(keep, bool) or not isinstance(message.meta["accumulate"], bool):
+            raise ProtocolError("'keep' and 'accumulate' must be true or false.")
         numbers = message.meta["outputs"]
         if not numbers or len(set(numbers)) != len(numbers) or min(numbers) < 0:
             raise ProtocolError(f"{numbers} are not outputs that a gradient can come for.")
@@ -182,48 +236,57 @@ class ModelParty:
                     f"A gradient of shape {tuple(crossing.tensor.shape)} came for an output of shape "
                     f"{tuple(outputs[-1].shape)}."
                 )
-        torch.autograd.backward(outputs, gradients, retain_graph=keep)
+        answers = self._gradients(session, graph, outputs, gradients, message.meta)
         if not keep:
             del session.graphs[message.exchange]
+        return _reply(
+            message, tuple(Crossing("smashed_grad", "smashed_grad", grad) for grad in answers)
+        )
+
+    def _gradients(
+        self,
+        session: Session,
+        graph: Graph,
+        outputs: list[Tensor],
+        gradients: list[Tensor],
+        meta: Mapping[str, Any],
+    ) -> list[Tensor]:
+        """Go back through a graph. Weights get their gradients unless it is for `autograd.grad`."""
+        keep = meta["keep"]
+        self.model.train(graph.training)  # what is computed again must be computed as it was
+        if not meta["accumulate"]:
+            if not graph.inputs:
+                return []
+            found = torch.autograd.grad(
+                outputs, graph.inputs, gradients, retain_graph=keep, materialize_grads=True
+            )
+            return list(found)
+        self.shared.show(session)
+        torch.autograd.backward(outputs, gradients, retain_graph=keep)
         answers = []
         for leaf in graph.inputs:
-            gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
-            answers.append(Crossing("smashed_grad", "smashed_grad", gradient))
+            answers.append(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf))
             leaf.grad = None
-        return _reply(message, tuple(answers))
+        return answers
 
-    def _norms(self, message: Message) -> Message:
-        named = [(name, p.grad) for name, p in self.named_parameters() if p.grad is not None]
-        norms = torch.tensor([])
-        if named:
-            norms = torch.stack([torch.linalg.vector_norm(grad).cpu() for _, grad in named])
-        meta = {"names": [name for name, _ in named]}
-        return _reply(message, (Crossing("norms", "norms", norms),), meta)
+    def _norms(self, session: Session, message: Message) -> Message:
+        self.shared.show(session)
+        names, norms = norms_of(self.model)
+        return _reply(message, (Crossing("norms", "norms", norms),), {"names": names})
 
     def _commit(self, session: Session, message: Message) -> Message:
-        meta = message.meta
+        skip, scale, rate = (message.meta[key] for key in ("skip", "scale", "lr"))
         if not session.trains:
             raise ProtocolError(
                 "This session was opened without an optimizer; there is no step to commit."
             )
-        if any(other.graphs for other in self.sessions.values()):
+        numbers = [rate] if scale is None else [rate, scale]
+        fit = all(isinstance(n, float | int) and 0 <= n < math.inf for n in numbers)
+        if not fit or not isinstance(skip, bool):
             raise ProtocolError(
-                "A forward still waits for its backward: the weights it went through cannot be changed."
+                "A commit needs 'skip' (true or false), a 'scale' (None or a number >= 0) and a learning rate 'lr'."
             )
-        skip, scale, rate = meta["skip"], meta["scale"], meta["lr"]
-        if not isinstance(rate, float | int) or not isinstance(scale, float | int | None):
-            raise ProtocolError(
-                "A commit needs 'skip', a 'scale' (a number or None) and a learning rate 'lr'."
-            )
-        if session.optimizer is not None and not skip:
-            for parameter in self.model.parameters():
-                if parameter.grad is not None and meta["scale"] is not None:
-                    parameter.grad.mul_(meta["scale"])
-            for group in session.optimizer.param_groups:
-                group["lr"] = meta["lr"]
-            session.optimizer.step()
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        self.shared.commit(session, scale=scale, rate=rate, skip=skip)
         session.step += 1
         return _reply(message)
 

@@ -22,6 +22,7 @@ from vflair_core.errors import PartitionError, ProtocolError
 from vflair_core.model_party import ModelParty
 from vflair_core.plugins import decide, observe
 from vflair_core.recorder import Recorder
+from vflair_core.slices import Slices
 
 if TYPE_CHECKING:
     import pluggy
@@ -70,6 +71,7 @@ def split(
     devices: Sequence[str] = (),
     seed: int | None = None,
     plugins: pluggy.PluginManager | None = None,
+    model_party: ModelParty | None = None,
 ) -> tuple[DataParty, ModelParty]:
     """Cut `model` in two. Its weights move into the parties: do not use it afterwards.
 
@@ -83,30 +85,37 @@ def split(
         devices: Where the model party computes; with more than one, a plugin places it.
         seed: Seed of the defenses' noise; None draws it from the operating system.
         plugins: Asked for the blocks of a model whose blocks cannot be found.
+        model_party: One that exists, to join as a further data party: its weights are used, and those that `model`
+            has in their place are dropped.
 
     Raises:
         PartitionError: The blocks cannot be found, or the cut leaves the legal range.
+        ProtocolError: `model_party` was cut from another model, or in another place.
     """
     partition = partition or Partition()
     stacks = locate_blocks(model, plugins)
     cut = stages(model, stacks, partition)
     local = _called_here(model, stacks, partition)
     order = tuple(name for name, _ in model.named_parameters())
+    slices = Slices.find(model, stacks, cut, partition)
+    fingerprint = _fingerprint(model, partition)
     held, untied = _take(model, cut, frozenset(local))
-    model_party = ModelParty(held, cut, _fingerprint(model, partition))
-    _place(model_party, devices, plugins)
+    if model_party is None:
+        model_party = ModelParty(held, cut, fingerprint)
+        model_party.slices = slices
+        _place(model_party, devices, plugins)
     data_party = DataParty(
         model,
         partition,
         _open_channel(channel, model_party, plugins, wire=wire),
         cut,
-        model_party.fingerprint,
+        fingerprint,
         defenses=defenses,
         tokenizer=tokenizer,
         seed=seed,
         untied=untied,
     )
-    data_party.order = order
+    data_party.order, data_party.slices = order, slices
     data_party.recorder = recorder = Recorder(data_party.exchange, cut)
     for name in data_party.absent:
         recorder.absent[name] = Absent(name, held.get_submodule(name), recorder)

@@ -14,7 +14,7 @@ and the channel, and the model party runs it (`model_party.py`). The autograd gr
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -99,27 +99,38 @@ class Cut(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         party, exchange = ctx.party, ctx.exchange
         there = [n for n, gradient in enumerate(gradients) if gradient is not None]
-        defended = [
-            party.defenses.apply(
-                "on_gradient", gradients[n], exchange, name="hidden_grad", role="hidden_grad"
-            )
-            for n in there
-        ]
+        defended = [_defended_gradient(party, exchange, "hidden_grad", gradients[n]) for n in there]
         crossings = [Crossing("hidden_grad", "hidden_grad", gradient) for gradient in defended]
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        reply = party.line.request(
-            "backward", exchange, crossings, {"outputs": there, "keep": keep}
-        )
+        meta = {
+            "outputs": there,
+            "keep": torch._C._autograd._get_current_graph_task_keep_graph(),
+            # The first is the anchor, a leaf: `autograd.grad` and `backward(inputs=...)` leave the `.grad` of all other weights alone.
+            "accumulate": torch._C._will_engine_execute_node(ctx.next_functions[0][0]),
+        }
+        reply = party.line.request("backward", exchange, crossings, meta)
         answer: list[Tensor | None] = [None] * ctx.width
         for index, crossing in zip(ctx.wants, reply.tensors, strict=True):
-            answer[index] = party.defenses.apply(
-                "on_smashed_grad",
-                crossing.tensor.to(defended[0].device),
-                exchange,
-                name="smashed_grad",
-                role="smashed_grad",
-            )
+            gradient = crossing.tensor.to(defended[0].device)
+            answer[index] = _defended_gradient(party, exchange, "smashed_grad", gradient)
         return (None, None, None, None, None, None, None, *answer)
+
+
+def _defended_gradient(
+    party: DataParty,
+    exchange: Exchange,
+    name: Literal["hidden_grad", "smashed_grad"],
+    gradient: Tensor | None,
+) -> Tensor:
+    """Pass a gradient through the defenses without the factor by which a `GradScaler` scaled the loss."""
+    assert gradient is not None
+    place = "on_gradient" if name == "hidden_grad" else "on_smashed_grad"
+    if not party.defenses.at(place):
+        return gradient
+    if not gradient.isfinite().all():
+        party.overflowed = True  # said here, for a defense may turn it into something finite
+    scale = party.loss_scale
+    gradient = party.defenses.apply(place, gradient / scale, exchange, name=name, role=name)
+    return gradient * scale
 
 
 def _autocast_dtype(device: str) -> str | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
-from vflair_core.arm import Arm, run_arm
+from vflair_core.arm import Arm, choose, run_arm
 from vflair_core.attacking import Launch
 from vflair_core.channel import Transcript
 from vflair_core.defense import Defense
@@ -182,6 +182,7 @@ def _compare_unsplit(whole: Any, setting: Setting, arm: Arm) -> None:
     ]:  # the cut gave the output layer its own copy, so the witness gets one too
         output = whole.get_output_embeddings()
         output.weight = torch.nn.Parameter(output.weight.detach().clone())
+    choose(whole, setting.experiment, arm.slices)
     torch.manual_seed(stream_seed(setting.experiment.seed, "dropout"))
     train = setting.experiment.train
     options: dict[str, Any] = {"kind": setting.task.kind, "max_length": train.max_length}

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from attrs import define, field
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -36,6 +35,7 @@ class Graph:
 
     inputs: list[Tensor]
     outputs: list[Tensor]
+    training: bool
 
 
 @define(eq=False)
@@ -47,9 +47,12 @@ class Session:
     graphs: dict[int, Graph] = field(factory=dict)
     caches: dict[str, Cache] = field(factory=dict)
     counterparts: list[nn.Module] = field(factory=list)
-    optimizer: torch.optim.Optimizer | None = None
     trains: bool = False
     step: int = 0
+    gradients: dict[nn.Parameter, Tensor] = field(factory=dict)  # while others are on the weights
+    deposit: dict[nn.Parameter, Tensor] | None = None  # what it committed to a round under way
+    rate: float = 0.0
+    skipped: bool = False
 
     def forget(self, meta: Any) -> None:
         """Drop what the data party no longer uses, and copy the caches it copied."""

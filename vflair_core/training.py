@@ -1,8 +1,4 @@
-"""Optimizer steps in two phases: both parties report, the data party decides, both commit.
-
-Clipping, learning rate and skipping are decided from the gradient norms of all weights in the order of
-the whole model, so that the split run takes the very steps the unsplit run takes.
-"""
+"""Fine-tuning across the cut: the very steps that the textbook loop takes on the unsplit model."""
 
 from __future__ import annotations
 
@@ -12,11 +8,14 @@ from typing import Any, Literal
 
 import torch
 from attrs import field, frozen, validators
-from torch import Tensor, nn
+from torch import nn
 
+from vflair_core.agreement import agree
 from vflair_core.data_party import DataParty
 from vflair_core.defense import Batch
 from vflair_core.optimizers import make_optimizer
+from vflair_core.slices import check_names
+from vflair_core.tuning import EVERYTHING, Lora
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -36,6 +35,8 @@ class Train:
         clip: Largest norm of the gradient of all weights of both parties; 0 for none.
         max_length: Tokens kept of each example.
         evaluate_every: Steps between evaluations; 0 evaluates before and after only.
+        trainable: Slices that are trained: data_party, model_party, head, body, tail, embeddings, task_head, blocks.0, blocks.1, …
+        lora: Train low-rank adapters in these slices instead of the weights themselves.
     """
 
     steps: int = field(default=100, validator=validators.ge(0))
@@ -48,6 +49,10 @@ class Train:
     clip: float = field(default=1.0, validator=validators.ge(0))
     max_length: int = field(default=64, validator=validators.ge(2))
     evaluate_every: int = field(default=0, validator=validators.ge(0))
+    trainable: tuple[str, ...] = field(
+        default=EVERYTHING, converter=tuple, validator=lambda *three: check_names(three[2])
+    )
+    lora: Lora = Lora()
 
     def rate(self, step: int) -> float:
         """Learning rate of step number `step`, which counts from 0."""
@@ -68,25 +73,44 @@ class Train:
 
 
 class FineTuning:
-    """Fine-tunes across the cut. Both optimizers start fresh: one here, one at the model party."""
+    """Fine-tunes across the cut. Both optimizers start fresh: one here, one at the model party.
 
-    def __init__(self, party: DataParty, options: Train) -> None:
+    Freeze and adapt weights (`tune`) before: the optimizers take what is trainable now.
+
+    Args:
+        party: The data party.
+        options: How.
+        scaler: Scales the loss, for half precision. Defenses get gradients without that factor, and a
+            gradient of either party that is not finite skips the step of both.
+    """
+
+    def __init__(
+        self, party: DataParty, options: Train, *, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
         self.party, self.options = party, options
         own = [p for p in party.parameters() if p.requires_grad]
         own += [p for defense in party.defenses.each for p in defense.parameters()]
         self.optimizer = make_optimizer(own, options.optimizer_spec())
+        self._scaling = Scaling(scaler) if scaler is not None else None
         party.line.open(party.defenses.each, options.optimizer_spec())
 
-    def step(self, *batches: Batch) -> float:
-        """Take one optimizer step over `batches` (gradient accumulation) and return the mean loss in nats."""
+    def step(self, *batches: Batch, rate: float | None = None) -> float:
+        """Take one optimizer step over `batches` (gradient accumulation) and return the mean loss in nats.
+
+        `rate` is the learning rate of both parties, e.g. of a torch scheduler; by default the schedule's.
+        """
         self.party.model.train()
         losses = []
-        for batch in batches:
-            loss = self.party.model(**batch, use_cache=False).loss / len(batches)
-            loss.backward()
-            losses.append(loss.detach())
-        rate = self.options.rate(self.party.step)
-        self.commit(rate)
+        if self._scaling is not None:
+            self.party.loss_scale = self._scaling.scale
+        try:
+            for batch in batches:
+                loss = self.party.model(**batch, use_cache=False).loss / len(batches)
+                (loss * self.party.loss_scale if self._scaling else loss).backward()
+                losses.append(loss.detach())
+            self.commit(self.options.rate(self.party.step) if rate is None else rate)
+        finally:
+            self.party.loss_scale = 1.0
         for defense in self.party.defenses.each:
             defense.after_step()
         return float(torch.stack(losses).sum())
@@ -99,34 +123,42 @@ class FineTuning:
         Raises:
             ProtocolError: The model party refuses the step.
         """
-        norms = self._norms()
-        total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-        skip, scale = not bool(total.isfinite()), None
-        if self.options.clip:
-            scale = float((self.options.clip / (total + 1e-6)).clamp(max=1.0))
-        self.party.line.commit(scale=scale, rate=rate, skip=skip)
+        groups = _groups(self.optimizer)
+        weights = [parameter for group in groups for parameter in group["params"]]
+        decision = agree(self.party, weights, clip=self.options.clip, rate=rate)
+        if self._scaling is not None:
+            self._scaling.update(overflow=decision.skip)
         if self.optimizer is None:
             return
-        for group in self.optimizer.param_groups:
+        for group in groups:
             group["lr"] = rate
-            for parameter in group["params"]:
-                if scale is not None and parameter.grad is not None:
-                    parameter.grad.mul_(scale)
-        if not skip:
+        if not decision.skip:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _norms(self) -> list[Tensor]:
-        reply = self.party.line.request("norms", None, (), {})
-        theirs = dict(zip(reply.meta["names"], reply.tensors[0].tensor, strict=True))
-        ours = {
-            name: torch.linalg.vector_norm(p.grad)
-            for name, p in self.party.named_parameters()
-            if p.grad is not None
-        }
-        both = theirs | ours
-        order = {name: n for n, name in enumerate(self.party.order)}
-        return [both[name] for name in sorted(both, key=lambda name: order.get(name, len(order)))]
+
+class Scaling:
+    """The scale of a `GradScaler`, which grows and shrinks by what both parties found.
+
+    The scaler is asked about a vote of its own instead of the data party's gradients, which are half of all.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler) -> None:
+        self._scaler = scaler
+        self._vote = torch.zeros(1, requires_grad=True, device=scaler._device)
+        self._optimizer = torch.optim.SGD([self._vote], lr=0.0)
+        self._scaler.scale(self._vote.detach())  # makes the scale, which is lazy
+
+    @property
+    def scale(self) -> float:
+        """What the loss is multiplied with."""
+        return self._scaler.get_scale()
+
+    def update(self, *, overflow: bool) -> None:
+        """Tell the scaler how the step went."""
+        self._vote.grad = torch.full_like(self._vote, float("inf") if overflow else 0.0)
+        self._scaler.unscale_(self._optimizer)
+        self._scaler.update()
 
 
 def train_unsplit(model: nn.Module, batches: Iterable[Batch], options: Train) -> list[float]:

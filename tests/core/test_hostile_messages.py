@@ -37,7 +37,8 @@ def test_a_closed_session_is_closed(mallory):
         ({"optimizer": 3}, None),
         ({"optimizer": {"name": ["sgd"]}}, None),
         ({"optimizer": {"name": "sgd", "lr": "fast"}}, None),
-        ({"optimizer": {"name": "sgd", "closure": 1}}, None),
+        ({"optimizer": {"name": "sgd", "closure": 1}}, "has no option closure"),
+        ({"optimizer": {"name": "sgd", "params": []}}, "has no option params"),
         (
             {"counterparts": [{"kind": "conv", "options": {}}]},
             "Counterpart 'conv' is not on the list",
@@ -184,7 +185,7 @@ def test_a_gradient_that_does_not_fit_is_refused_and_can_be_sent_again(
     assert [c.role for c in reply.tensors] == ["smashed_grad"]
 
 
-@pytest.mark.parametrize("missing", ["outputs", "keep"])
+@pytest.mark.parametrize("missing", ["outputs", "keep", "accumulate"])
 def test_a_backward_that_leaves_out_a_fact_is_refused(mallory, missing):
     mallory.model_party.handle(mallory.forged("forward"))
     mallory.refused(mallory.forged("backward", drop=(missing,)))
@@ -201,6 +202,10 @@ def test_a_backward_without_its_forward_is_refused(mallory):
         {"skip": False, "scale": "x", "lr": 0.1},
         {"skip": False, "scale": 1.0, "lr": "x"},
         {"skip": False, "scale": 1.0},
+        {"skip": 0, "scale": 1.0, "lr": 0.1},
+        {"skip": False, "scale": 1.0, "lr": float("nan")},
+        {"skip": False, "scale": float("inf"), "lr": 0.1},
+        {"skip": False, "scale": -1.0, "lr": 0.1},
     ],
     ids=str,
 )
@@ -215,6 +220,22 @@ def test_a_commit_without_its_facts_is_refused_and_changes_no_weight(victim, fac
         torch.equal(*pair) for pair in zip(before, victim.model_party.parameters(), strict=True)
     )
     assert victim.model_party.sessions["mallory"].step == 0
+
+
+def test_another_sessions_gradients_are_neither_shown_nor_used(mallory):
+    """Mallory trains; what the victim's backward left on the weights is not hers to report or to step with."""
+    mallory.data_party.model(**mallory.batch).loss.backward()
+    optimizer = {"name": "sgd", "lr": 0.1}
+    mallory.model_party.handle(mallory.forged("open", optimizer=optimizer))
+    norms = attrs.evolve(mallory.forged("open"), kind="norms", meta={}, tensors=())
+    assert mallory.model_party.handle(norms).meta["names"] == []
+    before = [p.clone() for p in mallory.model_party.parameters()]
+    facts = {"skip": False, "scale": None, "lr": 0.1}
+    mallory.model_party.handle(attrs.evolve(norms, kind="commit", meta=facts))
+    assert all(map(torch.equal, before, mallory.model_party.parameters()))
+    mine = mallory.model_party.sessions[mallory.data_party.line.session]
+    mallory.model_party.shared.show(mine)
+    assert all(p.grad is not None for p in mallory.model_party.parameters())
 
 
 def test_one_sessions_numbers_reach_no_graph_of_another(mallory):

@@ -172,17 +172,3 @@ def test_a_program_is_spelt_out_once_and_then_called_by_its_id(parties):
         for length in (7, 7, 5):
             parties.data_party.model(**tiny_batch(parties.whole, length=length), use_cache=False)
     assert spelt == [True, False] + 2 * [False, False]
-
-
-def test_two_sessions_share_the_weights_and_nothing_else(parties):
-    first = parties.data_party.model(**parties.batch).loss
-    session = parties.data_party.line.session
-    parties.data_party.line.session = "another"
-    parties.data_party.line.open(())
-    parties.data_party.model(**parties.batch).loss.backward()
-    assert not parties.model_party.sessions["another"].graphs
-    parties.data_party.line.session = session
-    first.backward()
-    for _ in range(2):
-        parties.whole(**parties.batch).loss.backward()
-    assert_gradients_agree(parties)

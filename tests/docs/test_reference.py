@@ -49,7 +49,8 @@ def records(kind: type, prefix: str = "") -> dict[str, type]:
         if get_origin(inner) is tuple:
             inner, is_list = get_args(inner)[0], True
         if attrs.has(inner):
-            key = f"[[{field.name}]]" if is_list else f"[{field.name}]"
+            path = f"{prefix.strip('[]')}.{field.name}".lstrip(".")
+            key = f"[[{path}]]" if is_list else f"[{path}]"
             found |= records(inner, key)
     return found
 
@@ -114,7 +115,7 @@ def test_every_key_of_an_experiment_is_documented_with_its_type_default_and_mean
 
 def test_a_record_that_nests_another_way_would_be_noticed():
     assert set(records(Experiment)) == {
-        "", "[task]", "[model]", "[pretrain]", "[partition]", "[train]", "[[defenses]]", "[[attacks]]",
+        "", "[task]", "[model]", "[pretrain]", "[partition]", "[train]", "[train.lora]", "[[defenses]]", "[[attacks]]",
         "[victims]",
     }  # fmt: skip
 

@@ -115,16 +115,17 @@ def _from_bytes(view: memoryview, dtype: str, shape: list[int]) -> torch.Tensor:
         if math.prod(n or 1 for n in shape) >= 2**40:
             raise ProtocolError(f"{shape!r} is not a shape an empty tensor needs.")
         return torch.empty(shape, dtype=DTYPES[dtype])
-    # Memory of torch's own, aligned as its kernels expect: the last bits of a product may hang on that.
-    raw = torch.empty(len(view), dtype=torch.uint8)
-    raw.numpy()[:] = np.frombuffer(view, dtype=np.uint8)
+    data = np.frombuffer(view, dtype=np.uint8)
     if dtype == "bool":
-        flags = np.unpackbits(raw.numpy(), bitorder="little")
+        flags = np.unpackbits(data, bitorder="little")
         count = math.prod(shape)
         if flags[count:].any():
             raise ProtocolError("The bits after the last flag of a bool tensor must be 0.")
-        return torch.from_numpy(flags[:count].view(np.bool_)).reshape(shape)
-    return raw.view(DTYPES[dtype]).reshape(shape)
+        return torch.tensor(flags[:count].view(np.bool_)).reshape(shape)
+    # Memory of torch's own, and no view: it may be changed in place, and its alignment is what kernels expect.
+    tensor = torch.empty(shape, dtype=DTYPES[dtype])
+    tensor.reshape(-1).view(torch.uint8).numpy()[:] = data
+    return tensor
 
 
 def _size(entry: Any) -> int:

@@ -158,10 +158,14 @@ class DataParty:
                 **inputs,
                 **defense.expand({k: v for k, v in inputs.items() if torch.is_tensor(v)}),
             }
+        trains = self.model.training and torch.is_grad_enabled()
+        if trains:
+            self._refuse_layerdrop()
+            if self._may_cache:
+                inputs.setdefault("use_cache", False)  # a training step has no use for one
         self.recorder.begin()
         random = random_states(self.model.device)
         self._call = Call(forward, inputs, self._past(inputs), random)
-        trains = self.model.training and torch.is_grad_enabled()
         try:
             if trains and inputs.get("labels") is not None:
                 inputs = {**inputs, "labels": self._defended_labels(inputs["labels"])}
@@ -474,7 +478,9 @@ def _hand_over_part(part: PreTrainedModel, party: DataParty) -> None:
         inputs = dict(zip(names, args, strict=False)) | kwargs
         return party.run_part(functools.partial(original.forward, self), inputs)
 
-    part.__class__ = type(original.__name__, (original,), {"forward": forward})
+    # Under the very name of the original: transformers finds what it records of a class by that.
+    own = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    part.__class__ = type(original.__name__, (original,), {**own, "forward": forward})
 
 
 def _arguments(original: type) -> list[str]:
@@ -499,8 +505,10 @@ def _token_tables(model: PreTrainedModel) -> list[nn.Module]:
         table: Any = model.get_input_embeddings()
     except NotImplementedError:  # hashes of characters, for example
         return []
-    twins = (part for part in model.modules() if isinstance(part, nn.Embedding))
-    return [table, *(part for part in twins if part.weight is table.weight and part is not table)]
+    tables = list(table) if isinstance(table, nn.ModuleList) else [table]  # one for each codebook
+    weights = {id(weight) for part in tables for weight in part.parameters()}
+    every = (part for part in model.modules() if isinstance(part, nn.Embedding))
+    return tables + [part for part in every if id(part.weight) in weights and part not in tables]
 
 
 def _cache_in(inputs: Mapping[str, Any]) -> Cache | None:

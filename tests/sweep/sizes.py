@@ -55,6 +55,7 @@ RULES: list[tuple[str, Any]] = [
     (r"coordinate_size", 11),
     (r"shape_size", 10),
     (r"rotary_dim", 8),
+    (r"(encoder_|decoder_)?layerdrop", 0.0),
     (r"initializer_range|init_std|initializer_factor", 0.2),
 ]
 # Set even where the default is None.
@@ -81,6 +82,8 @@ SAM = {
     "window_size": 2,
 }
 ODD: dict[str, dict[str, Any]] = {
+    "big_bird": {"attention_type": "original_full"},
+    "bigbird_pegasus": {"attention_type": "original_full"},
     "bamba": {"attn_layer_indices": [1, 4]},
     "chameleon": {"vocabulary_map": {"<image>": 90}},
     "chameleon_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1]},

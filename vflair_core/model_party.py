@@ -15,6 +15,7 @@ from vflair_core.chain import Chain
 from vflair_core.checkpoint import save_weights
 from vflair_core.codec import DTYPES
 from vflair_core.errors import ProtocolError
+from vflair_core.fingerprint import differences
 from vflair_core.message import Crossing, Message
 from vflair_core.optimizers import make_optimizer
 from vflair_core.program import Execution, Program
@@ -101,8 +102,9 @@ class ModelParty:
         theirs = message.meta.get("fingerprint")
         if theirs != self.fingerprint:
             raise ProtocolError(
-                f"The parties do not hold two halves of the same model: fingerprint {theirs} against "
-                f"{self.fingerprint}. Use the same config, revision and partition on both sides."
+                "The parties do not hold two halves of the same model: the data party has "
+                f"{differences(theirs, self.fingerprint)} at the model party. Use the same model, revision, "
+                "dtype and partition on both sides."
             )
         session = Session(self.caps, step=message.step)
         if spec := message.meta.get("optimizer"):

@@ -16,13 +16,14 @@ from attrs import field, frozen
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vflair_core.absent import Absent, on_meta
-from vflair_core.channel import Channel, LocalChannel
+from vflair_core.absent import on_meta
+from vflair_core.assembly import assemble, open_channel
 from vflair_core.data_party import DataParty
-from vflair_core.errors import PartitionError, ProtocolError
+from vflair_core.errors import PartitionError
+from vflair_core.fingerprint import fingerprint, sample_digest
 from vflair_core.model_party import ModelParty
 from vflair_core.plugins import decide, observe
-from vflair_core.recorder import Recorder
+from vflair_core.wrapping import refuse_wrapped
 
 if TYPE_CHECKING:
     import pluggy
@@ -96,31 +97,28 @@ def split(
         PartitionError: The blocks cannot be found, or the cut leaves the legal range.
     """
     partition = partition or Partition()
+    refuse_wrapped(model)
     blocks = locate_blocks(model, plugins)
     names = absent_names(model, blocks, partition)
     order = tuple(name for name, _ in model.named_parameters())
+    agreed = fingerprint(
+        type(model).__name__, model.config, partition, sample_digest(model), dtype=model.dtype
+    )
     held, untied = _take(model, names)
-    model_party = ModelParty(held, names, _fingerprint(model, partition))
+    model_party = ModelParty(held, names, agreed)
     _place(model_party, devices, plugins)
-    data_party = DataParty(
+    data_party = assemble(
         model,
         partition,
-        _open_channel(channel, model_party, plugins, wire=wire),
-        names,
-        model_party.fingerprint,
+        open_channel(channel, plugins, wire=wire, handle=model_party.handle),
+        {name: held.get_submodule(name) for name in names},
+        agreed,
+        order=order,
+        untied=untied,
         defenses=defenses,
         tokenizer=tokenizer,
         seed=seed,
-        untied=untied,
     )
-    data_party.order = order
-    recorder = Recorder(data_party.exchange, last=frozenset(names[-1:]))
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        stand_in = Absent(name, held.get_submodule(name), recorder)
-        setattr(model.get_submodule(parent), leaf, stand_in)
-    data_party.recorder = recorder
-    data_party.line.open(defenses)
     observe(
         plugins,
         "vflair_model_partitioned",
@@ -129,23 +127,6 @@ def split(
         model_party_weights=sum(p.numel() for p in model_party.parameters()),
     )
     return data_party, model_party
-
-
-def _open_channel(
-    url: str, model_party: ModelParty, plugins: pluggy.PluginManager | None, *, wire: bool
-) -> Channel:
-    if url == "local:":
-        return LocalChannel(model_party.handle, wire=wire)
-    options = {"handle": model_party.handle, "wire": wire}
-    answer: Channel | None = None
-    if plugins is not None:
-        answer = decide(plugins, "vflair_open_channel", url=url, options=options)
-    if answer is None:
-        raise ProtocolError(
-            f"No plugin opens the channel {url!r}. Use 'local:', or install a plugin that answers "
-            "vflair_open_channel(url, options) for it."
-        )
-    return answer
 
 
 def _place(
@@ -294,10 +275,3 @@ def _plant(tree: nn.Module, name: str, module: nn.Module) -> None:
             tree.add_module(part, nn.Module())
         tree = tree._modules[part]  # type: ignore[assignment]
     tree.add_module(leaf, module)
-
-
-def _fingerprint(model: PreTrainedModel, partition: Partition) -> str:
-    import hashlib
-
-    text = f"{type(model).__name__} {model.config.to_json_string(use_diff=False)} {partition!r}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

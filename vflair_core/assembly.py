@@ -1,0 +1,104 @@
+"""Putting a data party together, however its weights came: from a model in memory or from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from vflair_core.absent import Absent
+from vflair_core.channel import Channel, LocalChannel
+from vflair_core.data_party import DataParty
+from vflair_core.errors import ProtocolError
+from vflair_core.plugins import decide
+from vflair_core.recorder import Recorder
+
+if TYPE_CHECKING:
+    import pluggy
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from vflair_core.channel import Handler
+    from vflair_core.defense import Defense
+    from vflair_core.partition import Partition
+
+
+def assemble(
+    model: PreTrainedModel,
+    partition: Partition,
+    channel: Channel,
+    absent: Mapping[str, nn.Module],
+    fingerprint: str,
+    *,
+    order: tuple[str, ...],
+    untied: tuple[str, ...] = (),
+    defenses: Sequence[Defense] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int | None = None,
+) -> DataParty:
+    """Put stand-ins where `absent` modules were and open the session.
+
+    Args:
+        model: Keeps its local modules; what lies at the names of `absent` is replaced.
+        partition: The cut.
+        channel: The way to the model party.
+        absent: The modules the model party holds, by name in call order; only their structure is used.
+        fingerprint: The model party must have the same.
+        order: Names of all weights, in the order of the whole model.
+        untied: Weights that got a second copy because both sides use them.
+        defenses: As in `split`.
+        tokenizer: As in `split`.
+        seed: As in `split`.
+
+    Raises:
+        ProtocolError: The model party has another fingerprint.
+    """
+    data_party = DataParty(
+        model,
+        partition,
+        channel,
+        tuple(absent),
+        fingerprint,
+        defenses=defenses,
+        tokenizer=tokenizer,
+        seed=seed,
+        untied=untied,
+    )
+    data_party.order = order
+    recorder = Recorder(data_party.exchange, last=frozenset(data_party.absent[-1:]))
+    for name, module in absent.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, Absent(name, module, recorder))
+    data_party.recorder = recorder
+    data_party.line.open(defenses)
+    return data_party
+
+
+def open_channel(
+    channel: Channel | Handler | str,
+    plugins: pluggy.PluginManager | None,
+    *,
+    wire: bool,
+    handle: Handler | None = None,
+) -> Channel:
+    """Return the channel that is meant: one that is open, a model party's `handle`, or a URL.
+
+    Raises:
+        ProtocolError: No plugin opens the URL.
+    """
+    if isinstance(channel, Channel):
+        return channel
+    if not isinstance(channel, str):
+        return LocalChannel(channel, wire=wire)
+    if channel == "local:" and handle is not None:
+        return LocalChannel(handle, wire=wire)
+    answer: Channel | None = None
+    if plugins is not None:
+        options = {"handle": handle, "wire": wire}
+        answer = decide(plugins, "vflair_open_channel", url=channel, options=options)
+    if answer is None:
+        raise ProtocolError(
+            f"No plugin opens the channel {channel!r}. Use 'local:' with split, a model party's handle with "
+            "load_data_party, or install a plugin that answers vflair_open_channel(url, options) for it."
+        )
+    return answer

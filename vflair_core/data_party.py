@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from vflair_core import cache as caches
 from vflair_core import protocol
 from vflair_core.channel import Channel
-from vflair_core.checkpoint import save_weights
 from vflair_core.defending import Defenses
 from vflair_core.defense import Batch, Defense, Exchange
 from vflair_core.encoding import encode
@@ -25,6 +24,7 @@ from vflair_core.line import Line
 from vflair_core.message import Phase, Role
 from vflair_core.program import Program
 from vflair_core.roles import Call, Captured, find_roles
+from vflair_core.saving import save_data_party
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -104,10 +104,8 @@ class DataParty:
         return set(self.partition.disclose) if crossing else set()
 
     def save(self, folder: str | Path) -> Path:
-        """Write the weights this party owns, and nothing else, to ``data_party.safetensors``."""
-        return save_weights(
-            Path(folder) / "data_party.safetensors", self.model, self.line.fingerprint, self.step
-        )
+        """Write what this party owns, and nothing else, to ``data_party.safetensors``; `merge` reads it."""
+        return save_data_party(self, Path(folder), {})
 
     # -- calling the model ------------------------------------------------------------------------------
 
@@ -368,7 +366,7 @@ def _hand_over_forward(model: PreTrainedModel, party: DataParty) -> PreTrainedMo
     def save_pretrained(_self: Any, *_: Any, **__: Any) -> None:
         raise PartitionError(
             f"This {original.__name__} holds half of the weights, so it cannot be saved as a whole one. Use "
-            "data_party.save(folder) and model_party.save(folder, step)."
+            "data_party.save(folder) and model_party.save(folder); `vflair merge` joins what they wrote."
         )
 
     own = {"forward": forward, "save_pretrained": save_pretrained, "__module__": __name__}

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from vflair_core import counterparts
 from vflair_core.chain import Chain
-from vflair_core.checkpoint import save_weights
 from vflair_core.codec import DTYPES
 from vflair_core.errors import ProtocolError
 from vflair_core.fingerprint import differences
 from vflair_core.message import Crossing, Message
 from vflair_core.optimizers import make_optimizer
 from vflair_core.program import Execution, Program
+from vflair_core.saving import load_session, save_model_party, save_session
 from vflair_core.session import Caps, Graph, Session
 
 _WRONG = (AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
@@ -29,6 +29,8 @@ class ModelParty:
 
     It runs only programs that call the chain once, in order, each output feeding the next call. Live
     graphs, caches and programs are capped per session; a request over a cap is refused, nothing is dropped.
+
+    Set `checkpoints` to a folder to let data parties have their runs saved there and go on from it.
     """
 
     def __init__(self, model: nn.Module, chain: tuple[str, ...], fingerprint: str) -> None:
@@ -37,6 +39,8 @@ class ModelParty:
         self.fingerprint = fingerprint
         self.caps = Caps()
         self.sessions: dict[str, Session] = {}
+        self.steps: dict[str, int] = {}  # taken on these weights, by session
+        self.checkpoints: str | Path | None = None
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Weights by the names they have in the whole model."""
@@ -51,11 +55,9 @@ class ModelParty:
         """Where messages are brought: the device of the first weight."""
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
-    def save(self, folder: str | Path, step: int) -> Path:
-        """Write the weights this party owns, and nothing else, to ``model_party.safetensors``."""
-        return save_weights(
-            Path(folder) / "model_party.safetensors", self.model, self.fingerprint, step
-        )
+    def save(self, folder: str | Path) -> Path:
+        """Write what this party owns, and nothing else, to ``model_party.safetensors``; `merge` reads it."""
+        return save_model_party(self, Path(folder), {})
 
     def handle(self, message: Message) -> Message:
         """Answer one message.
@@ -92,6 +94,9 @@ class ModelParty:
                 return self._norms(message)
             case "commit":
                 return self._commit(session, message)
+            case "save":
+                save_session(self, message.session, session.step, session.optimizer)
+                return _reply(message)
             case "release":
                 return _reply(message)
             case _:
@@ -114,8 +119,21 @@ class ModelParty:
             counterparts.build(spec, f"{n}.", weights)
             for n, spec in enumerate(message.meta.get("counterparts", ()))
         ]
+        if (steps := message.meta.get("resume")) is not None:
+            session.step = self._resume(message.session, steps, session.optimizer)
         self.sessions[message.session] = session
-        return _reply(message)
+        return _reply(message, meta={"step": session.step})
+
+    def _resume(self, name: str, steps: Any, optimizer: torch.optim.Optimizer | None) -> int:
+        if any(other.graphs for other in self.sessions.values()):
+            raise ProtocolError(
+                "A forward still waits for its backward: the weights it went through cannot be changed."
+            )
+        if any(s.trains and s.step for key, s in self.sessions.items() if key != name):
+            raise ProtocolError(
+                "Another data party trains these weights now. Go back to a checkpoint when it has closed."
+            )
+        return load_session(self, name, steps, optimizer)
 
     def _forward(self, session: Session, message: Message) -> Message:
         meta = message.meta
@@ -219,6 +237,7 @@ class ModelParty:
         for parameter in self.model.parameters():
             parameter.grad = None
         session.step += 1
+        self.steps[message.session] = session.step
         return _reply(message)
 
 

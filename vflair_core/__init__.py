@@ -19,6 +19,7 @@ _HOMES = {
     "split": "partition",
     "load_data_party": "loading",
     "load_model_party": "loading",
+    "merge": "merging",
     "verify": "verification",
     "Defense": "defense",
     "Guarantee": "guarantee",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from vflair_core.hookspecs import hookimpl as hookimpl
     from vflair_core.loading import load_data_party as load_data_party
     from vflair_core.loading import load_model_party as load_model_party
+    from vflair_core.merging import merge as merge
     from vflair_core.message import Message as Message
     from vflair_core.partition import Partition as Partition
     from vflair_core.partition import split as split

@@ -24,7 +24,7 @@ from vflair_core.line import Line
 from vflair_core.message import Phase, Role
 from vflair_core.program import Program
 from vflair_core.roles import Call, Captured, find_roles
-from vflair_core.saving import save_data_party
+from vflair_core.saving import save_data_party, save_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -105,6 +105,7 @@ class DataParty:
 
     def save(self, folder: str | Path) -> Path:
         """Write what this party owns, and nothing else, to ``data_party.safetensors``; `merge` reads it."""
+        save_tokenizer(self, Path(folder))
         return save_data_party(self, Path(folder), {})
 
     # -- calling the model ------------------------------------------------------------------------------

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from vflair_core.model_party import ModelParty
     from vflair_core.training import FineTuning
 
-DATA_FILE, MODEL_FILE = "data_party.safetensors", "model_party.safetensors"
+DATA_FILE, MODEL_FILE, TOKENIZER = "data_party.safetensors", "model_party.safetensors", "tokenizer"
 Tensors = dict[str, Tensor]
 
 
 def save_data_party(party: DataParty, folder: Path, extra: Tensors, **more: Any) -> Path:
-    """Write the data party's part, and once its tokenizer."""
+    """Write the data party's part."""
     model: Any = party.model
     config = json.loads(model.config.to_json_string(use_diff=False))
     facts = {
@@ -46,6 +46,15 @@ def save_data_party(party: DataParty, folder: Path, extra: Tensors, **more: Any)
         **more,
     }
     return write_part(folder / DATA_FILE, {**owned(model), **extra}, facts)
+
+
+def save_tokenizer(party: DataParty, folder: Path) -> None:
+    """Write the tokenizer beside the parts, once."""
+    if party.tokenizer is None or (folder / TOKENIZER).exists():
+        return
+    unfinished = folder / f"{TOKENIZER}.part"
+    party.tokenizer.save_pretrained(unfinished)
+    unfinished.rename(folder / TOKENIZER)
 
 
 def save_model_party(party: ModelParty, folder: Path, extra: Tensors, **more: Any) -> Path:
@@ -73,6 +82,7 @@ def save_run(fine_tuning: FineTuning, folder: Path) -> Path:
                 "FineTuning(...).load(folder)."
             )
     party.line.request("save", None, (), {})
+    save_tokenizer(party, folder)
     extra = {**_optimizer_state(fine_tuning.optimizer), **_random_state()}
     for number, defense in enumerate(party.defenses.each):
         generator = party.defenses.generator_of(defense)

@@ -82,7 +82,7 @@ def test_merged_adapters_equal_those_of_the_unsplit_model_bit_for_bit(base, tmp_
     data_party, model_party = load(tmp_path, Partition(1, tail))
     get_peft_model(data_party.model, lora(kind))
     inject_adapter_in_model(lora(kind), model_party.model)
-    inject_adapter_in_model(lora(kind), whole)
+    wrapped = get_peft_model(whole, lora(kind))
     adapted_alike(whole, data_party, model_party)
     frozen = [n for n, p in whole.named_parameters() if "lora_" not in n and p.requires_grad]
     assert not frozen
@@ -99,7 +99,7 @@ def test_merged_adapters_equal_those_of_the_unsplit_model_bit_for_bit(base, tmp_
     assert set(config["target_modules"]) == paths
 
     merged = type(whole).from_pretrained(merge(*parts, tmp_path / "merged"))
-    expected = alone.merge_and_unload()
+    expected = wrapped.merge_and_unload()
     for name, weight in merged.named_parameters():
         assert torch.equal(weight, dict(expected.named_parameters())[name]), name
     assert torch.equal(merged(**batch).logits, expected.eval()(**batch).logits)

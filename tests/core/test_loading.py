@@ -7,9 +7,14 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+)
 
 from vflair_core import LocalChannel, Partition, load_data_party, load_model_party
+from vflair_core.errors import CheckpointError
 from vflair_core.testing import tiny_batch, tiny_model
 
 NARROW = {"intermediate_size": 32, "num_key_value_heads": 1}
@@ -195,3 +200,24 @@ def test_an_open_channel_serves_as_well_as_a_handle(saved):
     batch = batch_for(whole)
     assert torch.equal(data_party.model(**batch).logits, whole(**batch).logits)
     assert data_party.channel is channel
+
+
+@pytest.mark.filterwarnings("ignore")  # of bitsandbytes, about the processor
+def test_a_quantised_model_party_computes_what_a_whole_model_with_those_blocks_quantised_does(
+    saved,
+):
+    pytest.importorskip("bitsandbytes")
+    _, folder = saved("llama", hidden_size=64)
+    ours = ["lm_head", "model.layers.0", "model.layers.3"]
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=ours)
+    whole = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    quantised = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    model_party = load_model_party(folder, Partition(1, 1), **quantised)
+    data_party = load_data_party(folder, Partition(1, 1), channel=model_party.handle)
+    assert any(p.dtype == torch.int8 for p in model_party.parameters())
+    assert all(p.dtype == torch.float32 for p in data_party.parameters())
+    batch = batch_for(whole)
+    assert torch.equal(data_party.model(**batch).logits, whole(**batch).logits)
+    with pytest.raises(CheckpointError, match=r"Quantised weights .* are not saved in parts"):
+        model_party.save(folder.parent / "part")
+    assert not (folder.parent / "part").exists()

@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from vflair_core.cache import layers_of
+from vflair_core.errors import PartitionError
+
 if TYPE_CHECKING:
     from vflair_core.recorder import Recorder
+
+
+# What may be set on a stand-in: its own facts, and what only concerns the party where the block is run.
+_OWN = frozenset({"name", "layers", "parameter_names", "training", "gradient_checkpointing"})
 
 
 class Absent(nn.Module):
@@ -22,11 +29,7 @@ class Absent(nn.Module):
         object.__setattr__(self, "skeleton", on_meta(module))
         object.__setattr__(self, "recorder", recorder)
         self.name = name
-        self.layers = frozenset(
-            index
-            for part in module.modules()
-            if isinstance(index := getattr(part, "layer_idx", None), int)
-        )
+        self.layers = layers_of(module)
         signature = inspect.signature(module.forward)
         self.parameter_names = [
             p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
@@ -39,10 +42,40 @@ class Absent(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.skeleton, name)
+            value = getattr(self.skeleton, name)
+        if inspect.ismethod(value):
+            raise PartitionError(
+                f"The model calls {name}() of {self.name}, which the model party holds: what that changes would "
+                "not reach it. Set it before the model is cut, by its config."
+            )
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and name not in _OWN:
+            raise PartitionError(
+                f"The model sets {name!r} of {self.name}, which the model party holds: it would not reach it. "
+                "Set it before the model is cut, by its config."
+            )
+        super().__setattr__(name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.recorder.call(self, args, kwargs)
+
+
+def call_here_and_there(module: nn.Module, absent: Absent, here: tuple[bool, ...]) -> None:
+    """Let call number n of `module` run here if ``here[n]``, else be recorded: for blocks that share weights."""
+    original = type(module)
+    recorder = absent.recorder
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        number = recorder.calls[absent.name]
+        recorder.calls[absent.name] += 1
+        if here[number]:
+            return original.forward(self, *args, **kwargs)
+        absent.training = self.training
+        return absent(*args, **kwargs)
+
+    module.__class__ = type(original.__name__, (original,), {"forward": forward})
 
 
 def on_meta(module: nn.Module) -> nn.Module:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from vflair_core.absent import Absent
+from vflair_core.absent import Absent, call_here_and_there
+from vflair_core.blocks import Stage
 from vflair_core.channel import Channel, LocalChannel
 from vflair_core.data_party import DataParty
 from vflair_core.errors import ProtocolError
@@ -27,10 +28,12 @@ def assemble(
     model: PreTrainedModel,
     partition: Partition,
     channel: Channel,
+    cut: tuple[Stage, ...],
     absent: Mapping[str, nn.Module],
     fingerprint: str,
     *,
     order: tuple[str, ...],
+    local: Mapping[str, tuple[bool, ...]],
     untied: tuple[str, ...] = (),
     defenses: Sequence[Defense] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -42,9 +45,11 @@ def assemble(
         model: Keeps its local modules; what lies at the names of `absent` is replaced.
         partition: The cut.
         channel: The way to the model party.
-        absent: The modules the model party holds, by name in call order; only their structure is used.
+        cut: What the model party runs at a time.
+        absent: The modules of `cut` by name; only their structure is used.
         fingerprint: The model party must have the same.
         order: Names of all weights, in the order of the whole model.
+        local: Blocks that both parties need: for each call, whether it is made here.
         untied: Weights that got a second copy because both sides use them.
         defenses: As in `split`.
         tokenizer: As in `split`.
@@ -57,7 +62,7 @@ def assemble(
         model,
         partition,
         channel,
-        tuple(absent),
+        cut,
         fingerprint,
         defenses=defenses,
         tokenizer=tokenizer,
@@ -65,11 +70,14 @@ def assemble(
         untied=untied,
     )
     data_party.order = order
-    recorder = Recorder(data_party.exchange, last=frozenset(data_party.absent[-1:]))
-    for name, module in absent.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, Absent(name, module, recorder))
-    data_party.recorder = recorder
+    data_party.recorder = recorder = Recorder(data_party.exchange, cut)
+    for name in data_party.absent:
+        recorder.absent[name] = Absent(name, absent[name], recorder)
+        if name in local:
+            call_here_and_there(model.get_submodule(name), recorder.absent[name], local[name])
+        else:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, recorder.absent[name])
     data_party.line.open(defenses)
     return data_party
 

@@ -1,53 +1,47 @@
-"""The one chain of calls that a model party runs, whatever a message asks for."""
+"""The chains of calls that a model party runs, whatever a message asks for: one for each stage of the cut."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+from vflair_core.blocks import Stage
+from vflair_core.cache import layers_of
 from vflair_core.errors import ProtocolError
 from vflair_core.program import ALLOWED, Program, Step
 
 
 class Chain:
-    """The held modules `names` of `model`, in the order in which they call each other."""
+    """The held modules of `model` that make up one stage."""
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
-        self.names = names
-        self.modules = {name: model.get_submodule(name) for name in names}
+    def __init__(self, model: nn.Module, stage: Stage) -> None:
+        self.stage = stage
+        self.model = model
+        modules = {name: model.get_submodule(name) for name in stage.names}
         self._arguments = {
             name: frozenset(inspect.signature(module.forward).parameters)
-            for name, module in self.modules.items()
+            for name, module in modules.items()
         }
-        self.layers = sorted(
-            {
-                index
-                for module in self.modules.values()
-                for part in module.modules()
-                if isinstance(index := getattr(part, "layer_idx", None), int)
-            }
-        )
+        self.layers = sorted(frozenset().union(*map(layers_of, modules.values())))
 
     def call(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """Call the module `name`."""
-        return self.modules[name](*args, **kwargs)
+        """Call the module `name`: the one that has this name now, which an adapter may have wrapped."""
+        return self.model.get_submodule(name)(*args, **kwargs)
 
     def check(self, program: Program) -> None:
-        """See that each module is called once, in order, each step fed by the one before it.
+        """See that each module is called as often as it should be, in order, fed by the one before it.
 
         Raises:
             ProtocolError: The program asks for anything else.
         """
-        if program.modules != self.names or program.output != ():
-            raise ProtocolError(
-                f"A program must call {self.names[0]} … {self.names[-1]} once each, in order, and return the "
-                f"last output. This one calls {', '.join(program.modules)}."
-            )
+        if not self.stage.allows(program.modules):
+            raise _not_a_chain(program, [self])
         for number, step in enumerate(program.steps):
             self._check_step(step)
-            if number and not any(source == number - 1 for source in _sources(step)):
+            if number and not self._is_fed(step, number):
                 raise ProtocolError(
                     f"Step {number} ({step[1]}) does not use the output of the step before."
                 )
@@ -55,6 +49,11 @@ class Chain:
                 raise ProtocolError(
                     f"Step {number} ({step[1]}) uses an output that does not exist yet."
                 )
+
+    def _is_fed(self, step: Step, number: int) -> bool:
+        """A block takes what the step before gave; what follows the blocks may reach further back."""
+        sources = _sources(step)
+        return number - 1 in sources if step[1] in self.stage.blocks else bool(sources)
 
     def _check_step(self, step: Step) -> None:
         """An operation takes one value and numbers, so that nothing it gives is larger; a call, known names."""
@@ -64,9 +63,32 @@ class Chain:
             if unknown or args:
                 raise ProtocolError(f"{name} is called by name, and with nothing like {unknown}.")
             return
-        others = [*args[1:], *dict(kwargs).values()]
+        others = [*args[1:], *(tree for key, tree in kwargs if (key, tree) not in _SPELT_OUT)]
         if not args or args[0][0] not in ("out", "leaf") or not all(map(_is_number, others)):
             raise ProtocolError(f"Operation {name!r} takes one tensor, then numbers.")
+
+
+_SPELT_OUT = [("approximate", ("value", name)) for name in ("none", "tanh")]  # of gelu
+
+
+def matching(program: Program, chains: Sequence[Chain]) -> Chain:
+    """Return the chain that `program` calls.
+
+    Raises:
+        ProtocolError: It calls none of them.
+    """
+    for chain in chains:
+        if program.modules and chain.stage.allows(program.modules):
+            return chain
+    raise _not_a_chain(program, chains)
+
+
+def _not_a_chain(program: Program, chains: Sequence[Chain]) -> ProtocolError:
+    stages = [chain.stage.names for chain in chains]
+    possible = " or ".join(f"{names[0]} … {names[-1]}" for names in stages)
+    return ProtocolError(
+        f"A program must call {possible}, all in order. This one calls {', '.join(program.modules)}."
+    )
 
 
 def _is_number(tree: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Messages as bytes: a msgpack header, then the raw little-endian buffers. No pickle, ever.
+"""Messages as bytes: a msgpack header, then the raw little-endian buffers; flags are bits. No pickle, ever.
 
 Everything a header claims is checked before memory is taken for it.
 """
@@ -26,6 +26,7 @@ DTYPES = {
     for name in (
         *("float64", "float32", "float16", "bfloat16"),
         *("int64", "int32", "int16", "int8", "uint8", "bool"),
+        *("complex64", "complex128"),  # rotary tables of some models
     )
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -103,6 +104,8 @@ def _dtype_name(crossing: Crossing) -> str:
 
 def _to_bytes(tensor: torch.Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.dtype is torch.bool:
+        return np.packbits(flat.numpy(), bitorder="little").tobytes()
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
@@ -112,15 +115,22 @@ def _from_bytes(view: memoryview, dtype: str, shape: list[int]) -> torch.Tensor:
         if math.prod(n or 1 for n in shape) >= 2**40:
             raise ProtocolError(f"{shape!r} is not a shape an empty tensor needs.")
         return torch.empty(shape, dtype=DTYPES[dtype])
-    raw = torch.from_numpy(np.frombuffer(view, dtype=np.uint8).copy())
-    if dtype == "bool" and bool((raw > 1).any()):
-        raise ProtocolError("A bool tensor holds bytes other than 0 and 1.")
+    # Memory of torch's own, aligned as its kernels expect: the last bits of a product may hang on that.
+    raw = torch.empty(len(view), dtype=torch.uint8)
+    raw.numpy()[:] = np.frombuffer(view, dtype=np.uint8)
+    if dtype == "bool":
+        flags = np.unpackbits(raw.numpy(), bitorder="little")
+        count = math.prod(shape)
+        if flags[count:].any():
+            raise ProtocolError("The bits after the last flag of a bool tensor must be 0.")
+        return torch.from_numpy(flags[:count].view(np.bool_)).reshape(shape)
     return raw.view(DTYPES[dtype]).reshape(shape)
 
 
 def _size(entry: Any) -> int:
     _, _, dtype, shape = entry
-    return math.prod(shape) * DTYPES[dtype].itemsize
+    count: int = math.prod(shape)
+    return -(-count // 8) if dtype == "bool" else count * DTYPES[dtype].itemsize
 
 
 def _check_header(header: Any) -> None:

@@ -6,15 +6,19 @@ import copy
 import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from vflair_core import cache as caches
 from vflair_core import protocol
+from vflair_core.blocks import Stage
 from vflair_core.channel import Channel
 from vflair_core.defending import Defenses
 from vflair_core.defense import Batch, Defense, Exchange
@@ -23,12 +27,11 @@ from vflair_core.errors import DefenseError, PartitionError
 from vflair_core.line import Line
 from vflair_core.message import Phase, Role
 from vflair_core.program import Program
-from vflair_core.roles import Call, Captured, find_roles
+from vflair_core.roles import Call, Captured, Probe, find_roles, random_states
 from vflair_core.saving import save_data_party, save_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.cache_utils import Cache
+    from transformers import PreTrainedTokenizerBase
 
     from vflair_core.partition import Partition
     from vflair_core.recorder import Recorder
@@ -45,7 +48,7 @@ class DataParty:
         model: A transformers model whose modules `absent` are stand-ins (made by `split`).
         partition: The cut.
         channel: The way to the model party.
-        absent: Names of the modules the model party holds, in call order.
+        stages: What the model party runs in one exchange each, in call order.
         fingerprint: Of model and cut; the model party must have the same.
         defenses: Applied in this order on the way out, in reverse on the way back.
         tokenizer: Needed for `encode` and `ask`.
@@ -61,7 +64,7 @@ class DataParty:
         model: PreTrainedModel,
         partition: Partition,
         channel: Channel,
-        absent: tuple[str, ...],
+        stages: tuple[Stage, ...],
         fingerprint: str,
         *,
         defenses: Sequence[Defense] = (),
@@ -69,7 +72,7 @@ class DataParty:
         seed: int | None = None,
         untied: tuple[str, ...] = (),
     ) -> None:
-        self.partition, self.channel, self.absent, self.untied = partition, channel, absent, untied
+        self.partition, self.channel, self.stages, self.untied = partition, channel, stages, untied
         self.line = Line(channel, fingerprint)
         self.tokenizer = tokenizer
         self.defenses = Defenses(defenses, partition.kind, seed)
@@ -78,11 +81,19 @@ class DataParty:
         self._call: Call | None = None
         self._last: Exchange | None = None
         self._begun: Exchange | None = None
-        self._probing = self._asking = False
+        self._probe: Probe | None = None
+        self._asking = False
         self._seen_paths: set[Any] = set()
+        self._may_cache = "use_cache" in inspect.signature(type(model).forward).parameters
         self.model = _hand_over_forward(model, self)
-        embeddings = model.get_input_embeddings()
-        embeddings.register_forward_hook(self._on_embeddings)
+        _hand_over_parts(model, self)
+        tables = _token_tables(model)
+        if not tables and self.defenses.at("on_embeddings"):
+            raise PartitionError(
+                f"{type(model).__name__} has no table of token embeddings for a defense to stand at."
+            )
+        for table in tables:
+            table.register_forward_hook(self._on_embeddings)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Weights by the names they have in the whole model."""
@@ -91,6 +102,11 @@ class DataParty:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Weights, in the order of the whole model."""
         return self.model.parameters()
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Names of the modules the model party holds, in call order."""
+        return tuple(dict.fromkeys(name for stage in self.stages for name in stage.names))
 
     @property
     def step(self) -> int:
@@ -112,17 +128,18 @@ class DataParty:
 
     def run_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
         """Run the model's own forward with the defenses that act on whole batches around it."""
-        if self._probing:
+        if self._probe is not None:
             return forward(**inputs)
-        self.defenses.check(self._phase(inputs.get("past_key_values")))
+        self.defenses.check(self._phase(_cache_in(inputs)))
         self._refuse_raw_text(inputs)
         for defense in self.defenses.at("expand"):
             inputs = {
                 **inputs,
                 **defense.expand({k: v for k, v in inputs.items() if torch.is_tensor(v)}),
             }
-        self.recorder.reset()
-        self._call = Call(forward, inputs, self._past(inputs))
+        self.recorder.begin()
+        random = random_states(self.model.device)
+        self._call = Call(forward, inputs, self._past(inputs), random)
         trains = self.model.training and torch.is_grad_enabled()
         try:
             if trains and inputs.get("labels") is not None:
@@ -136,6 +153,28 @@ class DataParty:
             outputs = defense.contract(outputs)
         return outputs
 
+    def run_part(self, forward: Any, inputs: dict[str, Any]) -> Any:
+        """Run an inner model that was cut: within a call of the whole as it is; alone, as a call of its own.
+
+        `generate` calls the encoder of a sequence-to-sequence model alone, for example.
+        """
+        if self._probe is not None or self._call is not None:
+            return forward(**inputs)
+        if self.defenses.at("expand"):
+            raise DefenseError(
+                f"{type(self.defenses.at('expand')[0]).__name__} adds rows to calls of the whole model; here a "
+                "part of it is called alone."
+            )
+        self.defenses.check(self._phase(_cache_in(inputs)))
+        self._refuse_raw_text(inputs)
+        self.recorder.begin()
+        random = random_states(self.model.device)
+        self._call = Call(forward, inputs, self._past(inputs), random)
+        try:
+            return forward(**inputs)
+        finally:
+            self._call = self._last = self._begun = None
+
     def _defended_labels(self, labels: Tensor) -> Tensor:
         if self.defenses.at("on_labels"):
             self._begun = self._begun or self._begin(labels.shape[-1])
@@ -147,40 +186,51 @@ class DataParty:
 
         Nothing crosses. With a `past_key_values`, the local and the absent layers both advance.
         """
-        cache = inputs.get("past_key_values")
+        cache = _cache_in(inputs)
         if cache is not None:
-            caches.attach(cache, self._absent_layers(), lambda _id: None)
-        self._probing = True
+            caches.attach(cache, self._layers(self.stages[-1].names), lambda _id: None)
         try:
-            self.model(**inputs)
+            with self._probing(Probe()):
+                self.model(**inputs)
         except Captured as captured:
             hidden = captured.first_argument()
             if cache is not None:
-                caches.advance(cache, self._absent_layers(), hidden.shape[1])
+                caches.advance(cache, hidden.shape[1])
             return hidden
-        finally:
-            self._probing = False
-            self.recorder.reset()
         raise PartitionError("The model was run without reaching the model party.")
 
     def complete(self, returned: Tensor, **inputs: Any) -> Any:
-        """Run the local tail on `returned` as if the model party had sent it, and return the outputs."""
-        handover = self.recorder.handover
-        self.recorder.handover = lambda _program, _leaves, _cache: [returned]
-        self._probing = True
-        try:
+        """Run the local tail on `returned` as if the model party had sent it, and return the outputs.
+
+        Raises:
+            PartitionError: The model takes more than one answer.
+        """
+        if len(self.stages) > 1:
+            raise PartitionError(
+                f"{type(self.model).__name__} takes {len(self.stages)} answers of the model party; one is given."
+            )
+        with self._probing(_Given(returned)):
             return self.model(**inputs)
+
+    @contextmanager
+    def _probing(self, probe: Probe) -> Iterator[None]:
+        """While this lasts, nothing is sent: `probe` answers instead of the model party."""
+        before, calls = self._probe, self.recorder.calls.copy()
+        self._probe = probe
+        self.recorder.begin()
+        try:
+            yield
         finally:
-            self._probing = False
-            self.recorder.handover = handover
+            self._probe = before
             self.recorder.reset()
+            self.recorder.calls = calls
 
     def _past(self, inputs: dict[str, Any]) -> Cache | None:
         """Copy the cache before a call takes a path not seen yet: its roles must be found from there."""
-        cache = inputs.get("past_key_values")
+        cache = _cache_in(inputs)
         if cache is None:
             return None
-        length, ids = cache.get_seq_length(), inputs.get("input_ids")
+        length, ids = caches.length_of(cache), inputs.get("input_ids")
         given = tuple(key for key, value in inputs.items() if value is not None)
         positions = None if ids is None else ids.shape[-1]
         path = (given, length == 0, positions == 1, self.model.training, _all_ones(inputs))
@@ -192,10 +242,12 @@ class DataParty:
         with torch.inference_mode(False), torch.no_grad():
             return copy.deepcopy(cache)
 
-    def exchange(self, program: Program, leaves: list[Tensor], cache: Cache | None) -> list[Tensor]:
+    def exchange(
+        self, program: Program, leaves: list[Tensor], cache: Cache | None, shapes: list[Tensor]
+    ) -> list[Tensor]:
         """Take a finished program from the recorder and carry out the round."""
-        if self._probing:
-            raise Captured(program, leaves)
+        if self._probe is not None:
+            return self._probe.answer(program, leaves, shapes)
         roles = self.roles.get(program.id) or self._find_roles(program, leaves, cache)
         positions = _positions(leaves, roles)
         exchange, self._begun = self._begun or self._begin(positions), None
@@ -204,32 +256,32 @@ class DataParty:
         if cache is not None:
             remote = caches.attach(
                 cache,
-                self._absent_layers(),
+                self._layers(program.modules),
                 self.line.caches.append,
                 lambda old, new: self.line.copies.append((old, new)),
             )
             spec = {"id": remote.id, "deeds": list(remote.deeds)}
             if not remote.known:
-                spec["layers"] = remote.layers
+                spec["parts"] = remote.parts
         returned = protocol.cross(self, exchange, program, leaves, roles, spec)
         if cache is not None:
             remote.deeds.clear()
             remote.known = True
-            caches.advance(cache, self._absent_layers(), positions)
+            caches.advance(cache, positions)
         return returned
 
     def _begin(self, positions: int) -> Exchange:
         """Number the next exchange. It begins at the embeddings if a defense stands there."""
         self._exchanges += 1
         inputs = self._call.inputs if self._call else {}
-        phase = self._phase(inputs.get("past_key_values"))
+        phase = self._phase(_cache_in(inputs))
         return Exchange(
             self._exchanges, self.line.step, phase, mask=_mask(inputs, positions), batch=inputs
         )
 
-    def _absent_layers(self) -> list[int]:
-        modules = (self.model.get_submodule(name) for name in self.absent)
-        return sorted({index for module in modules for index in module.layers})  # type: ignore[union-attr]
+    def _layers(self, names: Sequence[str]) -> list[int]:
+        """Numbers of the cache layers that the modules `names` fill."""
+        return sorted({index for name in names for index in self.recorder.absent[name].layers})
 
     def _phase(self, cache: Cache | None) -> Phase:
         if self.model.training and torch.is_grad_enabled():
@@ -249,29 +301,25 @@ class DataParty:
         call = self._call
         if cache is not None and call.past is None:
             call = attrs.evolve(call, past=self._rewound(cache, call.inputs))
-        self._probing = True
-        try:
-            roles = find_roles(self.model, call, program, leaves, self.partition.disclose)
-        finally:
-            self._probing = False
-            self.recorder.reset()
+        roles = find_roles(
+            self.model, call, program, leaves, self.partition.disclose, self._probing
+        )
         self.roles[program.id] = roles
         return roles
 
     def _rewound(self, cache: Cache, inputs: dict[str, Any]) -> Cache | None:
-        if inputs.get("past_key_values") is None:
+        if _cache_in(inputs) is None:
             return None
         with torch.inference_mode(False), torch.no_grad():
             past = copy.deepcopy(cache)
             ids = inputs.get("input_ids")
             new = ids.shape[-1] if ids is not None else inputs["inputs_embeds"].shape[1]
-            for index in self._absent_layers():
-                past.layers[index].length += new  # type: ignore[union-attr]
+            caches.advance(past, new)
             past.crop(-new)
         return past
 
     def _on_embeddings(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-        if self._probing or self._call is None or not self.defenses.at("on_embeddings"):
+        if self._probe is not None or self._call is None or not self.defenses.at("on_embeddings"):
             return None
         self._begun = self._begun or self._begin(output.shape[1])
         defended: Tensor = self.defenses.apply(
@@ -344,6 +392,14 @@ class DataParty:
                 "through it. Use data_party.encode(examples) or data_party.ask(texts)."
             )
 
+    def _refuse_layerdrop(self) -> None:
+        for name, module in self.model.named_modules():
+            if getattr(module, "layerdrop", None):
+                raise PartitionError(
+                    f"{name or 'the model'}.layerdrop is {module.layerdrop}: it leaves out blocks at random, and the model "
+                    "party runs all of its blocks or none. Set it to 0 to train."
+                )
+
     @property
     def task_kind(self) -> str:
         """The kind of the task at hand; ``"*"`` while nobody said."""
@@ -357,7 +413,7 @@ class DataParty:
 def _hand_over_forward(model: PreTrainedModel, party: DataParty) -> PreTrainedModel:
     """Give the model a class of its own whose forward goes through the party; all else stays inherited."""
     original = type(model)
-    names = [name for name in inspect.signature(original.forward).parameters if name != "self"]
+    names = _arguments(original)
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -373,6 +429,56 @@ def _hand_over_forward(model: PreTrainedModel, party: DataParty) -> PreTrainedMo
     own = {"forward": forward, "save_pretrained": save_pretrained, "__module__": __name__}
     model.__class__ = type(original.__name__, (original,), own)
     return model
+
+
+def _hand_over_parts(model: PreTrainedModel, party: DataParty) -> None:
+    """The same for the models inside it that were cut: `generate` may call one of them by itself."""
+    for name, part in model.named_modules():
+        cut = any(absent.startswith(f"{name}.") for absent in party.absent)
+        if cut and isinstance(part, PreTrainedModel) and part is not model:
+            _hand_over_part(part, party)
+
+
+def _hand_over_part(part: PreTrainedModel, party: DataParty) -> None:
+    original = type(part)
+    names = _arguments(original)
+
+    @functools.wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = dict(zip(names, args, strict=False)) | kwargs
+        return party.run_part(functools.partial(original.forward, self), inputs)
+
+    part.__class__ = type(original.__name__, (original,), {"forward": forward})
+
+
+def _arguments(original: type) -> list[str]:
+    parameters = inspect.signature(original.forward).parameters  # type: ignore[attr-defined]
+    return [name for name in parameters if name != "self"]
+
+
+class _Given(Probe):
+    """Answers with what it was given."""
+
+    def __init__(self, returned: Tensor) -> None:
+        super().__init__()
+        self.returned = returned
+
+    def answer(self, *_: Any) -> list[Tensor]:
+        return [self.returned]
+
+
+def _token_tables(model: PreTrainedModel) -> list[nn.Module]:
+    """The embedding of tokens, under all its names: encoder and decoder may have one each."""
+    try:
+        table: Any = model.get_input_embeddings()
+    except NotImplementedError:  # hashes of characters, for example
+        return []
+    twins = (part for part in model.modules() if isinstance(part, nn.Embedding))
+    return [table, *(part for part in twins if part.weight is table.weight and part is not table)]
+
+
+def _cache_in(inputs: Mapping[str, Any]) -> Cache | None:
+    return next((value for value in inputs.values() if isinstance(value, Cache)), None)
 
 
 def _positions(leaves: list[Tensor], roles: tuple[Role, ...]) -> int:

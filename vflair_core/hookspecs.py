@@ -15,9 +15,10 @@ import pluggy
 if TYPE_CHECKING:
     import torch
 
+    from vflair_core.blocks import Blocks
     from vflair_core.channel import Channel
     from vflair_core.experiment import Experiment
-    from vflair_core.partition import Blocks, Partition
+    from vflair_core.partition import Partition
     from vflair_core.result import Result
 
 PROJECT = "vflair"

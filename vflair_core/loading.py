@@ -11,18 +11,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import torch
 from attrs import frozen
 from torch import nn
 
 from vflair_core.absent import on_meta
 from vflair_core.assembly import assemble, open_channel
+from vflair_core.blocks import Stage, locate_blocks, stages
 from vflair_core.channel import Channel, Handler
 from vflair_core.data_party import DataParty
 from vflair_core.errors import CheckpointError
 from vflair_core.fingerprint import fingerprint
 from vflair_core.model_party import ModelParty
-from vflair_core.partition import Partition, _take, absent_names, locate_blocks
+from vflair_core.partition import Partition, _take, called_here
 from vflair_core.source import Source, find_source
 
 if TYPE_CHECKING:
@@ -73,18 +75,20 @@ def load_data_party(
 
     def keep_ours(model: nn.Module) -> None:
         skeletons.update({name: on_meta(model.get_submodule(name)) for name in plan.absent})
-        _vacate(model, _outside(model, plan.absent) | _owners(plan.untied))
+        _vacate(model, _outside(model, plan.remote) | _owners(plan.untied))
 
-    model = _load(plan, keep_ours, new, owned=lambda key: not _inside(key, plan.absent))
+    model = _load(plan, keep_ours, new, owned=lambda key: not _inside(key, plan.remote))
     for skeleton in skeletons.values():
         skeleton.eval()  # as `from_pretrained` leaves the model
     return assemble(
         model,
         plan.partition,
         open_channel(channel, plugins, wire=wire),
+        plan.cut,
         skeletons,
         plan.fingerprint(model),
         order=plan.order,
+        local=plan.local,
         untied=tuple(plan.untied),
         defenses=defenses,
         tokenizer=tokenizer,
@@ -122,10 +126,13 @@ def load_model_party(
         _vacate(model, set(plan.absent) | twins)
 
     model = _load(plan, keep_ours, new, owned=lambda key: _inside(key, plan.absent))
-    for twin in twins - set(plan.absent):
-        _replace(model, twin, nn.Module())  # the tied weight has been read; it is ours alone now
-    held, _ = _take(model, plan.absent)
-    return ModelParty(held, plan.absent, plan.fingerprint(model))
+    for twin in twins:
+        if not _inside(twin, plan.absent):
+            _replace(
+                model, twin, nn.Module()
+            )  # the tied weight has been read; it is ours alone now
+    held, _ = _take(model, plan.cut, frozenset(plan.local))
+    return ModelParty(held, plan.cut, plan.fingerprint(model))
 
 
 @frozen(eq=False)
@@ -135,11 +142,22 @@ class Plan:
     source: Source
     partition: Partition
     architecture: type[PreTrainedModel]
-    absent: tuple[str, ...]
+    cut: tuple[Stage, ...]
+    local: Mapping[str, tuple[bool, ...]]  # blocks that both parties need
     order: tuple[str, ...]
     untied: Mapping[
         str, tuple[str, ...]
     ]  # the model party's weight → the data party's it was tied to
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """The modules that the model party holds."""
+        return tuple(dict.fromkeys(name for stage in self.cut for name in stage.names))
+
+    @property
+    def remote(self) -> tuple[str, ...]:
+        """The modules that only the model party holds."""
+        return tuple(name for name in self.absent if name not in self.local)
 
     def fingerprint(self, model: PreTrainedModel) -> str:
         """What the other party must have too; the dtype is known once the weights are."""
@@ -165,9 +183,12 @@ def _plan(
     with torch.device("meta"):
         shadow = source.empty_model()
     _hollow(shadow)
-    absent = absent_names(shadow, locate_blocks(shadow, plugins), partition)
+    stacks = locate_blocks(shadow, plugins)
+    cut = stages(shadow, stacks, partition)
+    local = called_here(shadow, stacks, partition)
     order = tuple(name for name, _ in shadow.named_parameters())
-    return Plan(source, partition, type(shadow), absent, order, _tied_across(shadow, absent))
+    plan = Plan(source, partition, type(shadow), cut, local, order, {})
+    return attrs.evolve(plan, untied=_tied_across(shadow, plan))
 
 
 def _hollow(model: nn.Module) -> None:
@@ -183,14 +204,14 @@ def _hollow(model: nn.Module) -> None:
                     held[name] = made[id(tensor)]
 
 
-def _tied_across(model: nn.Module, absent: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+def _tied_across(model: nn.Module, plan: Plan) -> dict[str, tuple[str, ...]]:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     found: dict[str, tuple[str, ...]] = {}
     for group in names.values():
-        there = [name for name in group if _inside(name, absent)]
-        here = tuple(name for name in group if not _inside(name, absent))
+        there = [name for name in group if _inside(name, plan.absent)]
+        here = tuple(name for name in group if not _inside(name, plan.remote))
         if here:
             found |= dict.fromkeys(there, here)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from attrs import field, frozen
 from torch import Tensor
 
@@ -33,7 +34,9 @@ class Crossing:
 
     @property
     def nbytes(self) -> int:
-        """Size of the payload in bytes."""
+        """Size of the payload in bytes; flags (bool) take one bit each."""
+        if self.tensor.dtype is torch.bool:
+            return -(-self.tensor.numel() // 8)
         return self.tensor.numel() * self.tensor.element_size()
 
 

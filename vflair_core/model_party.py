@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vflair_core import counterparts
+from vflair_core.blocks import Stage
 from vflair_core.chain import Chain
 from vflair_core.codec import DTYPES
 from vflair_core.errors import ProtocolError
@@ -25,17 +26,18 @@ _WRONG = (AttributeError, LookupError, MemoryError, RuntimeError, TypeError, Val
 
 
 class ModelParty:
-    """Holds the modules `chain` (names in call order) of `model`, under the names the whole model gives them.
+    """Holds modules of `model`, under the names the whole model gives them.
 
-    It runs only programs that call the chain once, in order, each output feeding the next call. Live
-    graphs, caches and programs are capped per session; a request over a cap is refused, nothing is dropped.
+    It runs only programs that call one of the `stages` (names in call order) from its first module to its
+    last, each output feeding the next call. Live graphs, caches and programs are capped per session; a
+    request over a cap is refused, nothing is dropped.
 
     Set `checkpoints` to a folder to let data parties have their runs saved there and go on from it.
     """
 
-    def __init__(self, model: nn.Module, chain: tuple[str, ...], fingerprint: str) -> None:
+    def __init__(self, model: nn.Module, stages: Sequence[Stage], fingerprint: str) -> None:
         self.model = model
-        self.chain = Chain(model, chain)
+        self.chains = [Chain(model, names) for names in stages]
         self.fingerprint = fingerprint
         self.caps = Caps()
         self.sessions: dict[str, Session] = {}
@@ -137,7 +139,7 @@ class ModelParty:
 
     def _forward(self, session: Session, message: Message) -> Message:
         meta = message.meta
-        program = session.program(meta, self.chain)
+        program, chain = session.program(meta, self.chains)
         _check_leaves(program, message)
         leaves = [crossing.tensor.to(self.device) for crossing in message.tensors]
         grad = bool(meta["grad"])
@@ -153,7 +155,7 @@ class ModelParty:
         if self.model.training != meta["training"]:
             self.model.train(meta["training"])
         with (
-            session.cache(meta.get("cache"), self.chain.layers) as cache,
+            session.cache(meta.get("cache"), chain.layers) as cache,
             torch.set_grad_enabled(grad),
             _autocast(meta.get("autocast"), leaves),
         ):
@@ -162,7 +164,13 @@ class ModelParty:
                 for index, crossing in enumerate(message.tensors):
                     if crossing.role == "smashed":
                         leaves[index] = counterpart(leaves[index])
-            outputs = Execution(self.chain.call, leaves, cache).run(program)
+            before = None if program.id in session.programs else _own_state(self.model)
+            outputs = Execution(chain.call, leaves, cache).run(program)
+            if before is not None and (kept := before ^ _own_state(self.model)):
+                raise ProtocolError(
+                    f"{', '.join(sorted({name for name, _ in kept}))} keep what they computed in themselves, where "
+                    "the sessions of several data parties would mix. Such a model cannot be held by a model party."
+                )
         session.programs[program.id] = program
         live = [out.requires_grad for out in outputs]
         if any(live):
@@ -239,6 +247,16 @@ class ModelParty:
         session.step += 1
         self.steps[message.session] = session.step
         return _reply(message)
+
+
+def _own_state(model: nn.Module) -> set[tuple[str, int]]:
+    """Tensors that modules hold although they are neither weights nor buffers."""
+    return {
+        (f"{name}.{key}", id(value))
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _check_leaves(program: Program, message: Message) -> None:

@@ -11,13 +11,11 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from attrs import field, frozen
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vflair_core.absent import on_meta
 from vflair_core.assembly import assemble, open_channel
+from vflair_core.blocks import Blocks, Stage, locate_blocks, stages
 from vflair_core.data_party import DataParty
 from vflair_core.errors import PartitionError
 from vflair_core.fingerprint import fingerprint, sample_digest
@@ -61,13 +59,6 @@ class Partition:
         return "HBT" if self.tail else "HT"
 
 
-@frozen
-class Blocks:
-    """The list of blocks of a model: its dotted name, e.g. ``"transformer.h"``."""
-
-    name: str
-
-
 def split(
     model: PreTrainedModel,
     partition: Partition | None = None,
@@ -98,22 +89,25 @@ def split(
     """
     partition = partition or Partition()
     refuse_wrapped(model)
-    blocks = locate_blocks(model, plugins)
-    names = absent_names(model, blocks, partition)
+    stacks = locate_blocks(model, plugins)
+    cut = stages(model, stacks, partition)
+    local = called_here(model, stacks, partition)
     order = tuple(name for name, _ in model.named_parameters())
     agreed = fingerprint(
         type(model).__name__, model.config, partition, sample_digest(model), dtype=model.dtype
     )
-    held, untied = _take(model, names)
-    model_party = ModelParty(held, names, agreed)
+    held, untied = _take(model, cut, frozenset(local))
+    model_party = ModelParty(held, cut, agreed)
     _place(model_party, devices, plugins)
     data_party = assemble(
         model,
         partition,
         open_channel(channel, plugins, wire=wire, handle=model_party.handle),
-        {name: held.get_submodule(name) for name in names},
+        cut,
+        {name: held.get_submodule(name) for stage in cut for name in stage.names},
         agreed,
         order=order,
+        local=local,
         untied=untied,
         defenses=defenses,
         tokenizer=tokenizer,
@@ -143,112 +137,29 @@ def _place(
             )
 
 
-def locate_blocks(model: nn.Module, plugins: pluggy.PluginManager | None = None) -> Blocks:
-    """Find the list of blocks that a cut goes through.
-
-    Raises:
-        PartitionError: There is none, or more than one; a plugin can say by `vflair_locate_blocks`.
-    """
-    no_split = set(getattr(model, "_no_split_modules", None) or ())
-
-    def is_block(module: nn.Module) -> bool:
-        return isinstance(module, GradientCheckpointingLayer) or type(module).__name__ in no_split
-
-    found: list[str] = []
-    for name, module in model.named_modules():
-        nested = any(name.startswith(outer + ".") for outer in found)
-        if (
-            isinstance(module, nn.ModuleList)
-            and len(module)
-            and not nested
-            and all(map(is_block, module))
-        ):
-            found.append(name)
-    if len(found) != 1 and plugins is not None:
-        answer = decide(plugins, "vflair_locate_blocks", model=model)
-        if answer is not None:
-            return answer  # type: ignore[no-any-return]
-    if len(found) != 1:
-        raise PartitionError(
-            f"Cannot tell where the blocks of {type(model).__name__} lie: found "
-            f"{', '.join(found) or 'no list of blocks'}. A plugin can say so with the hook "
-            "vflair_locate_blocks(model) -> Blocks('dotted.name')."
-        )
-    return Blocks(found[0])
+def called_here(
+    model: nn.Module, stacks: Sequence[Blocks], partition: Partition
+) -> dict[str, tuple[bool, ...]]:
+    """Blocks that both parties need (ALBERT's share weights): for each call, whether it is made here."""
+    here: dict[str, list[bool]] = {}
+    for stack in stacks:
+        calls = stack.called(model)
+        for number, name in enumerate(calls):
+            middle = partition.head <= number < len(calls) - partition.tail
+            here.setdefault(name, []).append(not middle)
+    return {name: tuple(made) for name, made in here.items() if len(set(made)) > 1}
 
 
-def absent_names(model: nn.Module, blocks: Blocks, partition: Partition) -> tuple[str, ...]:
-    """Return the names of the modules that go to the model party, in the order the model calls them."""
-    depth = len(model.get_submodule(blocks.name))  # type: ignore[arg-type]
-    if partition.head + partition.tail > depth - 1:
-        raise PartitionError(
-            f"Cannot give {partition.head} + {partition.tail} of {depth} blocks to the data party. "
-            f"head + tail must lie between 0 and {depth - 1}; try Partition(head=1, tail=1)."
-        )
-    middle = [f"{blocks.name}.{n}" for n in range(partition.head, depth - partition.tail)]
-    if partition.tail:
-        return tuple(middle)
-    order = _calls(model, _units(model, blocks))
-    start = order.index(middle[0])
-    return tuple(order[start:])
-
-
-def _units(model: nn.Module, blocks: Blocks) -> list[str]:
-    """Largest modules with weights that are not around the blocks; each block is one."""
-    units = []
-
-    def walk(module: nn.Module, prefix: str) -> None:
-        for name, child in module.named_children():
-            full = f"{prefix}{name}"
-            if blocks.name == full or blocks.name.startswith(full + "."):
-                walk(child, full + ".")
-            elif any(True for _ in child.parameters()):
-                units.append(full)
-
-    walk(model, "")
-    return units
-
-
-def _calls(model: nn.Module, units: list[str]) -> list[str]:
-    """Names of `units` in the order of their first call, found without data, or with a little if need be."""
-    inputs = {key: value[:1, :4] for key, value in model.dummy_inputs.items()}  # type: ignore[union-attr,operator]
-    shadow = on_meta(model).eval()
-    try:
-        return _trace(shadow, units, {key: value.to("meta") for key, value in inputs.items()})
-    except Exception:  # noqa: BLE001 - any operation may lack a meta kernel; the real model has them all
-        device = next(model.parameters()).device
-        training = {module: module.training for module in model.modules()}
-        try:
-            ones = {key: torch.ones_like(value, device=device) for key, value in inputs.items()}
-            return _trace(model.eval(), units, ones)
-        finally:
-            for module, flag in training.items():
-                module.training = flag
-
-
-def _trace(model: nn.Module, units: list[str], inputs: dict[str, torch.Tensor]) -> list[str]:
-    order: dict[str, None] = {}
-
-    def note(name: str) -> Any:
-        return lambda *_: order.setdefault(name)
-
-    hooks = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in units]
-    try:
-        with torch.no_grad():
-            model(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return list(order)
-
-
-def _take(model: nn.Module, names: tuple[str, ...]) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return a tree with the modules `names` under their own names, and the weights that had to be untied.
+def _take(
+    model: nn.Module, cut: Sequence[Stage], local: frozenset[str]
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return a tree with the modules of `cut` under their own names, and the weights that had to be untied.
 
     A weight that both sides use gets a copy at the model party: no weight has two owners.
     """
+    names = tuple(dict.fromkeys(name for stage in cut for name in stage.names))
     inside = {id(p) for name in names for p in model.get_submodule(name).parameters()}
-    prefixes = tuple(name + "." for name in names)
+    prefixes = tuple(name + "." for name in names if name not in local)
     outside = {
         id(p)
         for name, p in model.named_parameters(remove_duplicate=False)
@@ -259,6 +170,9 @@ def _take(model: nn.Module, names: tuple[str, ...]) -> tuple[nn.Module, tuple[st
     held.training = model.training  # what `ModelParty` compares a request with
     for name in names:
         module = model.get_submodule(name)
+        if name in local:
+            module = copy.deepcopy(module)
+            untied += [f"{name}.{key}" for key, _ in module.named_parameters()]
         for key, parameter in list(module.named_parameters(remove_duplicate=False)):
             if id(parameter) in shared:
                 parent, _, leaf = key.rpartition(".")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from attrs import frozen
 from torch import Tensor
 
@@ -78,10 +79,11 @@ def _union(data_path: Path, model_path: Path) -> dict[str, Tensor]:
     both: dict[str, Tensor] = {}
     for path in (data_path, model_path):
         weights = {k: v for k, v in read_part(path)[1].items() if "/" not in k}
-        twice = sorted(both.keys() & weights.keys())
+        twice = [n for n in both.keys() & weights.keys() if not torch.equal(both[n], weights[n])]
         if twice:
             raise CheckpointError(
-                f"Both parties hold {', '.join(twice[:4])}: no weight has two owners."
+                f"{', '.join(sorted(twice)[:4])} is one weight of the whole model, held by both parties and "
+                "trained apart: it cannot be joined."
             )
         both |= weights
     return both

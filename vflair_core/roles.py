@@ -8,17 +8,19 @@ else that changes, be it whole numbers, flags or numbers copied from ids, is the
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from attrs import define
+from attrs import define, field
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.utils.generic import ModelOutput
 
 from vflair_core.errors import LeakError
 from vflair_core.message import Role
-from vflair_core.program import Program
+from vflair_core.program import Program, tensors_of
 
 PROBES = 3
 
@@ -38,30 +40,60 @@ class Captured(BaseException):
 
 
 @define(eq=False)
+class Probe:
+    """A run of the local part that sends nothing: exchanges before the one of interest get made-up answers.
+
+    `wanted` is the id of the program of interest; None stands for the first.
+    """
+
+    wanted: str | None = None
+    generator: torch.Generator = field(factory=torch.Generator)
+    met: list[Program] = field(factory=list)
+
+    def answer(self, program: Program, tensors: list[Tensor], shapes: list[Tensor]) -> list[Tensor]:
+        """Stop here, or go on with random values of the right shape."""
+        self.met.append(program)
+        if self.wanted is None or program.id == self.wanted:
+            raise Captured(program, tensors)
+        device = tensors[0].device
+        return [_made_up(shape, device, self.generator) for shape in shapes]
+
+
+def _made_up(shape: Tensor, device: torch.device, generator: torch.Generator) -> Tensor:
+    if not shape.is_floating_point():
+        return torch.zeros_like(shape, device=device)
+    values = torch.randn(shape.shape, generator=generator)
+    return values.to(device, shape.dtype).requires_grad_()
+
+
+@define(eq=False)
 class Call:
     """A call of the data party's model: what it takes to make it again with other text."""
 
     forward: Callable[..., Any]
     inputs: dict[str, Any]
     past: Any = None  # a copy of the cache as it was before the call
+    random: Sequence[Tensor] = ()  # random states then, of the CPU and of every GPU in use
 
 
 def find_roles(
-    model: nn.Module, call: Call, program: Program, actual: list[Tensor], disclose: tuple[str, ...]
+    model: nn.Module,
+    call: Call,
+    program: Program,
+    actual: list[Tensor],
+    disclose: tuple[str, ...],
+    probing: Callable[[Probe], AbstractContextManager[None]],
 ) -> tuple[Role, ...]:
     """Return the role of each tensor that `program` takes.
 
     Raises:
         LeakError: A tensor that is not a hidden state changes with the text and is not in `disclose`.
     """
-    runs = [_probe(model, call, seed) for seed in range(PROBES)]
-    for run in runs:
-        if run.program.id != program.id:
-            raise LeakError(
-                "With other text of the same length the model makes other calls to the model party, so the "
-                f"calls themselves would tell the text: {', '.join(run.program.modules)} against "
-                f"{', '.join(program.modules)}."
-            )
+    runs = []
+    for seed in range(PROBES):
+        probe = Probe(program.id, torch.Generator().manual_seed(seed))
+        with probing(probe):
+            runs.append(_run(model, call, probe))
     # The text at hand is one more witness: random text hardly ever holds the one word a mask may tell.
     columns = zip(*(run.tensors for run in runs), strict=True)
     return tuple(
@@ -92,26 +124,57 @@ def _role(
     )
 
 
-def _probe(model: nn.Module, call: Call, seed: int) -> Captured:
-    """Run the local part with text number `seed`. Nothing is sent, and no state of the caller changes."""
-    generator = torch.Generator().manual_seed(seed)
+def _run(model: nn.Module, call: Call, probe: Probe) -> Captured:
+    """Run the local part with other text. Nothing is sent, and no state of the caller changes."""
     devices = list(range(torch.cuda.device_count()))
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
-        torch.manual_seed(0)  # equal dropout in all probes
-        inputs = {key: _other(model, key, value, generator) for key, value in call.inputs.items()}
-        if "past_key_values" in inputs:
-            inputs["past_key_values"] = _copy_cache(call.past)
-        embeddings = model.get_input_embeddings()  # type: ignore[operator]
-        hook = embeddings.register_forward_hook(lambda _module, _args, out: out.requires_grad_())
+        _set_random_states(call.random)  # the dropout of the call at hand
+        inputs = {
+            key: _copy_cache(call.past)
+            if isinstance(value, Cache)
+            else _other(model, key, value, probe)
+            for key, value in call.inputs.items()
+        }
+        tables = [part for part in model.modules() if isinstance(part, nn.Embedding)]
+        hooks = [table.register_forward_hook(_as_computed) for table in tables]
         try:
             call.forward(**inputs)
         except Captured as captured:
             return captured
+        except Exception as error:
+            raise LeakError(
+                "The model cannot be run with other content of the same form, so what depends on the text is not "
+                f"known: {type(error).__name__}: {error}."
+            ) from error
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
+    met = "; ".join(", ".join(other.modules) for other in probe.met) or "nothing"
     raise LeakError(
-        "The model made no call to the model party when it was run again with other text."
+        "With other text of the same length the model makes other calls to the model party, so the calls "
+        f"themselves would tell the text: {met}."
     )
+
+
+def _as_computed(_module: nn.Module, _args: Any, output: Any) -> None:
+    """Let what an embedding gives require gradients, so that all that comes of it does."""
+    for tensor in tensors_of(output):
+        if tensor.is_floating_point():
+            tensor.requires_grad_()
+
+
+def random_states(device: torch.device) -> Sequence[Tensor]:
+    """Return the global random states that a forward on `device` draws from."""
+    if device.type == "cuda":
+        return torch.get_rng_state(), *torch.cuda.get_rng_state_all()
+    return (torch.get_rng_state(),)
+
+
+def _set_random_states(states: Sequence[Tensor]) -> None:
+    if states:
+        torch.set_rng_state(states[0])
+    if states[1:]:
+        torch.cuda.set_rng_state_all(states[1:])
 
 
 def _copy_cache(cache: Cache | None) -> Cache | None:
@@ -120,32 +183,56 @@ def _copy_cache(cache: Cache | None) -> Cache | None:
         return copy.deepcopy(cache)
 
 
-def _with_special(ids: Tensor, config: Any, generator: torch.Generator) -> Tensor:
-    """Plant end-of-text tokens here and there: some models mask or pool by them."""
-    end = config.eos_token_id
-    if end is None:
-        return ids
-    first = end[0] if isinstance(end, (list, tuple)) else end
-    chosen = torch.rand(ids.shape, generator=generator).to(ids.device) < 0.2
-    return ids.masked_fill(chosen, first)
-
-
-def _other(model: nn.Module, key: str, value: Any, generator: torch.Generator) -> Any:
+def _other(model: nn.Module, key: str, value: Any, probe: Probe) -> Any:
     """Other content of equal form for an input that carries text; anything else as it is."""
+    if isinstance(value, ModelOutput):
+        return type(value)(**{k: _other(model, k, item, probe) for k, item in value.items()})
+    if isinstance(value, (tuple, list)):
+        return type(value)(_other(model, key, item, probe) for item in value)
     if not isinstance(value, Tensor):
         return value
     if value.is_floating_point() and "mask" not in key:
-        noise = torch.randn(value.shape, generator=generator)
+        noise = torch.randn(value.shape, generator=probe.generator)
         return noise.to(value).requires_grad_()
-    if key.endswith("input_ids") or key == "labels":
-        config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-        size = config.vocab_size if key != "labels" else max(int(value.max()) + 1, 1)
-        ids = torch.randint(size, value.shape, generator=generator).to(value.device)
-        if key != "labels":
-            ids = _with_special(ids, config, generator)
-        pad = config.pad_token_id
-        if pad is not None and key != "labels":  # equal lengths: padding stays, no new padding
-            ids = torch.where(ids == pad, (pad + 1) % size, ids)
-            ids = torch.where(value == pad, value, ids)
-        return ids if key != "labels" else torch.where(value < 0, value, ids)
+    if key.endswith("input_ids"):
+        return _other_ids(model.config, value, probe.generator)
+    if key == "labels" and value.dim() > 1 and not value.is_floating_point():  # tokens
+        return torch.where(value < 0, value, _other_ids(model.config, value, probe.generator))
+    if key == "labels":
+        size = max(int(value.max()) + 1, 1)
+        labels = torch.randint(size, value.shape, generator=probe.generator).to(value.device)
+        return torch.where(value < 0, value, labels)
     return value.clone()
+
+
+def _other_ids(config: Any, ids: Tensor, generator: torch.Generator) -> Tensor:
+    """Random tokens in which padding and places of images stay, and some end tokens, which some models mask by."""
+    text: Any = config.get_text_config()
+    size = getattr(text, "vocab_size", None) or int(ids.max()) + 1
+    named: set[int | None] = {getattr(text, "pad_token_id", None), *_places(config), *_places(text)}
+    fixed = {token for token in named if token is not None}
+    free = next(token for token in range(size) if token not in fixed)
+    other = torch.randint(size, ids.shape, generator=generator).to(ids.device)
+    end = getattr(text, "eos_token_id", None)
+    end = end[0] if isinstance(end, (list, tuple)) else end
+    end = None if ids.dim() < 2 else end
+    stays = torch.zeros_like(ids, dtype=torch.bool)
+    for token in fixed:
+        stays |= ids == token
+        other = other.masked_fill(other == token, free)
+    count = 0 if end is None else max(int((ids[0] == end).sum()), 1)
+    if end is not None and count < ids.shape[-1]:  # some words must be free to differ
+        scores = torch.rand(ids.shape, generator=generator).to(ids.device).masked_fill(stays, -1)
+        other = other.masked_fill(other == end, free)
+        other = other.scatter(1, scores.topk(count, dim=1).indices, end)
+    return torch.where(stays, ids, other)
+
+
+def _places(config: Any) -> set[int]:
+    """Tokens that stand for an image, a video or sound: where they are is form, not content."""
+    senses = ("image", "video", "audio", "vision")
+    return {
+        value
+        for name, value in config.to_dict().items()
+        if isinstance(value, int) and "token" in name and name.startswith(senses)
+    }

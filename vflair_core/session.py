@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from vflair_core import cache as caches
-from vflair_core.chain import Chain
+from vflair_core.chain import Chain, matching
 from vflair_core.errors import ProtocolError
 from vflair_core.program import Program
 
@@ -64,33 +64,39 @@ class Session:
         for key in meta.get("released_caches", ()):
             self.caches.pop(key, None)
 
-    def program(self, meta: Any, chain: Chain) -> Program:
-        """Return the program that a forward names, checking it when it comes for the first time."""
+    def program(self, meta: Any, chains: Sequence[Chain]) -> tuple[Program, Chain]:
+        """Return the program that a forward names and its chain, checked when it comes for the first time."""
         if "program" in meta:
             program = Program.from_wire(meta["program"])
+            chain = matching(program, chains)
             chain.check(program)
             if len(self.programs) >= self.caps.programs:
                 raise ProtocolError(f"A session may register {self.caps.programs} programs.")
             if program.id == meta["id"]:
-                return program
+                return program, chain
         if meta["id"] not in self.programs:
             raise ProtocolError(f"Program {meta['id']} was not registered in this session.")
-        return self.programs[meta["id"]]
+        program = self.programs[meta["id"]]
+        return program, matching(program, chains)
 
     @contextmanager
     def cache(self, spec: Any, layers: Sequence[int]) -> Iterator[Cache | None]:
-        """Lend the session's cache; if what is done with it fails, it is as it was before."""
+        """Lend the session's cache; if what is done with it fails, it is as it was before.
+
+        One whose states are overwritten in place (linear attention) is dropped instead.
+        """
         if spec is None:
             yield None
             return
         key = spec["id"]
         known = self.caches.get(key)
-        before = [copy.copy(layer) for layer in known.layers] if known else []
+        before = _snapshot(known) if known and not caches.in_place(known) else None
         try:
             yield self._prepared_cache(spec, layers)
         except BaseException:
-            if known:
-                known.layers[:] = before
+            if known and before is not None:
+                for part, kept in zip(caches.parts_of(known), before, strict=True):
+                    part.layers[:] = kept
             else:
                 self.caches.pop(key, None)
             raise
@@ -98,17 +104,21 @@ class Session:
     def _prepared_cache(self, spec: Any, layers: Sequence[int]) -> Cache:
         key = spec["id"]
         if key not in self.caches:
-            if "layers" not in spec:
-                raise ProtocolError(f"There is no cache {key!r} in this session.")
+            if "parts" not in spec:
+                raise ProtocolError(
+                    f"There is no cache {key!r} in this session; a failed call may have dropped it."
+                )
             if len(self.caches) >= self.caps.caches:
                 raise ProtocolError(
                     f"A session may keep {self.caps.caches} caches; delete unused ones."
                 )
-            if not layers or not max(layers) < len(spec["layers"]) <= 4096:
-                raise ProtocolError(
-                    f"A cache of {len(spec['layers'])} layers does not fit this model."
-                )
-            self.caches[key] = caches.build(spec["layers"])
+            if not layers or any(max(layers) >= len(part) for part in spec["parts"]):
+                raise ProtocolError("The described cache does not fit this model.")
+            self.caches[key] = caches.build(spec["parts"])
         found = self.caches[key]
         caches.repeat(found, spec["deeds"], layers)
         return found
+
+
+def _snapshot(cache: Cache) -> list[list[Any]]:
+    return [[copy.copy(layer) for layer in part.layers] for part in caches.parts_of(cache)]

@@ -189,5 +189,5 @@ def test_generation_leaves_no_graph_at_the_model_party(cut):
 def test_a_static_cache_is_refused_by_name(cut):
     parties = cut("llama")
     prompt = tiny_batch(parties.whole)
-    with pytest.raises(PartitionError, match=r"StaticLayer.*Possible: DynamicLayer.*dynamic"):
+    with pytest.raises(PartitionError, match=r"StaticCache.*Possible: DynamicCache.*dynamic"):
         parties.data_party.model.generate(**prompt, max_new_tokens=2, cache_implementation="static")

@@ -64,13 +64,13 @@ def bomb(program):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda steps: steps[:1], "once each, in order"),
-        (lambda steps: [*steps, steps[-1]], "once each, in order"),
-        (lambda steps: steps[::-1], "once each, in order"),
-        (lambda steps: [["module", "lm_head", [], []], *steps], "once each, in order"),
+        (lambda steps: steps[:1], "all in order"),
+        (lambda steps: [*steps, steps[-1]], "all in order"),
+        (lambda steps: steps[::-1], "all in order"),
+        (lambda steps: [["module", "lm_head", [], []], *steps], "all in order"),
         (
             lambda steps: [["module", "__class__", *step[2:]] for step in steps],
-            "once each, in order",
+            "all in order",
         ),
         (lambda steps: [], "at least one step"),
         (lambda steps: steps * 3000, "<= 4096 steps"),

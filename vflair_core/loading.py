@@ -26,6 +26,7 @@ from vflair_core.fingerprint import fingerprint
 from vflair_core.model_party import ModelParty
 from vflair_core.partition import Partition, _take, called_here
 from vflair_core.source import Source, find_source
+from vflair_core.vacant import outside, vacate
 
 if TYPE_CHECKING:
     import pluggy
@@ -75,7 +76,7 @@ def load_data_party(
 
     def keep_ours(model: nn.Module) -> None:
         skeletons.update({name: on_meta(model.get_submodule(name)) for name in plan.absent})
-        _vacate(model, _outside(model, plan.remote) | _owners(plan.untied))
+        vacate(model, outside(model, plan.remote) | _owners(plan.untied))
 
     model = _load(plan, keep_ours, new, owned=lambda key: not _inside(key, plan.remote))
     for skeleton in skeletons.values():
@@ -123,7 +124,7 @@ def load_model_party(
     twins = _owners(twin for twins in plan.untied.values() for twin in twins)
 
     def keep_ours(model: nn.Module) -> None:
-        _vacate(model, set(plan.absent) | twins)
+        vacate(model, set(plan.absent) | twins)
 
     model = _load(plan, keep_ours, new, owned=lambda key: _inside(key, plan.absent))
     for twin in twins:
@@ -249,40 +250,6 @@ def _load(plan: Plan, keep_ours: Any, new: Sequence[str], *, owned: Any) -> PreT
             f"should start at random, pass new={sorted({key.split('.')[0] for key in missing})!r}."
         )
     return model  # type: ignore[no-any-return]
-
-
-def _vacate(model: nn.Module, keep: set[str]) -> None:
-    """Put empty modules where there is nothing to keep. What modules on the way own themselves stays."""
-    ancestors = {name[:n] for name in keep for n in range(len(name)) if name[n] == "."}
-
-    def walk(module: nn.Module, prefix: str) -> None:
-        for name, child in module.named_children():
-            full = f"{prefix}{name}"
-            if full in keep:
-                continue
-            if full in ancestors:
-                walk(child, full + ".")
-            elif any(True for _ in child.parameters()):
-                setattr(module, name, nn.Module())
-
-    walk(model, "")
-
-
-def _outside(model: nn.Module, absent: tuple[str, ...]) -> set[str]:
-    """The largest modules around `absent` that hold none of it."""
-    ancestors = {name[:n] for name in absent for n in range(len(name)) if name[n] == "."}
-    found = set()
-
-    def walk(module: nn.Module, prefix: str) -> None:
-        for name, child in module.named_children():
-            full = f"{prefix}{name}"
-            if full in ancestors:
-                walk(child, full + ".")
-            elif full not in absent:
-                found.add(full)
-
-    walk(model, "")
-    return found
 
 
 def _owners(weights: Iterable[str]) -> set[str]:

@@ -87,7 +87,8 @@ def _whole_model(parts: Parts) -> PreTrainedModel:
         model = _empty(parts, _config(parts, tied=False))
     else:
         for name in parts.data["untied"]:
-            del weights[name]
+            if twins[name]:
+                del weights[name]
     found = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, p in model.named_parameters() if p.is_meta]

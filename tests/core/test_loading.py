@@ -8,12 +8,14 @@ import json
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
 )
 
-from vflair_core import LocalChannel, Partition, load_data_party, load_model_party
+from vflair_core import LocalChannel, Partition, load_data_party, load_model_party, merge
 from vflair_core.errors import CheckpointError
 from vflair_core.testing import tiny_batch, tiny_model
 
@@ -91,6 +93,43 @@ def test_each_party_holds_its_own_weights_and_no_other(saved, name, tail):
     count = sum(expected[key].numel() for key in untied)
     total = sum(p.numel() for p in [*ours.values(), *theirs.values()])
     assert total == whole.num_parameters() + count
+
+
+SMALL = {"vocab_size": 64, "pad_token_id": 0}
+STACKS = {
+    "t5": (
+        AutoModelForSeq2SeqLM,
+        {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 4, "num_heads": 2},
+    ),
+    "albert": (
+        AutoModelForSequenceClassification,
+        {
+            "embedding_size": 8,
+            "hidden_size": 16,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("tail", [1, 0], ids=["HBT", "HT"])
+@pytest.mark.parametrize("kind", STACKS)
+def test_models_with_two_stacks_or_shared_blocks_load_and_join_alike(tmp_path, kind, tail):
+    auto, sizes = STACKS[kind]
+    extra = {"decoder_start_token_id": 0} if kind == "t5" else {}
+    whole = auto.from_config(AutoConfig.for_model(kind, **SMALL, **sizes, **extra)).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    data_party, model_party = load(tmp_path / "whole", Partition(1, tail))
+    batch = tiny_batch(whole, labels="tokens" if kind == "t5" else "classes")
+    assert torch.equal(data_party.model(**batch).logits, whole(**batch).logits)
+    data_party.save(tmp_path)
+    model_party.save(tmp_path)
+    found = type(whole).from_pretrained(merge(tmp_path, tmp_path, tmp_path / "out")).state_dict()
+    expected = whole.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("side", ["data", "model"])

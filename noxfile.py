@@ -81,9 +81,10 @@ def sweep(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure speed against the unsplit model."""
+    """Measure speed against the unsplit model, and the memory of each party against its share."""
     install(session, *PLUGINS)
     session.run("python", "benchmarks/speed.py", *session.posargs, env=OFFLINE)
+    session.run("python", "benchmarks/memory.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session

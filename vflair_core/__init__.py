@@ -17,6 +17,9 @@ _HOMES = {
     "Message": "message",
     "Partition": "partition",
     "split": "partition",
+    "load_data_party": "loading",
+    "load_model_party": "loading",
+    "merge": "merging",
     "verify": "verification",
     "Defense": "defense",
     "Guarantee": "guarantee",
@@ -26,6 +29,7 @@ _HOMES = {
     "VflairError": "errors",
     "PartitionError": "errors",
     "LeakError": "errors",
+    "CheckpointError": "errors",
     "ProtocolError": "errors",
     "DefenseError": "errors",
     "AttackError": "errors",
@@ -66,6 +70,9 @@ if TYPE_CHECKING:
     from vflair_core.experiment import Experiment as Experiment
     from vflair_core.guarantee import Guarantee as Guarantee
     from vflair_core.hookspecs import hookimpl as hookimpl
+    from vflair_core.loading import load_data_party as load_data_party
+    from vflair_core.loading import load_model_party as load_model_party
+    from vflair_core.merging import merge as merge
     from vflair_core.message import Message as Message
     from vflair_core.partition import Partition as Partition
     from vflair_core.partition import split as split

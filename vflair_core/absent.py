@@ -85,4 +85,9 @@ def on_meta(module: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
     for buffer in module.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(module, memo).requires_grad_(False)
+    twin = copy.deepcopy(module, memo).requires_grad_(False)
+    for part in twin.modules():
+        # Experts by grouped matrix products need bfloat16 on the meta device; batched ones have its shapes.
+        if getattr(getattr(part, "config", None), "_experts_implementation", None) == "grouped_mm":
+            part.config._experts_implementation = "batched_mm"  # type: ignore[union-attr]
+    return twin

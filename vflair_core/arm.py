@@ -188,7 +188,7 @@ def _save(arm: str, party: DataParty, model_party: ModelParty, setting: Setting)
     if setting.out is None:
         raise ExperimentError("save = true needs an output folder: pass out= (or --out).")
     folder = setting.out / arm
-    for path in (party.save(folder), model_party.save(folder, party.step)):
+    for path in (party.save(folder), model_party.save(folder)):
         setting.tell("vflair_checkpoint_saved", path=str(path), step=party.step)
 
 

@@ -18,6 +18,7 @@ from vflair_core import codec
 from vflair_core.errors import ProtocolError
 from vflair_core.message import Crossing, Kind, Message, Phase, Role
 
+Handler = Callable[[Message], Message]  # a model party's `handle`
 Direction = Literal["sent", "received"]  # as the data party sees it
 
 
@@ -96,7 +97,7 @@ class LocalChannel(Channel):
         wire: Pass every message through the real codec, byte for byte as a remote channel would.
     """
 
-    def __init__(self, handle: Callable[[Message], Message], *, wire: bool = False) -> None:
+    def __init__(self, handle: Handler, *, wire: bool = False) -> None:
         super().__init__()
         self._handle = handle
         self.wire = wire

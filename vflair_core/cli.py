@@ -151,6 +151,35 @@ def explain(
         _print(f"• {note}")
 
 
+@app.command
+def merge(
+    data: Path,
+    model: Path,
+    *,
+    out: Annotated[Path, Parameter(help="A new folder.")],
+    adapter: Annotated[
+        bool, Parameter(help="Write one peft adapter instead of merging it into the weights.")
+    ] = False,
+    base: Annotated[
+        str | None, Parameter(help="What adapters were trained on, if not what was loaded.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Join what the data party saved in DATA and the model party in MODEL into one Hugging Face checkpoint."""
+    _configure_logging(verbose=False)
+    from transformers.utils import logging as transformers_logging
+
+    from vflair_core.merging import merge as merge_parts
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    folder = merge_parts(data, model, out, adapter=adapter, base=base)
+    files = sorted(path.name for path in folder.iterdir())
+    if json_:
+        _print(json.dumps({"out": str(folder), "files": files}, indent=2))
+    else:
+        _print(f"{folder}: {', '.join(files)}")
+
+
 def main() -> None:
     """Run the program; an error of ours is one message, not a traceback."""
     try:
@@ -164,7 +193,7 @@ def main() -> None:
 def _add_plugin_commands(arguments: list[str]) -> None:
     """Plugins' commands are looked up only for help, and where the core has no command of that name."""
     name = next((word for word in arguments if not word.startswith("-")), "")
-    if name in {"run", "plugins", "list", "show", "explain"}:
+    if name in {"run", "plugins", "list", "show", "explain", "merge"}:
         return
     from vflair_core.plugins import find, offers, plugin_manager
 

@@ -20,7 +20,6 @@ from vflair_core import cache as caches
 from vflair_core import protocol
 from vflair_core.blocks import Stage
 from vflair_core.channel import Channel
-from vflair_core.checkpoint import save_weights
 from vflair_core.defending import Defenses
 from vflair_core.defense import Batch, Defense, Exchange
 from vflair_core.encoding import encode
@@ -30,6 +29,7 @@ from vflair_core.locks import Lock
 from vflair_core.message import Phase, Role
 from vflair_core.program import Program
 from vflair_core.roles import Call, Captured, Probe, find_roles, random_states
+from vflair_core.saving import save_data_party, save_tokenizer
 from vflair_core.slices import Slices
 
 if TYPE_CHECKING:
@@ -96,7 +96,6 @@ class DataParty:
         self._probe: Probe | None = None
         self._asking = False
         self._seen_paths: set[Any] = set()
-        self._may_cache = "use_cache" in inspect.signature(type(model).forward).parameters
         self.model = _hand_over_forward(model, self)
         _hand_over_parts(model, self)
         tables = _token_tables(model)
@@ -136,10 +135,9 @@ class DataParty:
         self.line.close()
 
     def save(self, folder: str | Path) -> Path:
-        """Write the weights this party owns, and nothing else, to ``data_party.safetensors``."""
-        return save_weights(
-            Path(folder) / "data_party.safetensors", self.model, self.line.fingerprint, self.step
-        )
+        """Write what this party owns, and nothing else, to ``data_party.safetensors``; `merge` reads it."""
+        save_tokenizer(self, Path(folder))
+        return save_data_party(self, Path(folder), {})
 
     # -- calling the model ------------------------------------------------------------------------------
 
@@ -161,8 +159,6 @@ class DataParty:
         trains = self.model.training and torch.is_grad_enabled()
         if trains:
             self._refuse_layerdrop()
-            if self._may_cache:
-                inputs.setdefault("use_cache", False)  # a training step has no use for one
         self.recorder.begin()
         random = random_states(self.model.device)
         self._call = Call(forward, inputs, self._past(inputs), random)
@@ -453,7 +449,7 @@ def _hand_over_forward(model: PreTrainedModel, party: DataParty) -> PreTrainedMo
     def save_pretrained(_self: Any, *_: Any, **__: Any) -> None:
         raise PartitionError(
             f"This {original.__name__} holds half of the weights, so it cannot be saved as a whole one. Use "
-            "data_party.save(folder) and model_party.save(folder, step)."
+            "data_party.save(folder) and model_party.save(folder); `vflair merge` joins what they wrote."
         )
 
     own = {"forward": forward, "save_pretrained": save_pretrained, "__module__": __name__}

@@ -22,6 +22,10 @@ class ProtocolError(VflairError):
     """A message breaks the rules of the exchange between the parties."""
 
 
+class CheckpointError(VflairError):
+    """A checkpoint, whole or one party's part, cannot be read, written or joined."""
+
+
 class DefenseError(VflairError):
     """A defense cannot do what it was asked to do here."""
 

@@ -31,14 +31,25 @@ class Line:
         self._seq = 0
         self._lock = Lock()  # backward runs in whichever thread called it
 
-    def open(self, defenses: Sequence[Defense], optimizer: Mapping[str, Any] | None = None) -> None:
-        """Start the session; `optimizer` asks the model party to make one of its allow-list."""
+    def open(
+        self,
+        defenses: Sequence[Defense],
+        optimizer: Mapping[str, Any] | None = None,
+        resume: Sequence[int] | None = None,
+    ) -> Mapping[str, Any]:
+        """Start the session, and return the facts of the reply.
+
+        `optimizer` asks the model party to make one of its allow-list; `resume`, to go back to the last
+        of these steps that it has a checkpoint of.
+        """
         self._registered.clear()
         counterparts, weights = describe(defenses)
         meta: dict[str, Any] = {"fingerprint": self.fingerprint, "counterparts": counterparts}
         if optimizer is not None:
             meta["optimizer"] = dict(optimizer)
-        self.request("open", None, weights, meta)
+        if resume is not None:
+            meta["resume"] = list(resume)
+        return self.request("open", None, weights, meta).meta
 
     def commit(self, *, scale: float | None, rate: float, skip: bool) -> None:
         """Let the model party take or skip its step; either way both parties count it."""

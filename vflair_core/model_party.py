@@ -17,12 +17,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vflair_core import counterparts
 from vflair_core.blocks import Stage
 from vflair_core.chain import Chain
-from vflair_core.checkpoint import save_weights
 from vflair_core.codec import DTYPES
 from vflair_core.errors import PartitionError, ProtocolError
+from vflair_core.fingerprint import differences
 from vflair_core.locks import Lock
 from vflair_core.message import Crossing, Message
 from vflair_core.program import Execution, Program
+from vflair_core.saving import load_session, save_model_party, save_session
 from vflair_core.session import Caps, Graph, Session
 from vflair_core.shared import Rule, SharedWeights, norms_of
 from vflair_core.slices import Slices
@@ -38,6 +39,7 @@ class ModelParty:
     request over a cap is refused, nothing is dropped.
 
     Several data parties may have a session each. `sharing` says when the weights they share take a step.
+    Set `checkpoints` to a folder to let data parties have their runs saved there and go on from it.
     """
 
     slices: Slices = Slices({})
@@ -50,6 +52,8 @@ class ModelParty:
         self.sessions: dict[str, Session] = {}
         self.shared = SharedWeights(model, self.sessions)
         self._lock = Lock()
+        self.steps: dict[str, int] = {}  # taken on these weights, by session
+        self.checkpoints: str | Path | None = None
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Weights by the names they have in the whole model."""
@@ -96,11 +100,9 @@ class ModelParty:
         """Where messages are brought: the device of the first weight."""
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
-    def save(self, folder: str | Path, step: int) -> Path:
-        """Write the weights this party owns, and nothing else, to ``model_party.safetensors``."""
-        return save_weights(
-            Path(folder) / "model_party.safetensors", self.model, self.fingerprint, step
-        )
+    def save(self, folder: str | Path) -> Path:
+        """Write what this party owns, and nothing else, to ``model_party.safetensors``; `merge` reads it."""
+        return save_model_party(self, Path(folder), {})
 
     def handle(self, message: Message) -> Message:
         """Answer one message.
@@ -140,6 +142,9 @@ class ModelParty:
                 return self._norms(session, message)
             case "commit":
                 return self._commit(session, message)
+            case "save":
+                save_session(self, message.session, session.step, self.shared.optimizer)
+                return _reply(message)
             case "release":
                 return _reply(message)
             case _:
@@ -150,8 +155,9 @@ class ModelParty:
         theirs = message.meta.get("fingerprint")
         if theirs != self.fingerprint:
             raise ProtocolError(
-                f"The parties do not hold two halves of the same model: fingerprint {theirs} against "
-                f"{self.fingerprint}. Use the same config, revision and partition on both sides."
+                "The parties do not hold two halves of the same model: the data party has "
+                f"{differences(theirs, self.fingerprint)} at the model party. Use the same model, revision, "
+                "dtype and partition on both sides."
             )
         session = Session(self.caps, step=message.step)
         weights = {c.name: c.tensor for c in message.tensors if c.role == "counterpart"}
@@ -166,8 +172,21 @@ class ModelParty:
             self.shared.join(session, before, spec)
         if before is not None:
             self.shared.replace(before, session)
+        if (steps := message.meta.get("resume")) is not None:
+            session.step = self._resume(message.session, steps, self.shared.optimizer)
         self.sessions[message.session] = session
-        return _reply(message)
+        return _reply(message, meta={"step": session.step})
+
+    def _resume(self, name: str, steps: Any, optimizer: torch.optim.Optimizer | None) -> int:
+        if any(other.graphs for other in self.sessions.values()):
+            raise ProtocolError(
+                "A forward still waits for its backward: the weights it went through cannot be changed."
+            )
+        if any(s.trains and s.step for key, s in self.sessions.items() if key != name):
+            raise ProtocolError(
+                "Another data party trains these weights now. Go back to a checkpoint when it has closed."
+            )
+        return load_session(self, name, steps, optimizer)
 
     def _forward(self, session: Session, message: Message) -> Message:
         meta = message.meta
@@ -288,6 +307,7 @@ class ModelParty:
             )
         self.shared.commit(session, scale=scale, rate=rate, skip=skip)
         session.step += 1
+        self.steps[message.session] = session.step
         return _reply(message)
 
 

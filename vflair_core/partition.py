@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import field, frozen
 from torch import nn
 
-from vflair_core.absent import Absent, call_here_and_there
+from vflair_core.assembly import assemble, open_channel
 from vflair_core.blocks import Blocks, Stage, locate_blocks, stages
-from vflair_core.channel import Channel, LocalChannel
 from vflair_core.data_party import DataParty
-from vflair_core.errors import PartitionError, ProtocolError
+from vflair_core.errors import PartitionError
+from vflair_core.fingerprint import fingerprint, sample_digest, weights_in
 from vflair_core.model_party import ModelParty
 from vflair_core.plugins import decide, observe
-from vflair_core.recorder import Recorder
 from vflair_core.slices import Slices
+from vflair_core.wrapping import refuse_wrapped
 
 if TYPE_CHECKING:
     import pluggy
@@ -93,38 +93,35 @@ def split(
         ProtocolError: `model_party` was cut from another model, or in another place.
     """
     partition = partition or Partition()
+    refuse_wrapped(model)
     stacks = locate_blocks(model, plugins)
     cut = stages(model, stacks, partition)
-    local = _called_here(model, stacks, partition)
+    local = called_here(model, stacks, partition)
     order = tuple(name for name, _ in model.named_parameters())
     slices = Slices.find(model, stacks, cut, partition)
-    fingerprint = _fingerprint(model, partition)
+    # Who joins an existing model party uses its weights, whatever `model` has in their place.
+    weights = weights_in(model_party.fingerprint) if model_party else sample_digest(model)
+    agreed = fingerprint(type(model).__name__, model.config, partition, weights, dtype=model.dtype)
     held, untied = _take(model, cut, frozenset(local))
     if model_party is None:
-        model_party = ModelParty(held, cut, fingerprint)
+        model_party = ModelParty(held, cut, agreed)
         model_party.slices = slices
         _place(model_party, devices, plugins)
-    data_party = DataParty(
+    data_party = assemble(
         model,
         partition,
-        _open_channel(channel, model_party, plugins, wire=wire),
+        open_channel(channel, plugins, wire=wire, handle=model_party.handle),
         cut,
-        fingerprint,
+        {name: held.get_submodule(name) for stage in cut for name in stage.names},
+        agreed,
+        order=order,
+        local=local,
+        untied=untied,
+        slices=slices,
         defenses=defenses,
         tokenizer=tokenizer,
         seed=seed,
-        untied=untied,
     )
-    data_party.order, data_party.slices = order, slices
-    data_party.recorder = recorder = Recorder(data_party.exchange, cut)
-    for name in data_party.absent:
-        recorder.absent[name] = Absent(name, held.get_submodule(name), recorder)
-        if name in local:
-            call_here_and_there(model.get_submodule(name), recorder.absent[name], local[name])
-        else:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, recorder.absent[name])
-    data_party.line.open(defenses)
     observe(
         plugins,
         "vflair_model_partitioned",
@@ -133,23 +130,6 @@ def split(
         model_party_weights=sum(p.numel() for p in model_party.parameters()),
     )
     return data_party, model_party
-
-
-def _open_channel(
-    url: str, model_party: ModelParty, plugins: pluggy.PluginManager | None, *, wire: bool
-) -> Channel:
-    if url == "local:":
-        return LocalChannel(model_party.handle, wire=wire)
-    options = {"handle": model_party.handle, "wire": wire}
-    answer: Channel | None = None
-    if plugins is not None:
-        answer = decide(plugins, "vflair_open_channel", url=url, options=options)
-    if answer is None:
-        raise ProtocolError(
-            f"No plugin opens the channel {url!r}. Use 'local:', or install a plugin that answers "
-            "vflair_open_channel(url, options) for it."
-        )
-    return answer
 
 
 def _place(
@@ -166,7 +146,7 @@ def _place(
             )
 
 
-def _called_here(
+def called_here(
     model: nn.Module, stacks: Sequence[Blocks], partition: Partition
 ) -> dict[str, tuple[bool, ...]]:
     """Blocks that both parties need (ALBERT's share weights): for each call, whether it is made here."""
@@ -218,10 +198,3 @@ def _plant(tree: nn.Module, name: str, module: nn.Module) -> None:
             tree.add_module(part, nn.Module())
         tree = tree._modules[part]  # type: ignore[assignment]
     tree.add_module(leaf, module)
-
-
-def _fingerprint(model: PreTrainedModel, partition: Partition) -> str:
-    import hashlib
-
-    text = f"{type(model).__name__} {model.config.to_json_string(use_diff=False)} {partition!r}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from vflair_core.agreement import agree
 from vflair_core.data_party import DataParty
 from vflair_core.defense import Batch
 from vflair_core.optimizers import make_optimizer
+from vflair_core.saving import load_run, save_run
 from vflair_core.slices import check_names
 from vflair_core.tuning import EVERYTHING, Lora
 
@@ -114,6 +116,26 @@ class FineTuning:
         for defense in self.party.defenses.each:
             defense.after_step()
         return float(torch.stack(losses).sum())
+
+    def save(self, folder: str | Path) -> Path:
+        """Let both parties write all that the run needs to go on from this step, each in its own folder.
+
+        The model party writes to `model_party.checkpoints`, which its operator sets.
+
+        Raises:
+            CheckpointError: The folder holds another run.
+            ProtocolError: The model party keeps no checkpoints.
+        """
+        return save_run(self, Path(folder))
+
+    def load(self, folder: str | Path) -> int:
+        """Go on from the last step that both parties saved; return how many steps are done.
+
+        Raises:
+            CheckpointError: There is no checkpoint, or it is of another model, cut or optimizer.
+            ProtocolError: No step has the parts of both parties.
+        """
+        return load_run(self, Path(folder))
 
     def commit(self, rate: float) -> None:
         """Decide scale and skip from all gradient norms, then let both parties step, or neither.

@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from vflair_core import Partition, split
+from vflair_core.testing import tiny_model
 
 MINE = Path(__file__).with_name("mine.py")
 EXPERIMENT = """
@@ -110,6 +115,20 @@ def test_list_names_what_plugins_offer_and_which_models_are_verified():
     assert "llama · causal-lm" in json.loads(vflair("list", "models", "--json").stdout)
 
 
+def test_merge_joins_two_folders_and_lists_what_it_wrote(tmp_path):
+    data_party, model_party = split(tiny_model("llama"), Partition(1, 1))
+    data_party.save(tmp_path / "data")
+    model_party.save(tmp_path / "model")
+    folders = (tmp_path / "data", tmp_path / "model")
+    done = json.loads(vflair("merge", *folders, "--out", tmp_path / "out", "--json").stdout)
+    assert done["out"] == str(tmp_path / "out")
+    assert set(done["files"]) == {"config.json", "generation_config.json", "model.safetensors"}
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    expected = tiny_model("llama").state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    assert "is there already" in vflair("merge", *folders, "--out", tmp_path / "out", code=1).stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -117,6 +136,7 @@ def test_list_names_what_plugins_offer_and_which_models_are_verified():
         (["show", "first-rwo", "--plugin", MINE], "Did you mean 'first-row'"),
         (["list", "attcks"], "Possible: attacks, defenses, tasks, commands, models"),
         (["plugins", "--plugin", "nowhere.py"], "There is no Python file"),
+        (["merge", "nowhere", "nowhere", "--out", "x"], "no data_party.safetensors in nowhere"),
         (["dance"], "No plugin offers command 'dance'"),
     ],
 )

@@ -57,7 +57,7 @@ def examine(model_type: str, task: str, *, quick: bool) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 - whatever a type of transformers does here is noted
         return {**result, "reason": _said(error), "seconds": time.monotonic() - started}
     if not names:
-        return {**result, "reason": f"the small model still has {weights} weights"}
+        return {**result, "reason": f"the small model still has {weights} weights", "seconds": 0.0}
     result["runnable"], result["inputs"] = True, names
     for cell in cells(quick=quick):
         if cell.attention == "eager" and not type(whole)._supports_sdpa:

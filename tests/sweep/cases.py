@@ -70,7 +70,10 @@ def batches(model: PreTrainedModel, task: str, *, padded: bool) -> dict[str, dic
             found["image"] = pictures.with_picture(model, {**_others(model, words), **words})
         except ValueError as error:  # such a model is tried with text alone
             log.info("%s gets no picture: %s", type(model).__name__, error)
-    return {name: {**_others(model, batch), **batch} for name, batch in found.items()}
+    return {
+        name: {**_others(model, batch), **batch} if "input_ids" in batch else batch
+        for name, batch in found.items()
+    }
 
 
 def text(model: PreTrainedModel, task: str, *, padded: bool) -> dict[str, Tensor]:
@@ -132,7 +135,9 @@ def _others(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tenso
     corners = torch.randint(0, 50, (rows, positions, 2), generator=generator)
     others = {
         "bbox": torch.cat([corners, corners + 40], dim=-1),
-        "visual_feats": torch.randn(rows, 4, getattr(model.config, "visual_feat_dim", 1)),
+        "visual_feats": torch.rand(
+            rows, 4, getattr(model.config, "visual_feat_dim", 1), generator=generator
+        ),
         "visual_pos": torch.rand(rows, 4, 4, generator=generator),
         "qformer_input_ids": torch.randint(FIRST_WORD, LAST_WORD, (rows, 5), generator=generator),
         "mm_token_type_ids": torch.zeros_like(batch["input_ids"]),

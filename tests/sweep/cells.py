@@ -93,7 +93,7 @@ class _References:
             else:
                 names.append(name)
         if not names:
-            raise problems[0]
+            raise problems[-1]
         return names
 
     def _repeat(self, name: str) -> None:

@@ -37,6 +37,8 @@ def _filled(
     model: PreTrainedModel, takes: set[str], batch: dict[str, Tensor], pixels: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     token = _image_token(model.config)
+    if "input_ids" not in takes:  # the picture is all it reads
+        return {**{key: batch[key] for key in batch if key == "labels"}, **pixels}
     if token is None:
         return {**batch, **pixels, **_places(takes, batch["input_ids"])}
     count = _tokens(model, {**batch, **pixels}, len(batch["input_ids"]))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,19 +14,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from vflair_core import asking, protocol
 from vflair_core import cache as caches
-from vflair_core import protocol
 from vflair_core.blocks import Stage
 from vflair_core.channel import Channel
 from vflair_core.defending import Defenses
 from vflair_core.defense import Batch, Defense, Exchange
-from vflair_core.encoding import encode
 from vflair_core.errors import DefenseError, PartitionError
+from vflair_core.handover import check_trainable, hand_over_forward, hand_over_parts, token_tables
 from vflair_core.line import Line
 from vflair_core.locks import Lock
 from vflair_core.message import Phase, Role
 from vflair_core.program import Program
-from vflair_core.roles import Call, Captured, Probe, find_roles, random_states
+from vflair_core.roles import Call, Captured, Given, Probe, find_roles, random_states
 from vflair_core.saving import save_data_party, save_tokenizer
 from vflair_core.slices import Slices
 
@@ -96,9 +94,9 @@ class DataParty:
         self._probe: Probe | None = None
         self._asking = False
         self._seen_paths: set[Any] = set()
-        self.model = _hand_over_forward(model, self)
-        _hand_over_parts(model, self)
-        tables = _token_tables(model)
+        self.model = hand_over_forward(model, self)
+        hand_over_parts(model, self)
+        tables = token_tables(model)
         if not tables and self.defenses.at("on_embeddings"):
             raise PartitionError(
                 f"{type(model).__name__} has no table of token embeddings for a defense to stand at."
@@ -158,7 +156,7 @@ class DataParty:
             }
         trains = self.model.training and torch.is_grad_enabled()
         if trains:
-            self._refuse_layerdrop()
+            check_trainable(self.model)
         self.recorder.begin()
         random = random_states(self.model.device)
         self._call = Call(forward, inputs, self._past(inputs), random)
@@ -234,7 +232,7 @@ class DataParty:
             raise PartitionError(
                 f"{type(self.model).__name__} takes {len(self.stages)} answers of the model party; one is given."
             )
-        with self._lock, self._probing(_Given(returned)):
+        with self._lock, self._probing(Given(returned)):
             return self.model(**inputs)
 
     @contextmanager
@@ -364,17 +362,7 @@ class DataParty:
         Raises:
             DefenseError: There is no tokenizer.
         """
-        kind = "causal-lm" if self.task_kind == "*" else self.task_kind
-        batch = encode(
-            self._needed_tokenizer(),
-            examples,
-            kind=kind,
-            max_length=max_length,
-            change=self.defenses.text,
-        )
-        batch = self.defenses.tokens(batch)
-        batch["input_ids"].vflair_encoded = True  # type: ignore[attr-defined]
-        return batch
+        return asking.encode_examples(self, examples, max_length)
 
     def ask(self, texts: Sequence[str], **options: Any) -> list[str]:
         """Generate an answer to each text, through the defenses that act on text, tokens and answers.
@@ -386,27 +374,12 @@ class DataParty:
         Raises:
             DefenseError: There is no tokenizer.
         """
-        tokenizer = self._needed_tokenizer()
-        defended = [self.defenses.text(text) for text in texts]
-        batch = dict(tokenizer(defended, return_tensors="pt", padding=True, padding_side="left"))
-        batch = self.defenses.tokens({key: batch[key] for key in ("input_ids", "attention_mask")})
-        model: Any = self.model
         with self._lock:
             self._asking = True
             try:
-                ids = model.generate(**batch, **{"pad_token_id": tokenizer.pad_token_id, **options})
+                return asking.ask(self, texts, options)
             finally:
                 self._asking = False
-        answers = tokenizer.batch_decode(
-            ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        pairs = zip(texts, answers, strict=True)
-        return [self.defenses.answer(prompt, answer) for prompt, answer in pairs]
-
-    def _needed_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            raise DefenseError("Text needs a tokenizer: split(model, partition, tokenizer=...).")
-        return self.tokenizer
 
     def _refuse_raw_text(self, inputs: dict[str, Any]) -> None:
         """A batch that did not come through `encode` would go round the defenses that act on text."""
@@ -418,14 +391,6 @@ class DataParty:
                 "through it. Use data_party.encode(examples) or data_party.ask(texts)."
             )
 
-    def _refuse_layerdrop(self) -> None:
-        for name, module in self.model.named_modules():
-            if getattr(module, "layerdrop", None):
-                raise PartitionError(
-                    f"{name or 'the model'}.layerdrop is {module.layerdrop}: it leaves out blocks at random, and the model "
-                    "party runs all of its blocks or none. Set it to 0 to train."
-                )
-
     @property
     def task_kind(self) -> str:
         """The kind of the task at hand; ``"*"`` while nobody said."""
@@ -434,77 +399,6 @@ class DataParty:
     @task_kind.setter
     def task_kind(self, kind: str) -> None:
         self.defenses.task_kind = kind
-
-
-def _hand_over_forward(model: PreTrainedModel, party: DataParty) -> PreTrainedModel:
-    """Give the model a class of its own whose forward goes through the party; all else stays inherited."""
-    original = type(model)
-    names = _arguments(original)
-
-    @functools.wraps(original.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        inputs = dict(zip(names, args, strict=False)) | kwargs
-        return party.run_forward(functools.partial(original.forward, self), inputs)
-
-    def save_pretrained(_self: Any, *_: Any, **__: Any) -> None:
-        raise PartitionError(
-            f"This {original.__name__} holds half of the weights, so it cannot be saved as a whole one. Use "
-            "data_party.save(folder) and model_party.save(folder); `vflair merge` joins what they wrote."
-        )
-
-    own = {"forward": forward, "save_pretrained": save_pretrained, "__module__": __name__}
-    model.__class__ = type(original.__name__, (original,), own)
-    return model
-
-
-def _hand_over_parts(model: PreTrainedModel, party: DataParty) -> None:
-    """The same for the models inside it that were cut: `generate` may call one of them by itself."""
-    for name, part in model.named_modules():
-        cut = any(absent.startswith(f"{name}.") for absent in party.absent)
-        if cut and isinstance(part, PreTrainedModel) and part is not model:
-            _hand_over_part(part, party)
-
-
-def _hand_over_part(part: PreTrainedModel, party: DataParty) -> None:
-    original = type(part)
-    names = _arguments(original)
-
-    @functools.wraps(original.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        inputs = dict(zip(names, args, strict=False)) | kwargs
-        return party.run_part(functools.partial(original.forward, self), inputs)
-
-    # Under the very name of the original: transformers finds what it records of a class by that.
-    own = {"__module__": original.__module__, "__qualname__": original.__qualname__}
-    part.__class__ = type(original.__name__, (original,), {**own, "forward": forward})
-
-
-def _arguments(original: type) -> list[str]:
-    parameters = inspect.signature(original.forward).parameters  # type: ignore[attr-defined]
-    return [name for name in parameters if name != "self"]
-
-
-class _Given(Probe):
-    """Answers with what it was given."""
-
-    def __init__(self, returned: Tensor) -> None:
-        super().__init__()
-        self.returned = returned
-
-    def answer(self, *_: Any) -> list[Tensor]:
-        return [self.returned]
-
-
-def _token_tables(model: PreTrainedModel) -> list[nn.Module]:
-    """The embedding of tokens, under all its names: encoder and decoder may have one each."""
-    try:
-        table: Any = model.get_input_embeddings()
-    except NotImplementedError:  # hashes of characters, for example
-        return []
-    tables = list(table) if isinstance(table, nn.ModuleList) else [table]  # one for each codebook
-    weights = {id(weight) for part in tables for weight in part.parameters()}
-    every = (part for part in model.modules() if isinstance(part, nn.Embedding))
-    return tables + [part for part in every if id(part.weight) in weights and part not in tables]
 
 
 def _cache_in(inputs: Mapping[str, Any]) -> Cache | None:

@@ -158,7 +158,7 @@ class DataParty:
         if trains:
             check_trainable(self.model)
         self.recorder.begin()
-        random = random_states(self.model.device)
+        random = random_states(self.model.device) if self.model.training else ()
         self._call = Call(forward, inputs, self._past(inputs), random)
         try:
             if trains and inputs.get("labels") is not None:
@@ -187,7 +187,7 @@ class DataParty:
         self.defenses.check(self._phase(_cache_in(inputs)))
         self._refuse_raw_text(inputs)
         self.recorder.begin()
-        random = random_states(self.model.device)
+        random = random_states(self.model.device) if self.model.training else ()
         self._call = Call(forward, inputs, self._past(inputs), random)
         try:
             return forward(**inputs)

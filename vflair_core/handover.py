@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -18,12 +19,7 @@ if TYPE_CHECKING:
 def hand_over_forward(model: PreTrainedModel, party: DataParty) -> PreTrainedModel:
     """Give the model a class of its own whose forward goes through the party; all else stays inherited."""
     original = type(model)
-    names = _arguments(original)
-
-    @functools.wraps(original.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        inputs = dict(zip(names, args, strict=False)) | kwargs
-        return party.run_forward(functools.partial(original.forward, self), inputs)
+    forward = _through(original, party.run_forward)
 
     def save_pretrained(_self: Any, *_: Any, **__: Any) -> None:
         raise PartitionError(
@@ -46,21 +42,22 @@ def hand_over_parts(model: PreTrainedModel, party: DataParty) -> None:
 
 def _hand_over_part(part: PreTrainedModel, party: DataParty) -> None:
     original = type(part)
-    names = _arguments(original)
-
-    @functools.wraps(original.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        inputs = dict(zip(names, args, strict=False)) | kwargs
-        return party.run_part(functools.partial(original.forward, self), inputs)
-
+    forward = _through(original, party.run_part)
     # Under the very name of the original: transformers finds what it records of a class by that.
     own = {"__module__": original.__module__, "__qualname__": original.__qualname__}
     part.__class__ = type(original.__name__, (original,), {**own, "forward": forward})
 
 
-def _arguments(original: type) -> list[str]:
-    parameters = inspect.signature(original.forward).parameters  # type: ignore[attr-defined]
-    return [name for name in parameters if name != "self"]
+def _through(original: Any, run: Callable[[Any, dict[str, Any]], Any]) -> Callable[..., Any]:
+    """A forward that hands the original one and its arguments by name to `run`."""
+    names = [name for name in inspect.signature(original.forward).parameters if name != "self"]
+
+    @functools.wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = dict(zip(names, args, strict=False)) | kwargs
+        return run(functools.partial(original.forward, self), inputs)
+
+    return forward
 
 
 def token_tables(model: PreTrainedModel) -> list[nn.Module]:

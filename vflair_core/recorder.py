@@ -7,6 +7,7 @@ the protocol and real tensors come back. Nothing here knows a model family.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter, UserDict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -218,14 +219,19 @@ class Recorder:
 
 def _close(shared: UserDict[str, Any]) -> None:
     """From here on the model party's blocks write to a store of their own, which a local block cannot read."""
+    if not hasattr(shared, "__missing__"):
+        shared.__class__ = _closed(type(shared))
 
+
+@functools.cache
+def _closed(kind: type) -> Any:
     def missing(_self: Any, key: str) -> Any:
         raise PartitionError(
             f"A block of the data party needs {key!r}, which a block of the model party computed. Choose a cut after "
             "the last block that shares its states, or HT."
         )
 
-    shared.__class__ = type("Closed", (type(shared),), {"__missing__": missing})
+    return type(kind.__name__, (kind,), {"__missing__": missing})
 
 
 def _checked(absent: Absent, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ with the next exchange. A cache has one part, or two in sequence-to-sequence mod
 from __future__ import annotations
 
 import functools
+import inspect
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -136,6 +137,11 @@ class RemoteLayer:
 @functools.cache
 def _remote_kind(kind: str) -> type:
     return type(f"Remote{kind}", (RemoteLayer, KINDS[kind][0]), {})
+
+
+def cache_argument(model: nn.Module | type[nn.Module]) -> str:
+    """Return the name by which `model` takes its cache: ``"cache"`` since transformers 5.24, else ``"past_key_values"``."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def layers_of(block: nn.Module) -> frozenset[int]:

@@ -90,7 +90,9 @@ class Channel(ABC):
 
 
 class LocalChannel(Channel):
-    """Both parties in one process. Tensors are cloned both ways: nothing is shared across the cut.
+    """Both parties in one process. Nothing is shared across the cut: tensors are cloned, or change hands.
+
+    Logits are large, and the model party lets go of them when it has returned them.
 
     Args:
         handle: The model party's `handle`.
@@ -106,7 +108,7 @@ class LocalChannel(Channel):
         if self.wire:
             reply = self._handle(codec.decode(codec.encode(message)))
             return codec.decode(codec.encode(reply))
-        return _copy(self._handle(_copy(message)))
+        return _handed_over(self._handle(_copy(message)))
 
 
 @frozen(eq=False)
@@ -167,8 +169,26 @@ class Transcript:
 
 
 def _copy(message: Message) -> Message:
-    copies = tuple(
-        Crossing(c.name, c.role, c.tensor.detach().clone(memory_format=torch.contiguous_format))
+    copies = tuple(Crossing(c.name, c.role, _cloned(c.tensor)) for c in message.tensors)
+    return attrs.evolve(message, tensors=copies)
+
+
+def _handed_over(message: Message) -> Message:
+    """Copy what is not let go of, and what a graph still holds, such as an output it needs for its backward."""
+    tensors = tuple(
+        c if c.let_go and _is_alone(c.tensor) else Crossing(c.name, c.role, _cloned(c.tensor))
         for c in message.tensors
     )
-    return attrs.evolve(message, tensors=copies)
+    return attrs.evolve(message, tensors=tensors)
+
+
+def _is_alone(tensor: Tensor) -> bool:
+    """Whether no other tensor and no graph holds the memory of `tensor`, and it holds no more than it needs."""
+    storage = tensor.untyped_storage()
+    alone: bool = torch._C._storage_Use_Count(storage._cdata) == 2  # the tensor and `storage`
+    whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes
+    return alone and whole and not tensor.requires_grad
+
+
+def _cloned(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -203,7 +203,7 @@ class DataParty:
     def smashed(self, **inputs: Any) -> Tensor:
         """Run the head alone and return the undefended hidden states it would send: (B, T, D).
 
-        Nothing crosses. With a `past_key_values`, the local and the absent layers both advance.
+        Nothing crosses. With a cache, the local and the absent layers both advance.
         """
         with self._lock:
             return self._smashed(inputs)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from vflair_core.cache import cache_argument
 from vflair_core.data_party import DataParty
 from vflair_core.errors import AttackError
 from vflair_core.partition import Partition, split
@@ -87,8 +88,8 @@ class Head:
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(self.party.model): cache},
         )
 
     def is_causal(self) -> bool:

@@ -26,11 +26,15 @@ Phase = Literal["train", "eval", "prefill", "decode", "control"]
 
 @frozen(eq=False)
 class Crossing:
-    """A tensor that crosses the cut, under the name the model gives it and the role it plays."""
+    """A tensor that crosses the cut, under the name the model gives it and the role it plays.
+
+    `let_go`: who sends it holds on to it no more, so within one process it may change hands instead of being copied.
+    """
 
     name: str
     role: Role
     tensor: Tensor
+    let_go: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -24,7 +25,7 @@ from vflair_core.locks import Lock
 from vflair_core.message import Crossing, Message
 from vflair_core.program import Execution, Program
 from vflair_core.saving import load_session, save_model_party, save_session
-from vflair_core.session import Caps, Graph, Session
+from vflair_core.session import Caps, End, Graph, Session
 from vflair_core.shared import Rule, SharedWeights, norms_of
 from vflair_core.slices import Slices
 
@@ -225,8 +226,12 @@ class ModelParty:
         session.programs[program.id] = program
         live = [out.requires_grad for out in outputs]
         if any(live):
-            session.graphs[message.exchange] = Graph(wanted, outputs, training=meta["training"])
-        crossings = tuple(Crossing("returned", "returned", out) for out in outputs)
+            session.graphs[message.exchange] = Graph(
+                wanted, [End.of(out) for out in outputs], training=meta["training"]
+            )
+        crossings = tuple(
+            Crossing("returned", "returned", out.detach(), let_go=True) for out in outputs
+        )
         return _reply(message, crossings, {"live": live})
 
     def _backward(self, session: Session, message: Message) -> Message:
@@ -242,20 +247,19 @@ class ModelParty:
         numbers = message.meta["outputs"]
         if not numbers or len(set(numbers)) != len(numbers) or min(numbers) < 0:
             raise ProtocolError(f"{numbers} are not outputs that a gradient can come for.")
-        pairs = zip(numbers, message.tensors, strict=True)
-        outputs, gradients = [], []
-        for index, crossing in pairs:
-            outputs.append(graph.outputs[index])
-            gradients.append(crossing.tensor.to(outputs[-1].device))
-            if (
-                crossing.tensor.shape != outputs[-1].shape
-                or crossing.tensor.dtype != outputs[-1].dtype
-            ):
+        ends, gradients = [], []
+        for index, crossing in zip(numbers, message.tensors, strict=True):
+            end = graph.ends[index]
+            if end.edge is None:
+                raise ProtocolError(f"Output {index} has no gradient: nothing before it needs one.")
+            if crossing.tensor.shape != end.shape or crossing.tensor.dtype != end.dtype:
                 raise ProtocolError(
-                    f"A gradient of shape {tuple(crossing.tensor.shape)} came for an output of shape "
-                    f"{tuple(outputs[-1].shape)}."
+                    f"A gradient of shape {tuple(crossing.tensor.shape)} and {crossing.tensor.dtype} came for an "
+                    f"output of shape {tuple(end.shape)} and {end.dtype}."
                 )
-        answers = self._gradients(session, graph, outputs, gradients, message.meta)
+            ends.append(end.edge)
+            gradients.append(crossing.tensor.to(end.device))
+        answers = self._gradients(session, graph, ends, gradients, message.meta)
         if not keep:
             del session.graphs[message.exchange]
         return _reply(
@@ -266,7 +270,7 @@ class ModelParty:
         self,
         session: Session,
         graph: Graph,
-        outputs: list[Tensor],
+        ends: list[GradientEdge],
         gradients: list[Tensor],
         meta: Mapping[str, Any],
     ) -> list[Tensor]:
@@ -277,11 +281,11 @@ class ModelParty:
             if not graph.inputs:
                 return []
             found = torch.autograd.grad(
-                outputs, graph.inputs, gradients, retain_graph=keep, materialize_grads=True
+                ends, graph.inputs, gradients, retain_graph=keep, materialize_grads=True
             )
             return list(found)
         self.shared.show(session)
-        torch.autograd.backward(outputs, gradients, retain_graph=keep)
+        torch.autograd.backward(ends, gradients, retain_graph=keep)
         answers = []
         for leaf in graph.inputs:
             answers.append(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf))

@@ -47,6 +47,7 @@ ALLOWED = frozenset(
         "position_ids",
         "position_embeddings",
         "past_key_values",
+        "cache",
         "use_cache",
         "cache_position",
         "cu_seq_lens_q",

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from attrs import define, field
+import torch
+from attrs import define, field, frozen
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers.cache_utils import Cache
 
 from vflair_core import cache as caches
@@ -29,12 +31,27 @@ class Caps:
     programs: int = 1024
 
 
+@frozen(eq=False)
+class End:
+    """Where a gradient enters the graph: all that is kept of an output, whose values are the data party's now."""
+
+    edge: GradientEdge | None  # None: no gradient goes back from here
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, output: Tensor) -> End:
+        edge = get_gradient_edge(output) if output.requires_grad else None
+        return cls(edge, output.shape, output.dtype, output.device)
+
+
 @define(eq=False)
 class Graph:
     """A forward whose backward may still come."""
 
     inputs: list[Tensor]
-    outputs: list[Tensor]
+    ends: list[End]
     training: bool
 
 

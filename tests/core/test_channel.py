@@ -58,7 +58,8 @@ def test_no_reference_leads_from_one_party_to_the_others_tensors_of_an_exchange(
     out = parties.data_party.model(**tiny_batch(parties.whole, labels="tokens"))
     session = parties.model_party.sessions[parties.data_party.line.session]
     (graph,) = session.graphs.values()
-    theirs = {tensor.untyped_storage().data_ptr() for tensor in (*graph.inputs, *graph.outputs)}
+    saved = [t for end in graph.ends for t in reachable_tensors(end.edge.node)]
+    theirs = {tensor.untyped_storage().data_ptr() for tensor in (*graph.inputs, *saved)}
     gc.collect()
     tensors = [t for t in reachable_tensors(out.loss.grad_fn) if t.numel()]
     assert tensors
@@ -231,3 +232,29 @@ def test_traffic_equals_a_count_by_hand(cut, wire):
     }
     assert channel.traffic == hand_count(transcript.messages)
     assert channel.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("compute", "changes_hands"),
+    [
+        pytest.param(lambda x, w: x * w, True, id="held by nobody else"),
+        pytest.param(lambda x, w: torch.tanh(x * w), False, id="saved for the backward"),
+        pytest.param(lambda x, w: (x * w)[:, -1:], False, id="a part of something larger"),
+        pytest.param(lambda _, w: w, False, id="a weight"),
+    ],
+)
+def test_what_the_model_party_returns_changes_hands_only_if_nobody_else_holds_it(
+    compute, changes_hands
+):
+    weight, where, graph = torch.randn(2, 3, requires_grad=True), [], []
+
+    def handle(request):
+        out = compute(request.tensors[0].tensor, weight)
+        where.append(out.data_ptr())
+        graph.append(out.grad_fn)
+        return attrs.evolve(
+            request, tensors=(Crossing("returned", "returned", out.detach(), let_go=True),)
+        )
+
+    (returned,) = LocalChannel(handle).deliver(message(torch.randn(2, 3))).tensors
+    assert (returned.tensor.data_ptr() == where[0]) == changes_hands

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
+from vflair_core.cache import cache_argument
 from vflair_core.errors import PartitionError
 from vflair_core.testing import tiny_batch
 
@@ -92,7 +93,7 @@ def test_training_after_generation_and_generation_after_training_stay_equal(cut)
 
 def read(model, ids, cache):
     with torch.no_grad():
-        return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        return model(input_ids=ids, use_cache=True, **{cache_argument(model): cache}).logits
 
 
 @pytest.mark.parametrize(("head", "tail"), [(1, 1), (0, 1), (1, 0)])

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from vflair_core import codec
+from vflair_core.cache import cache_argument
 from vflair_core.errors import ProtocolError
 from vflair_core.program import Program
+
+CACHE = cache_argument(GPT2Block)
 
 
 def steps_of(victim, change):
@@ -98,7 +102,7 @@ def bomb(program):
         (after_the_first(op("mul", out(0), ["dict", 3])), None),
         (bomb, None),
         (after_the_first(op("getitem", out(0), ["list", *[["value", 0]] * 10**5])), None),
-        (with_argument("past_key_values", ["value", "text"]), None),
+        (with_argument(CACHE, ["value", "text"]), None),
         (with_argument("nonsense", out(0)), None),
         (with_argument("nonsense", ["value", 1]), None),
         (with_argument("hidden_states", ["value", None]), None),

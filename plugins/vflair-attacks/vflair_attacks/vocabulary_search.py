@@ -15,6 +15,7 @@ from attrs import define, field, frozen, validators
 from torch import Tensor
 
 from vflair_core import AttackError, Guess
+from vflair_core.cache import cache_argument
 
 Progress = Callable[[int, int], None]
 # Of the variance of the observations: what rounding leaves when there is no noise.
@@ -214,8 +215,9 @@ class _Beam:
     def _prior(self) -> Tensor:
         """Log p_LM of every next token of every hypothesis: (N, W, V)."""
         latest = self.tokens[:, :, -1].reshape(-1, 1)
-        outputs = self.model(input_ids=latest, past_key_values=self.prior_cache, use_cache=True)
-        self.prior_cache = outputs.past_key_values
+        name = cache_argument(self.model)
+        outputs = self.model(input_ids=latest, use_cache=True, **{name: self.prior_cache})
+        self.prior_cache = outputs[name]
         return outputs.logits[:, -1].log_softmax(-1).unflatten(0, self.scores.shape)
 
     def _retire(self, position: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.utils.generic import ModelOutput
 
 from vflair_attacks.vocabulary_search import GreedySearch, VocabularySearch
 from vflair_core import AttackError, Guess, Partition, Transcript, split
@@ -104,15 +105,15 @@ def test_a_language_model_prior_decides_where_noise_drowns_the_message():
     class Oracle:
         """Puts all its weight on the next true token: an extreme language model."""
 
-        def __call__(self, input_ids, past_key_values, use_cache):
-            step = 1 if past_key_values is None else past_key_values.step + 1
+        def forward(self, input_ids, cache, use_cache):
+            step = 1 if cache is None else cache.step + 1
             logits = torch.full((len(input_ids), 1, 300), -50.0)
             logits[:, 0, ids[0, step]] = 50.0
-            cache = (
-                past_key_values or type("Steps", (), {"batch_select_indices": lambda *_: None})()
-            )
+            cache = cache or type("Steps", (), {"batch_select_indices": lambda *_: None})()
             cache.step = step
-            return type("Out", (), {"logits": logits, "past_key_values": cache})()
+            return ModelOutput(logits=logits, cache=cache)
+
+        __call__ = forward
 
     drowned = KnownNoise(1e6)
     found = VocabularySearch(beam=1)(

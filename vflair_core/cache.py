@@ -101,7 +101,8 @@ def attach(
             kind, options = described[index]
             if kind == "DummyLayer":
                 continue
-            part.layers[index] = stand_in(kind, options, remote, number, leads=leader)
+            layer: Any = stand_in(kind, options, remote, number, leads=leader)
+            part.layers[index] = layer
             leader = False
     cache.vflair_remote = remote  # type: ignore[attr-defined]
     return remote

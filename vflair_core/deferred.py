@@ -60,7 +60,7 @@ class Deferred(Tensor):
     meta: Tensor
     recorder: Recorder
     node: Tree
-    values: dict[Tree, Tensor]  # of the outputs of its program, once the model party gave them
+    known: dict[Tree, Tensor]  # of the outputs of its program, once the model party gave them
 
     @staticmethod
     def of(meta: Tensor, device: torch.device, recorder: Recorder, node: Tree) -> Deferred:
@@ -68,13 +68,13 @@ class Deferred(Tensor):
             Deferred, meta.shape, dtype=meta.dtype, device=device
         )
         deferred.meta, deferred.recorder, deferred.node = meta, recorder, node
-        deferred.values = recorder.values
+        deferred.known = recorder.fetched
         return deferred
 
     @property
     def fetched(self) -> Tensor | None:
         """The value, if the model party gave it already."""
-        return self.values.get(self.node)
+        return self.known.get(self.node)
 
     @classmethod
     def __torch_function__(
@@ -89,9 +89,9 @@ class Deferred(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         name = _OPERATION_NAMES.get(func)
-        first = args[0] if args else None
-        recordable = isinstance(first, Deferred) and first.fetched is None
-        if name is not None and recordable and _are_literal(args[1:], kwargs):
+        first = args[0]
+        waiting = isinstance(first, Deferred) and first.fetched is None
+        if name is not None and waiting and _are_literal(args[1:], kwargs):
             return first.recorder.apply(name, args, kwargs)
         if not kwargs and (mixed := _mixed(func, args)) is not None:
             return mixed

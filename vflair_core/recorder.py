@@ -73,9 +73,12 @@ class Recorder:
         factory=Counter
     )  # of shared blocks, since the model was last called
     _called: list[str] = field(factory=list)  # modules of the program so far
-    values: dict[Tree, Tensor] = field(factory=dict)  # of outputs of this program that were fetched
+    fetched: dict[Tree, Tensor] = field(
+        factory=dict
+    )  # of outputs of this program that were fetched
     _returned: Any = None  # the form of what the last module gives
     _known: dict[int, int] = field(factory=dict)
+    _versions: list[int] = field(factory=list)  # of `tensors`, as they were when they were taken
     _shapes: Shapes = field(factory=Shapes)
 
     def begin(self) -> None:
@@ -86,7 +89,8 @@ class Recorder:
     def reset(self) -> None:
         """Forget what was recorded."""
         self.steps, self.tensors, self.leaves, self.cache = [], [], [], None
-        self._known, self._called, self.values, self._returned = {}, [], {}, None
+        self._known, self._called, self.fetched, self._returned = {}, [], {}, None
+        self._versions = []
 
     def call(self, absent: Absent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record the call of an absent module."""
@@ -130,7 +134,7 @@ class Recorder:
 
     def gave_last(self, deferred: Deferred) -> bool:
         """Whether `deferred` is all that the last step gives, so that nothing else was derived from it."""
-        return deferred.node == ("out", len(self.steps) - 1) and deferred.values is self.values
+        return deferred.node == ("out", len(self.steps) - 1) and deferred.known is self.fetched
 
     def realise(self, deferred: Deferred) -> Tensor:
         """Fetch the value of a deferred tensor before the program is complete; it has it from then on.
@@ -138,13 +142,13 @@ class Recorder:
         What the last module gave is sent back, and the operations recorded since are done here: the model may need
         what they started from as well.
         """
-        if deferred.fetched is None and deferred.values is self.values:
+        if deferred.fetched is None and deferred.known is self.fetched:
             self._fetch()
         if deferred.fetched is None:
             raise PartitionError(
                 "The model needs a value from the middle of the model party's layers: the output of "
-                f"step {deferred.node[1]} after {self._called[-1] if self._called else 'the exchange'}. Choose a cut after that "
-                "layer; `verify` says which cuts work."
+                f"step {deferred.node[1]} after {self._called[-1] if self._called else 'the exchange'}. Choose a cut "
+                "after that layer; `verify` says which cuts work."
             )
         return deferred.fetched
 
@@ -152,7 +156,7 @@ class Recorder:
         """Ask for the steps so far, and note the value of everything that came of the last module."""
         stage_of(tuple(self._called), self.stages)
         calls = [number for number, step in enumerate(self.steps) if step[0] == "module"]
-        last, steps, values, tensors = calls[-1], self.steps, self.values, self.tensors
+        last, steps, known, tensors = calls[-1], self.steps, self.fetched, self.tensors
         returned, self.steps = self._returned, steps[: last + 1]
         answer = iter(self._fire(tensors_of(returned)))
         outputs: dict[int, Any] = {last: rebuilt(returned, lambda *_: next(answer), None)}
@@ -161,9 +165,21 @@ class Recorder:
             if min(sources(step)) >= last:
                 outputs[number] = work.step(step, outputs)
         for number, output in outputs.items():
-            rebuilt(output, lambda t, path, n=number: values.setdefault(("out", n, *path), t), None)
+
+            def note(tensor: Tensor, path: Tree, number: int = number) -> Tensor:
+                return known.setdefault(("out", number, *path), tensor)
+
+            rebuilt(output, note, None)
 
     def _fire(self, shapes: list[Tensor]) -> list[Tensor]:
+        for tensor, version, (name, *_) in zip(
+            self.tensors, self._versions, self.leaves, strict=True
+        ):
+            if _version(tensor) != version:
+                raise PartitionError(
+                    f"The model changed {name!r} in place after a layer of the model party had taken it. Choose a cut "
+                    "at which this layer stays with the data party."
+                )
         program = Program(tuple(self.steps), tuple(self.leaves))
         tensors, cache = self.tensors, self.cache
         self.reset()
@@ -179,7 +195,7 @@ class Recorder:
             case Deferred(fetched=Tensor() as fetched):
                 return "leaf", self._leaf(fetched, name)
             case Deferred():
-                if value.values is not self.values:
+                if value.known is not self.fetched:
                     raise PartitionError(
                         f"Argument {name!r} uses a value from inside the model party that was not sent back."
                     )
@@ -221,8 +237,14 @@ class Recorder:
         if index is None:
             index = self._known[id(tensor)] = len(self.tensors)
             self.tensors.append(tensor)
+            self._versions.append(_version(tensor))
             self.leaves.append((name, _DTYPE_NAMES[tensor.dtype], tensor.dim()))
         return index
+
+
+def _version(tensor: Tensor) -> int:
+    """How often `tensor` was changed in place; those of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _on_meta(value: Any) -> Any:

@@ -25,7 +25,7 @@ class RemoteCache:
 
     id: str = field(factory=lambda: uuid.uuid4().hex)
     deeds: list[Deed] = field(factory=list)
-    parts: list[list[list[Any]]] = field(factory=list)  # of each part: [kind, options], all layers
+    parts: list[list[Any]] = field(factory=list)  # of each: its kind, [kind, options] of all layers
     known: bool = False  # has the model party built its half?
     copied: Callable[[str, str], None] = lambda _old, _new: None
     released: Callable[[str], None] = lambda _id: None
@@ -55,6 +55,7 @@ class RemoteLayer:
     leads: bool  # speaks for all layers of its part
     length: int
     keys: Tensor
+    prefill_length: int | None
 
     def get_seq_length(self) -> int:
         return self.length

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 from torch import nn
+from transformers import PreTrainedModel
 
 from vflair_core.errors import PartitionError
 from vflair_core.stage import Stage
@@ -92,12 +93,24 @@ def _order(
         return []
     names = [*units, *dict.fromkeys(name for block in blocks for name in block)]
     try:
-        order = list(dict.fromkeys(calls_of(model, names)))
+        order = list(dict.fromkeys(calls_of(model, names, _inner_models(model, stacks))))
     except PartitionError:
         if partition.tail:
             return []  # a model that needs more than text: then no block counts as optional
         raise
     return order if any(name in order for block in blocks for name in block) else []
+
+
+def _inner_models(model: nn.Module, stacks: Sequence[Blocks]) -> list[str]:
+    """Models inside `model` that all stacks lie in, the largest first."""
+    path = stacks[0].name.split(".")
+    prefixes = [".".join(path[:n]) for n in range(1, len(path))]
+    return [
+        name
+        for name in prefixes
+        if all(stack.name.startswith(f"{name}.") for stack in stacks)
+        and isinstance(model.get_submodule(name), PreTrainedModel)
+    ]
 
 
 def _roots(stacks: Sequence[Blocks]) -> list[str]:

@@ -34,6 +34,8 @@ def locate_blocks(
         PartitionError: There is none, or more than one where one is expected; a plugin can say by
             `vflair_locate_blocks`.
     """
+    if known := _known(model):
+        return known
     found = _lists_of_blocks(model) or _lists_of_blocks(model, _name_of(model, "get_decoder"))
     wanted = 2 if has_two_stacks(model) else 1
     chosen = _narrowed(model, found, wanted)
@@ -45,8 +47,6 @@ def locate_blocks(
             return (answer,) if isinstance(answer, Blocks) else tuple(answer)
     if len(chosen) == wanted:
         return tuple(Blocks(name) for name in chosen)
-    if known := _known(model):
-        return (known,)
     shared = _by_calls(model) if not found else ()
     if len(shared) == wanted:
         return shared
@@ -57,11 +57,11 @@ def locate_blocks(
     )
 
 
-def _known(model: nn.Module) -> Blocks | None:
+def _known(model: nn.Module) -> tuple[Blocks, ...]:
     """The stack that the table has for this type of model."""
     row = ROWS.get(getattr(getattr(model, "config", None), "model_type", ""))
-    names = [name for name, _ in model.named_modules() if row and f".{name}".endswith(f".{row}")]
-    return Blocks(names[0]) if names else None
+    names = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList)]
+    return tuple(Blocks(name) for name in names if row and f".{name}".endswith(f".{row}"))
 
 
 def _lists_of_blocks(model: nn.Module, under: str | None = None) -> list[str]:

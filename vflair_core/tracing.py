@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,12 +26,41 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if config is not None else None
 
 
-def calls_of(model: nn.Module, names: list[str]) -> list[str]:
+def calls_of(model: nn.Module, names: list[str], inner: Sequence[str] = ()) -> list[str]:
     """Return `names` in the order of their calls, each as often as it is called.
+
+    A model that needs more than text may have an `inner` one that does not (the first that runs is taken): then what
+    the inner one calls is all there is, and the output layer, which comes last.
 
     Raises:
         PartitionError: The model cannot be run on text alone.
     """
+    try:
+        return _calls(model, names)
+    except Exception as error:
+        for name in inner:
+            found = _calls_of_part(model, name, names)
+            if found:
+                return found
+        raise PartitionError(
+            f"{type(model).__name__} cannot be run on text alone, so the order of its modules is not known: "
+            f"{type(error).__name__}: {error}. Use a partition with tail >= 1, which needs no such run."
+        ) from error
+
+
+def _calls_of_part(model: nn.Module, part: str, names: list[str]) -> list[str]:
+    own = [name.removeprefix(f"{part}.") for name in names if name.startswith(f"{part}.")]
+    try:
+        order = [f"{part}.{name}" for name in _calls(model.get_submodule(part), own)]
+    except Exception:  # noqa: BLE001 - the whole model's reason is the one to tell
+        return []
+    ask: Callable[[], Any] | None = getattr(model, "get_output_embeddings", None)
+    output = ask() if ask else None
+    last = [name for name in names if output is not None and model.get_submodule(name) is output]
+    return order + [name for name in last if name not in order]
+
+
+def _calls(model: nn.Module, names: list[str]) -> list[str]:
     given: dict[str, Any] = model.dummy_inputs  # type: ignore[assignment]
     inputs = {key: value[:1, :4] for key, value in given.items() if torch.is_tensor(value)}
     if has_two_stacks(model):
@@ -44,13 +73,7 @@ def calls_of(model: nn.Module, names: list[str]) -> list[str]:
         twin = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
         device = next(model.parameters()).device
         texts = {key: _plain(model, value.to(device)) for key, value in inputs.items()}
-        try:
-            return _trace(twin.eval(), names, texts)
-        except Exception as error:
-            raise PartitionError(
-                f"{type(model).__name__} cannot be run on text alone, so the order of its modules is not known: "
-                f"{type(error).__name__}: {error}. Use a partition with tail >= 1, which needs no such run."
-            ) from error
+        return _trace(twin.eval(), names, texts)
 
 
 def _plain(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from vflair_core.absent import Absent, call_here_and_there
-from vflair_core.blocks import Stage
 from vflair_core.channel import Channel, LocalChannel
 from vflair_core.data_party import DataParty
 from vflair_core.errors import ProtocolError
 from vflair_core.plugins import decide
 from vflair_core.recorder import Recorder
 from vflair_core.slices import Slices
+from vflair_core.stage import Stage
 
 if TYPE_CHECKING:
     import pluggy

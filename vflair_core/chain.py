@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from vflair_core.blocks import Stage
 from vflair_core.cache import layers_of
 from vflair_core.errors import ProtocolError
-from vflair_core.program import ALLOWED, Program, Step
+from vflair_core.program import ALLOWED, MIXING, Program, Step, sources
+from vflair_core.stage import Stage
 
 
 class Chain:
@@ -52,25 +52,33 @@ class Chain:
                 raise ProtocolError(
                     f"Step {number} ({step[1]}) does not use the output of the step before."
                 )
-            if any(source >= number for source in _sources(step)):
+            if any(source >= number for source in sources(step)):
                 raise ProtocolError(
                     f"Step {number} ({step[1]}) uses an output that does not exist yet."
                 )
 
     def _is_fed(self, step: Step, number: int) -> bool:
         """A block takes what the step before gave; what follows the blocks may reach further back."""
-        sources = _sources(step)
-        return number - 1 in sources if step[1] in self.stage.blocks else bool(sources)
+        found = sources(step)
+        return number - 1 in found if step[1] in self.stage.blocks else bool(found)
 
     def _check_step(self, step: Step) -> None:
-        """An operation takes one value and numbers, so that nothing it gives is larger; a call, known names."""
+        """An operation takes one value and numbers, so that nothing it gives is larger; a call, known names.
+
+        Between the parts of a block, a second value may be added or multiplied; that it fits is seen when it is run.
+        """
         kind, name, args, kwargs = step
         if kind == "module":
-            unknown = [key for key, _ in kwargs if key not in ALLOWED.union(self._arguments[name])]
+            known = ALLOWED.union(self._arguments[name])
+            if "cache" in self._arguments[name]:
+                known -= {"past_key_values"}  # the old name of the same argument
+            unknown = [key for key, _ in kwargs if key not in known]
             if unknown or args:
                 raise ProtocolError(f"{name} is called by name, and with nothing like {unknown}.")
             return
         others = [*args[1:], *(tree for key, tree in kwargs if (key, tree) not in _SPELT_OUT)]
+        if name in MIXING and len(args) == 2 and args[1][0] in ("out", "leaf"):
+            others = others[1:]
         if not args or args[0][0] not in ("out", "leaf") or not all(map(_is_number, others)):
             raise ProtocolError(f"Operation {name!r} takes one tensor, then numbers.")
 
@@ -104,21 +112,3 @@ def _is_number(tree: Any) -> bool:
     return tree[0] in ("dtype", "slice", "ellipsis") or (
         tree[0] == "value" and not isinstance(tree[1], str)
     )
-
-
-def _sources(step: Step) -> list[int]:
-    found = []
-
-    def walk(tree: Any) -> None:
-        if tree[0] == "out":
-            found.append(tree[1])
-        elif tree[0] in ("tuple", "list"):
-            for item in tree[1:]:
-                walk(item)
-        elif tree[0] == "dict":
-            for _, item in tree[1:]:
-                walk(item)
-
-    for tree in (*step[2], *(tree for _, tree in step[3])):
-        walk(tree)
-    return found

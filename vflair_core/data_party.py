@@ -16,7 +16,6 @@ from transformers.cache_utils import Cache
 
 from vflair_core import asking, protocol
 from vflair_core import cache as caches
-from vflair_core.blocks import Stage
 from vflair_core.channel import Channel
 from vflair_core.defending import Defenses
 from vflair_core.defense import Batch, Defense, Exchange
@@ -29,6 +28,7 @@ from vflair_core.program import Program
 from vflair_core.roles import Call, Captured, Given, Probe, find_roles, random_states
 from vflair_core.saving import save_data_party, save_tokenizer
 from vflair_core.slices import Slices
+from vflair_core.stage import Stage, stage_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -209,16 +209,16 @@ class DataParty:
             return self._smashed(inputs)
 
     def _smashed(self, inputs: dict[str, Any]) -> Tensor:
-        cache = _cache_in(inputs)
+        cache, layers = _cache_in(inputs), self._layers(self.stages[-1].names)
         if cache is not None:
-            caches.attach(cache, self._layers(self.stages[-1].names), lambda _id: None)
+            caches.attach(cache, layers, lambda _id: None)
         try:
             with self._probing(Probe()):
                 self.model(**inputs)
         except Captured as captured:
             hidden = captured.first_argument()
             if cache is not None:
-                caches.advance(cache, hidden.shape[1])
+                caches.advance(cache, hidden.shape[1], layers)
             return hidden
         raise PartitionError("The model was run without reaching the model party.")
 
@@ -279,7 +279,7 @@ class DataParty:
         if cache is not None:
             remote = caches.attach(
                 cache,
-                self._layers(program.modules),
+                self._layers(stage_of(program.modules, self.stages).names),
                 self.line.caches.append,
                 lambda old, new: self.line.copies.append((old, new)),
             )
@@ -290,7 +290,7 @@ class DataParty:
         if cache is not None:
             remote.deeds.clear()
             remote.known = True
-            caches.advance(cache, positions)
+            caches.advance(cache, positions, self._layers(program.modules))
         return returned
 
     def _begin(self, positions: int) -> Exchange:
@@ -323,21 +323,23 @@ class DataParty:
             )
         call = self._call
         if cache is not None and call.past is None:
-            call = attrs.evolve(call, past=self._rewound(cache, call.inputs))
+            call = attrs.evolve(call, past=self._rewound(cache, call.inputs, program.modules))
         roles = find_roles(
             self.model, call, program, leaves, self.partition.disclose, self._probing
         )
         self.roles[program.id] = roles
         return roles
 
-    def _rewound(self, cache: Cache, inputs: dict[str, Any]) -> Cache | None:
+    def _rewound(
+        self, cache: Cache, inputs: dict[str, Any], modules: Sequence[str]
+    ) -> Cache | None:
         if _cache_in(inputs) is None:
             return None
         with torch.inference_mode(False), torch.no_grad():
             past = copy.deepcopy(cache)
             ids = inputs.get("input_ids")
             new = ids.shape[-1] if ids is not None else inputs["inputs_embeds"].shape[1]
-            caches.advance(past, new)
+            caches.advance(past, new, self._layers(modules))
             past.crop(-new)
         return past
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vflair_core.errors import PartitionError
-from vflair_core.program import OPERATIONS, Tree
+from vflair_core.program import MIXING, OPERATIONS, Tree
 
 if TYPE_CHECKING:
     from vflair_core.recorder import Recorder
@@ -23,10 +23,20 @@ _OPERATION_NAMES: dict[Any, str] = {
     torch.Tensor.__truediv__: "div",
     torch.Tensor.tanh: "tanh",
     torch.mul: "mul",
+    torch.Tensor.__add__: "add",
+    torch.Tensor.__radd__: "add",
+    torch.add: "add",
     torch.div: "div",
     torch.flatten: "flatten",
     torch.split: "split",
     torch.relu: "relu",
+}
+# Operations that change their first argument, and the one that gives what it becomes.
+_IN_PLACE: dict[Any, str] = {
+    torch.Tensor.__iadd__: "add",
+    torch.Tensor.__imul__: "mul",
+    torch.Tensor.add_: "add",
+    torch.Tensor.mul_: "mul",
 }
 # Questions about a deferred tensor that its shape, dtype and device answer.
 _FREE = frozenset(
@@ -50,6 +60,7 @@ class Deferred(Tensor):
     meta: Tensor
     recorder: Recorder
     node: Tree
+    known: dict[Tree, Tensor]  # of the outputs of its program, once the model party gave them
 
     @staticmethod
     def of(meta: Tensor, device: torch.device, recorder: Recorder, node: Tree) -> Deferred:
@@ -57,7 +68,13 @@ class Deferred(Tensor):
             Deferred, meta.shape, dtype=meta.dtype, device=device
         )
         deferred.meta, deferred.recorder, deferred.node = meta, recorder, node
+        deferred.known = recorder.fetched
         return deferred
+
+    @property
+    def fetched(self) -> Tensor | None:
+        """The value, if the model party gave it already."""
+        return self.known.get(self.node)
 
     @classmethod
     def __torch_function__(
@@ -72,8 +89,12 @@ class Deferred(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         name = _OPERATION_NAMES.get(func)
-        if name is not None and isinstance(args[0], Deferred) and _are_literal(args[1:], kwargs):
-            return args[0].recorder.apply(name, args, kwargs)
+        first = args[0]
+        waiting = isinstance(first, Deferred) and first.fetched is None
+        if name is not None and waiting and _are_literal(args[1:], kwargs):
+            return first.recorder.apply(name, args, kwargs)
+        if not kwargs and (mixed := _mixed(func, args)) is not None:
+            return mixed
         # A value is needed here, on the data party: fetch it and go on with a real tensor.
         args, kwargs = _realised(args), _realised(kwargs)
         return func(*args, **kwargs)
@@ -91,6 +112,31 @@ class Deferred(Tensor):
         return (
             f"Deferred(shape={tuple(self.meta.shape)}, dtype={self.meta.dtype}, node={self.node})"
         )
+
+
+def _mixed(func: Any, args: tuple[Any, ...]) -> Deferred | None:
+    """Record a sum or product with another tensor, if it lies between the parts of a block; None if not."""
+    in_place = _IN_PLACE.get(func)
+    name = in_place or _OPERATION_NAMES.get(func)
+    waiting = [arg for arg in args if isinstance(arg, Deferred) and arg.fetched is None]
+    if name not in MIXING or len(args) != 2 or not waiting:
+        return None
+    recorder = waiting[0].recorder
+    if not recorder.is_between_parts() or not all(isinstance(arg, Tensor) for arg in args):
+        return None
+    if in_place is None:
+        first, second = args if _fits(args[1], args[0]) else args[::-1]
+        return recorder.apply(name, (first, second), {}) if _fits(second, first) else None
+    first, second = args
+    if first not in waiting or not recorder.gave_last(first) or not _fits(second, first):
+        return None
+    first.node = recorder.apply(name, args, {}).node  # all who hold it see what it has become
+    return first
+
+
+def _fits(second: Tensor, first: Tensor) -> bool:
+    sizes = zip(first.shape[::-1], second.shape[::-1], strict=False)
+    return second.dim() <= first.dim() and all(b in (1, a) for a, b in sizes)
 
 
 def _are_literal(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -15,7 +15,14 @@ class PartitionError(VflairError):
 
 
 class LeakError(PartitionError):
-    """Something that must stay with the data party was about to cross."""
+    """Something that must stay with the data party was about to cross.
+
+    `tensor` is its name, where it is one tensor that `Partition(disclose=...)` can let through.
+    """
+
+    def __init__(self, message: str, tensor: str | None = None) -> None:
+        super().__init__(message)
+        self.tensor = tensor
 
 
 class ProtocolError(VflairError):

@@ -66,6 +66,8 @@ def token_tables(model: PreTrainedModel) -> list[nn.Module]:
         table: Any = model.get_input_embeddings()
     except NotImplementedError:  # hashes of characters, for example
         return []
+    if not isinstance(table, nn.Module):  # latent states that read the text, for example
+        return []
     tables = list(table) if isinstance(table, nn.ModuleList) else [table]  # one for each codebook
     weights = {id(weight) for part in tables for weight in part.parameters()}
     every = (part for part in model.modules() if isinstance(part, nn.Embedding))

@@ -18,15 +18,17 @@ from torch import nn
 
 from vflair_core.absent import on_meta
 from vflair_core.assembly import assemble, open_channel
-from vflair_core.blocks import Stage, locate_blocks, stages
+from vflair_core.blocks import stages
 from vflair_core.channel import Channel, Handler
 from vflair_core.data_party import DataParty
 from vflair_core.errors import CheckpointError
 from vflair_core.fingerprint import fingerprint
+from vflair_core.locating import locate_blocks
 from vflair_core.model_party import ModelParty
 from vflair_core.partition import Partition, _take, called_here
 from vflair_core.slices import Slices
 from vflair_core.source import Source, find_source
+from vflair_core.stage import Stage
 from vflair_core.vacant import outside, vacate
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vflair_core import counterparts
-from vflair_core.blocks import Stage
 from vflair_core.chain import Chain
 from vflair_core.codec import DTYPES
 from vflair_core.errors import PartitionError, ProtocolError
@@ -28,6 +27,7 @@ from vflair_core.saving import load_session, save_model_party, save_session
 from vflair_core.session import Caps, End, Graph, Session
 from vflair_core.shared import Rule, SharedWeights, norms_of
 from vflair_core.slices import Slices
+from vflair_core.stage import Stage
 
 _WRONG = (AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 

@@ -15,13 +15,15 @@ from attrs import field, frozen
 from torch import nn
 
 from vflair_core.assembly import assemble, open_channel
-from vflair_core.blocks import Blocks, Stage, locate_blocks, stages
+from vflair_core.blocks import Blocks, stages
 from vflair_core.data_party import DataParty
 from vflair_core.errors import PartitionError
 from vflair_core.fingerprint import fingerprint, sample_digest, weights_in
+from vflair_core.locating import locate_blocks
 from vflair_core.model_party import ModelParty
 from vflair_core.plugins import decide, observe
 from vflair_core.slices import Slices
+from vflair_core.stage import Stage
 from vflair_core.wrapping import refuse_wrapped
 
 if TYPE_CHECKING:
@@ -153,9 +155,10 @@ def called_here(
     here: dict[str, list[bool]] = {}
     for stack in stacks:
         calls = stack.called(model)
-        for number, name in enumerate(calls):
+        for number, block in enumerate(calls):
             middle = partition.head <= number < len(calls) - partition.tail
-            here.setdefault(name, []).append(not middle)
+            for name in block:
+                here.setdefault(name, []).append(not middle)
     return {name: tuple(made) for name, made in here.items() if len(set(made)) > 1}
 
 

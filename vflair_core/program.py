@@ -17,7 +17,7 @@ trees of tuples whose first entry says what they are:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -71,6 +71,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "unsqueeze": torch.Tensor.unsqueeze,
     "split": torch.Tensor.split,
     "mul": torch.Tensor.mul,
+    "add": torch.Tensor.add,
     "div": torch.Tensor.div,
     "float": torch.Tensor.float,
     "to": torch.Tensor.to,
@@ -80,16 +81,17 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "silu": functional.silu,
     "dropout": functional.dropout,
 }
+# These may take a second tensor, which must fit the first: what comes out is as large as what went in.
+MIXING = frozenset({"add", "mul"})
 
 
 # eq=False: programs are told apart by `id`, and hashing long step lists again and again costs time.
 @frozen(eq=False, slots=False)
 class Program:
-    """Steps in order, the tensors they take, and where in the last step's output the answer lies."""
+    """Steps in order, and the tensors they take; the answer is what the last step gives."""
 
     steps: tuple[Step, ...]
     leaves: tuple[Leaf, ...]
-    output: tuple[int | str, ...] = ()
 
     @cached_property
     def id(self) -> str:
@@ -103,7 +105,7 @@ class Program:
 
     def to_wire(self) -> list[Any]:
         """As values msgpack can carry."""
-        return [self.steps, self.leaves, self.output]
+        return [self.steps, self.leaves]
 
     @classmethod
     def from_wire(cls, wire: Any) -> Program:
@@ -113,16 +115,12 @@ class Program:
             ProtocolError: The form is wrong, or an operation is not on the list.
         """
         match wire:
-            case [[*steps], [*leaves], [*output]] if len(steps) <= MAX_STEPS:
+            case [[*steps], [*leaves]] if len(steps) <= MAX_STEPS:
                 program = cls(
-                    tuple(_step(step) for step in steps),
-                    tuple(_leaf(leaf) for leaf in leaves),
-                    tuple(output),
+                    tuple(_step(step) for step in steps), tuple(_leaf(leaf) for leaf in leaves)
                 )
             case _:
-                raise ProtocolError(
-                    f"A program must be [steps, leaves, output], <= {MAX_STEPS} steps."
-                )
+                raise ProtocolError(f"A program must be [steps, leaves], <= {MAX_STEPS} steps.")
         if not program.steps:
             raise ProtocolError("A program must have at least one step.")
         return program
@@ -175,6 +173,25 @@ def _tree(tree: Any, depth: int = 0) -> Tree:
             raise ProtocolError(f"{tree!r} is not an argument a program may hold.")
 
 
+def sources(step: Step) -> list[int]:
+    """Numbers of the steps whose outputs `step` takes."""
+    found = []
+
+    def walk(tree: Any) -> None:
+        if tree[0] == "out":
+            found.append(tree[1])
+        elif tree[0] in ("tuple", "list"):
+            for item in tree[1:]:
+                walk(item)
+        elif tree[0] == "dict":
+            for _, item in tree[1:]:
+                walk(item)
+
+    for tree in (*step[2], *(tree for _, tree in step[3])):
+        walk(tree)
+    return found
+
+
 @define
 class Execution:
     """One run of a program: `call` makes a module call, `leaves` and `cache` are what the program takes."""
@@ -186,17 +203,23 @@ class Execution:
 
     def run(self, program: Program) -> list[Tensor]:
         """Run all steps and return the tensors of the answer, in order."""
-        outputs: list[Any] = []
-        for kind, name, args, kwargs in program.steps:
-            positional = [self._build(tree, outputs) for tree in args]
-            named = {key: self._build(tree, outputs) for key, tree in kwargs}
-            if kind == "module":
-                outputs.append(self.call(name, positional, named))
-            else:
-                outputs.append(OPERATIONS[name](*positional, **named))
-        return tensors_of(_at(outputs[-1], program.output))
+        outputs: dict[int, Any] = {}
+        for number, step in enumerate(program.steps):
+            outputs[number] = self.step(step, outputs)
+        return tensors_of(outputs[len(program.steps) - 1])
 
-    def _build(self, tree: Tree, outputs: list[Any]) -> Any:
+    def step(self, step: Step, outputs: Mapping[int, Any]) -> Any:
+        """Run one step on the `outputs` of those before it."""
+        kind, name, args, kwargs = step
+        positional = [self._build(tree, outputs) for tree in args]
+        named = {key: self._build(tree, outputs) for key, tree in kwargs}
+        if kind == "module":
+            return self.call(name, positional, named)
+        if name in MIXING and len(positional) > 1 and isinstance(positional[1], Tensor):
+            _check_fit(name, positional[0], positional[1])
+        return OPERATIONS[name](*positional, **named)
+
+    def _build(self, tree: Tree, outputs: Mapping[int, Any]) -> Any:
         match tree[0]:
             case "leaf":
                 return self.leaves[tree[1]]
@@ -220,6 +243,15 @@ class Execution:
                 return DTYPES[tree[1]]
             case _:
                 return Ellipsis
+
+
+def _check_fit(name: str, first: Tensor, second: Tensor) -> None:
+    """See that `second` is spread over `first`, never the other way: a product of rows would grow without bound."""
+    sizes = zip(first.shape[::-1], second.shape[::-1], strict=False)
+    if second.dim() > first.dim() or any(b not in (1, a) for a, b in sizes):
+        raise ProtocolError(
+            f"{name!r} takes a second tensor that fits the first, {tuple(first.shape)}, not {tuple(second.shape)}."
+        )
 
 
 def _at(value: Any, path: tuple[int | str, ...]) -> Any:

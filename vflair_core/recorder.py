@@ -6,10 +6,9 @@ the protocol and real tensors come back. Nothing here knows a model family.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections import Counter, UserDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,12 +16,22 @@ from attrs import define, field
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from vflair_core.blocks import Stage
-from vflair_core.cache import holds_past
 from vflair_core.codec import DTYPES
 from vflair_core.deferred import Deferred
 from vflair_core.errors import LeakError, PartitionError, ProtocolError
-from vflair_core.program import ALLOWED, OPERATIONS, Leaf, Program, Step, Tree, tensors_of
+from vflair_core.program import (
+    ALLOWED,
+    OPERATIONS,
+    Execution,
+    Leaf,
+    Program,
+    Step,
+    Tree,
+    sources,
+    tensors_of,
+)
+from vflair_core.shapes import Shapes, first_tensor, rebuilt
+from vflair_core.stage import Stage, stage_of
 
 if TYPE_CHECKING:
     from vflair_core.absent import Absent
@@ -47,7 +56,6 @@ DROPPED = frozenset(
     ]
 )
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_STRUCTURES = 4096  # remembered shapes; forgetting them costs time only
 
 
 @define(eq=False)
@@ -65,9 +73,13 @@ class Recorder:
         factory=Counter
     )  # of shared blocks, since the model was last called
     _called: list[str] = field(factory=list)  # modules of the program so far
+    fetched: dict[Tree, Tensor] = field(
+        factory=dict
+    )  # of outputs of this program that were fetched
+    _returned: Any = None  # the form of what the last module gives
     _known: dict[int, int] = field(factory=dict)
-    _structures: dict[Any, Any] = field(factory=dict)
-    _learnt: dict[str, Any] = field(factory=dict)  # of each module the last, and its input's shape
+    _versions: list[int] = field(factory=list)  # of `tensors`, as they were when they were taken
+    _shapes: Shapes = field(factory=Shapes)
 
     def begin(self) -> None:
         """Make ready for a new call of the model."""
@@ -77,7 +89,8 @@ class Recorder:
     def reset(self) -> None:
         """Forget what was recorded."""
         self.steps, self.tensors, self.leaves, self.cache = [], [], [], None
-        self._known, self._called = {}, []
+        self._known, self._called, self.fetched, self._returned = {}, [], {}, None
+        self._versions = []
 
     def call(self, absent: Absent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record the call of an absent module."""
@@ -85,22 +98,21 @@ class Recorder:
         trees = {key: self._tree(value, key) for key, value in named.items()}
         self.steps.append(("module", absent.name, (), tuple(trees.items())))
         self._called.append(absent.name)
-        structure = self._structure(absent, named, trees)
+        structure = self._shapes.of(absent, named, trees)
         local_cache = next((value for value in named.values() if isinstance(value, Cache)), None)
         if self._is_complete():
             shapes = tensors_of(structure)
-            answer = self._fire((), shapes)
-            if len(answer) != len(shapes):
-                raise ProtocolError(
-                    f"{absent.name} returns {len(shapes)} tensors; {len(answer)} came back."
-                )
+            answer = self._fire(shapes)
             real = iter(answer)
-            return _map(structure, lambda _meta, _path: next(real), local_cache)
-        device, step = _first(named).device, len(self.steps) - 1
-        return _map(
-            structure,
-            lambda m, path: Deferred.of(m, device, self, ("out", step, *path)),
-            local_cache,
+            return rebuilt(structure, lambda _meta, _path: next(real), local_cache)
+        self._returned = structure
+        return self._deferred(structure, first_tensor(named).device, local_cache)
+
+    def _deferred(self, shapes: Any, device: torch.device, cache: Cache | None = None) -> Any:
+        """What the last step will give."""
+        step = len(self.steps) - 1
+        return rebuilt(
+            shapes, lambda meta, path: Deferred.of(meta, device, self, ("out", step, *path)), cache
         )
 
     def _is_complete(self) -> bool:
@@ -109,40 +121,81 @@ class Recorder:
 
     def apply(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record an operation of the list on a deferred tensor."""
-        subject: Deferred = args[0]
         trees = tuple(self._tree(value, name) for value in args)
         named = tuple((key, self._tree(value, name)) for key, value in kwargs.items())
         self.steps.append(("op", name, trees, named))
-        device, step = subject.device, len(self.steps) - 1
-        shapes = OPERATIONS[name](subject.meta, *args[1:], **kwargs)
-        return _map(
-            shapes, lambda m, path: Deferred.of(m, device, self, ("out", step, *path)), None
-        )
+        shapes = OPERATIONS[name](*map(_on_meta, args), **kwargs)
+        return self._deferred(shapes, args[0].device)
+
+    def is_between_parts(self) -> bool:
+        """Whether the model party has still blocks to run, so that nothing can be sent back now."""
+        called = tuple(self._called)
+        return any(stage.goes_on_after(called) for stage in self.stages)
+
+    def gave_last(self, deferred: Deferred) -> bool:
+        """Whether `deferred` is all that the last step gives, so that nothing else was derived from it."""
+        return deferred.node == ("out", len(self.steps) - 1) and deferred.known is self.fetched
 
     def realise(self, deferred: Deferred) -> Tensor:
-        """Fetch the value of a deferred tensor before the program is complete."""
-        kind, step, *path = deferred.node
-        if kind != "out" or step != len(self.steps) - 1:
+        """Fetch the value of a deferred tensor before the program is complete; it has it from then on.
+
+        What the last module gave is sent back, and the operations recorded since are done here: the model may need
+        what they started from as well.
+        """
+        if deferred.fetched is None and deferred.known is self.fetched:
+            self._fetch()
+        if deferred.fetched is None:
             raise PartitionError(
-                "The model needs a value from the middle of the model party's layers: the output of step "
-                f"{step} ({self._step_name(step)}) after {self._step_name(-1)} was called. "
-                "Choose a cut after that layer; `verify` says which cuts work."
+                "The model needs a value from the middle of the model party's layers: the output of "
+                f"step {deferred.node[1]} after {self._called[-1] if self._called else 'the exchange'}. Choose a cut "
+                "after that layer; `verify` says which cuts work."
             )
-        return self._fire(tuple(path), [deferred.meta])[0]
+        return deferred.fetched
 
-    def _step_name(self, step: int) -> str:
-        return self.steps[step][1] if -len(self.steps) <= step < len(self.steps) else "nothing"
+    def _fetch(self) -> None:
+        """Ask for the steps so far, and note the value of everything that came of the last module."""
+        stage_of(tuple(self._called), self.stages)
+        calls = [number for number, step in enumerate(self.steps) if step[0] == "module"]
+        last, steps, known, tensors = calls[-1], self.steps, self.fetched, self.tensors
+        returned, self.steps = self._returned, steps[: last + 1]
+        answer = iter(self._fire(tensors_of(returned)))
+        outputs: dict[int, Any] = {last: rebuilt(returned, lambda *_: next(answer), None)}
+        work = Execution(_no_module, tensors)
+        for number, step in enumerate(steps[last + 1 :], last + 1):
+            if min(sources(step)) >= last:
+                outputs[number] = work.step(step, outputs)
+        for number, output in outputs.items():
 
-    def _fire(self, output: tuple[int | str, ...], shapes: list[Tensor]) -> list[Tensor]:
-        program = Program(tuple(self.steps), tuple(self.leaves), output)
+            def note(tensor: Tensor, path: Tree, number: int = number) -> Tensor:
+                return known.setdefault(("out", number, *path), tensor)
+
+            rebuilt(output, note, None)
+
+    def _fire(self, shapes: list[Tensor]) -> list[Tensor]:
+        for tensor, version, (name, *_) in zip(
+            self.tensors, self._versions, self.leaves, strict=True
+        ):
+            if _version(tensor) != version:
+                raise PartitionError(
+                    f"The model changed {name!r} in place after a layer of the model party had taken it. Choose a cut "
+                    "at which this layer stays with the data party."
+                )
+        program = Program(tuple(self.steps), tuple(self.leaves))
         tensors, cache = self.tensors, self.cache
         self.reset()
-        return self.handover(program, tensors, cache, shapes)
+        answer = self.handover(program, tensors, cache, shapes)
+        if len(answer) != len(shapes):
+            raise ProtocolError(
+                f"{program.modules[-1]} returns {len(shapes)} tensors; {len(answer)} came back."
+            )
+        return answer
 
     def _tree(self, value: Any, name: str) -> Tree:
         match value:
+            case Deferred(fetched=Tensor() as fetched):
+                return "leaf", self._leaf(fetched, name)
             case Deferred():
-                if value.recorder is not self or value.node[1] >= len(self.steps):
+                if value.known is not self.fetched:
                     raise PartitionError(
                         f"Argument {name!r} uses a value from inside the model party that was not sent back."
                     )
@@ -184,37 +237,24 @@ class Recorder:
         if index is None:
             index = self._known[id(tensor)] = len(self.tensors)
             self.tensors.append(tensor)
+            self._versions.append(_version(tensor))
             self.leaves.append((name, _DTYPE_NAMES[tensor.dtype], tensor.dim()))
         return index
 
-    def _structure(self, absent: Absent, named: dict[str, Any], trees: dict[str, Tree]) -> Any:
-        """What the module returns, with meta tensors for tensors. Learned once per shape of its input."""
-        hidden = _first(named)
-        literals = tuple((key, tree) for key, tree in trees.items() if tree[0] == "value")
-        key = (absent.name, tuple(hidden.shape), hidden.dtype, absent.training, literals)
-        if len(self._structures) >= MAX_STRUCTURES:
-            self._structures.clear()
-        if key not in self._structures:
-            self._structures[key] = self._learned(absent, named, hidden)
-        return self._structures[key]
 
-    def _learned(self, absent: Absent, named: dict[str, Any], hidden: Tensor) -> Any:
-        """What the module returns, found by running its skeleton, or from what it returned for other lengths."""
-        known, shape = self._learnt.get(absent.name, (None, None))
+def _version(tensor: Tensor) -> int:
+    """How often `tensor` was changed in place; those of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
-        def resized(tensor: Tensor, _path: Tree) -> Tensor:
-            # What had the shape of the input has it again; of anything else the shape is not known now.
-            size = hidden.shape if tensor.shape == shape else (0,)
-            return torch.empty(size, dtype=tensor.dtype, device="meta")
 
-        try:
-            structure = _run_skeleton(absent, named)
-        except PartitionError:
-            if shape is None:
-                raise
-            return _map(known, resized, None)
-        self._learnt[absent.name] = structure, hidden.shape
-        return structure
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, Deferred):
+        return value.meta
+    return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
+
+
+def _no_module(name: str, *_: Any) -> Any:
+    raise ProtocolError(f"{name} is held by the model party.")
 
 
 def _close(shared: UserDict[str, Any]) -> None:
@@ -246,80 +286,3 @@ def _checked(absent: Absent, kwargs: dict[str, Any]) -> dict[str, Any]:
                 f"{', '.join(absent.parameter_names)}."
             )
     return kept
-
-
-def _first(named: dict[str, Any]) -> Tensor:
-    return next(value for value in named.values() if isinstance(value, Tensor))
-
-
-def _run_skeleton(absent: Absent, named: dict[str, Any]) -> Any:
-    """Run a block on the meta device for its shapes: without cache, and without the mask that fits it."""
-    past = next((value for value in named.values() if isinstance(value, Cache)), None)
-    has_past = past is not None and holds_past(past, absent.layers)
-
-    def to_meta(value: Any, key: str) -> Any:
-        if isinstance(value, Deferred):
-            return value.meta
-        if isinstance(value, Tensor):
-            return None if has_past and "mask" in key else torch.empty_like(value, device="meta")
-        if isinstance(value, (tuple, list)):
-            return _like(value, [to_meta(item, key) for item in value])
-        return None if isinstance(value, Cache) else value
-
-    shadow = {key: to_meta(value, key) for key, value in named.items()}
-    absent.skeleton.train(absent.training)
-    try:
-        with torch.no_grad():
-            return absent.skeleton(**shadow)
-    except Exception:  # noqa: BLE001 - any operation may lack a meta kernel; zeros can be computed with
-        kept = {key: named[key] if shadow[key] is not None else None for key in named}
-        return _run_on_zeros(absent, kept)
-
-
-def _run_on_zeros(absent: Absent, named: dict[str, Any]) -> Any:
-    """Run a block whose shapes depend on values (a router's choice of experts) with zeros for weights."""
-
-    def known(value: Any) -> Any:
-        if isinstance(value, Deferred):
-            return torch.zeros(value.meta.shape, dtype=value.meta.dtype)
-        if isinstance(value, Tensor):
-            return value.detach().cpu()
-        if isinstance(value, (tuple, list)):
-            return _like(value, map(known, value))
-        return value
-
-    try:
-        block = copy.deepcopy(absent.skeleton).to_empty(device="cpu")
-        with torch.no_grad(), torch.random.fork_rng([]):
-            for weight in (*block.parameters(), *block.buffers()):
-                weight.zero_()
-            answer = block(**{key: known(value) for key, value in named.items()})
-        return _map(answer, lambda tensor, _path: tensor.to("meta"), None)
-    except Exception as error:
-        raise PartitionError(
-            f"The shapes that {absent.name} ({type(absent.skeleton).__name__}) returns could not be found "
-            f"without its weights: {error}. Keep this block with the data party."
-        ) from error
-
-
-def _map(
-    value: Any,
-    change: Callable[[Tensor, tuple[int | str, ...]], Tensor],
-    cache: Any,
-    path: Tree = (),
-) -> Any:
-    """Rebuild a nested output with `change(tensor, path)` for each tensor and the local cache for a cache."""
-    if isinstance(value, Tensor):
-        return change(value, path)
-    if isinstance(value, dict):
-        entries = {key: _map(item, change, cache, (*path, key)) for key, item in value.items()}
-        return type(value)(entries)
-    if isinstance(value, (tuple, list)):
-        items = [_map(item, change, cache, (*path, n)) for n, item in enumerate(value)]
-        return _like(value, items)
-    return cache if isinstance(value, Cache) else value
-
-
-def _like(value: Any, items: Iterable[Any]) -> Any:
-    """Make a tuple, named tuple or list of the same class."""
-    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

@@ -74,7 +74,8 @@ def _made_up(shape: Tensor, device: torch.device, generator: torch.Generator) ->
     if not shape.is_floating_point():
         return torch.zeros_like(shape, device=device)
     values = torch.randn(shape.shape, generator=generator)
-    return values.to(device, shape.dtype).requires_grad_()
+    # Not a leaf: the model may change what it got in place.
+    return values.to(device, shape.dtype).requires_grad_().clone()
 
 
 @define(eq=False)
@@ -131,7 +132,8 @@ def _role(
     raise LeakError(
         f"{name!r} ({dtype}, shape {tuple(first.shape)}) would carry the text across the cut: it changes when "
         "the tokens change and is not computed from their embeddings. Choose another cut, or, if you accept "
-        f"this, say Partition(..., disclose=({name!r},)): it is recorded with every result."
+        f"this, say Partition(..., disclose=({name!r},)): it is recorded with every result.",
+        tensor=name,
     )
 
 
@@ -203,8 +205,8 @@ def _other(model: nn.Module, key: str, value: Any, probe: Probe) -> Any:
     if not isinstance(value, Tensor):
         return value
     if value.is_floating_point() and "mask" not in key:
-        noise = torch.randn(value.shape, generator=probe.generator)
-        return noise.to(value).requires_grad_()
+        noise = torch.randn(value.shape, generator=probe.generator).to(value)
+        return torch.where(_places_in(value), value, noise).requires_grad_()
     if key.endswith("input_ids"):
         return _other_ids(model.config, value, probe.generator)
     if key == "labels" and value.dim() > 1 and not value.is_floating_point():  # tokens
@@ -214,6 +216,14 @@ def _other(model: nn.Module, key: str, value: Any, probe: Probe) -> Any:
         labels = torch.randint(size, value.shape, generator=probe.generator).to(value.device)
         return torch.where(value < 0, value, labels)
     return value.clone()
+
+
+def _places_in(value: Tensor) -> Tensor:
+    """Columns of whole numbers beside others: patches come with their row and column, which are form, not content."""
+    whole = (
+        (value == value.round()).flatten(0, -2).all(0) if value.dim() > 1 else torch.tensor(True)
+    )
+    return (whole & ~whole.all()).to(value.device)
 
 
 def _other_ids(config: Any, ids: Tensor, generator: torch.Generator) -> Tensor:

@@ -132,9 +132,7 @@ class Session:
                 raise ProtocolError(
                     f"A session may keep {self.caps.caches} caches; delete unused ones."
                 )
-            if not layers or any(max(layers) >= len(part) for part in spec["parts"]):
-                raise ProtocolError("The described cache does not fit this model.")
-            self.caches[key] = caches.build(spec["parts"])
+            self.caches[key] = caches.build(spec["parts"], layers)
         found = self.caches[key]
         caches.repeat(found, spec["deeds"], layers)
         return found

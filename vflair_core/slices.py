@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 from torch import nn
 
-from vflair_core.blocks import Blocks, Stage, units_around
+from vflair_core.blocks import Blocks, units_around
 from vflair_core.errors import ExperimentError, did_you_mean
+from vflair_core.stage import Stage
 
 if TYPE_CHECKING:
     from vflair_core.partition import Partition
@@ -44,15 +45,15 @@ class Slices:
         found: dict[str, set[str]] = {}
         for stack in stacks:
             calls = stack.called(model)
-            for number, unit in enumerate(calls):
-                names = found.setdefault(unit, set())
-                names.add(f"blocks.{number}")
+            for number, block in enumerate(calls):
                 if number < partition.head:
-                    names |= {"data_party", "head"}
+                    names = {"data_party", "head"}
                 elif number < len(calls) - partition.tail:
-                    names |= {"model_party", middle}
+                    names = {"model_party", middle}
                 else:
-                    names |= {"data_party", "tail"}
+                    names = {"data_party", "tail"}
+                for unit in block:
+                    found.setdefault(unit, set()).update(names, {f"blocks.{number}"})
         absent = {name for stage in stages for name in stage.rest}
         for unit in units_around(model, stacks):
             embeds = any(isinstance(m, nn.Embedding) for m in model.get_submodule(unit).modules())

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from vflair_core import Partition, split
-from vflair_core.blocks import Stage
 from vflair_core.errors import PartitionError
 from vflair_core.model_party import ModelParty
+from vflair_core.stage import Stage
 from vflair_core.testing import tiny_batch, tiny_model
 from vflair_core.training import FineTuning, Train, train_unsplit
 

@@ -251,7 +251,13 @@ def test_memory_is_flat_over_ten_thousand_forwards_without_backward(cut):
     session, party, line = session_of(parties), parties.data_party, parties.data_party.line
     assert len(session.graphs) <= 3
     assert (len(session.caches), len(session.programs)) == (0, 1)
-    held = (party.roles, party._seen_paths, party.recorder._structures, line.graphs, line.caches)
+    held = (
+        party.roles,
+        party._seen_paths,
+        party.recorder._shapes._structures,
+        line.graphs,
+        line.caches,
+    )
     assert all(len(kept) <= 8 for kept in held)
 
 

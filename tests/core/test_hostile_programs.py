@@ -16,8 +16,8 @@ CACHE = cache_argument(GPT2Block)
 
 def steps_of(victim, change):
     """The victim's program with its list of steps changed, and the id it has then."""
-    steps, leaves, output = codec.decode(codec.encode(victim.said["forward"])).meta["program"]
-    program = [change(steps), leaves, output]
+    steps, leaves = codec.decode(codec.encode(victim.said["forward"])).meta["program"]
+    program = [change(steps), leaves]
     try:
         return {"program": program, "id": Program.from_wire(program).id}
     except (ProtocolError, TypeError, ValueError):
@@ -114,7 +114,51 @@ def test_a_program_that_is_not_the_chain_is_refused(mallory, change, words):
 
 
 @pytest.mark.parametrize(
-    "program", [None, 3, "steps", [], [1, 2, 3], [[], [], []], [[None], [], []], {}]
+    "program", [None, 3, "steps", [], [1, 2], [1, 2, 3], [[], []], [[None], []], {}]
 )
 def test_what_is_no_program_is_refused(mallory, program):
     mallory.refused(mallory.forged("forward", program=program))
+
+
+HALF = ["value", 0.5]
+
+
+def test_a_sum_of_a_value_and_itself_is_run(mallory):
+    """Adding twice one half of a value to nothing else gives the value: the same answer as without."""
+    ours = mallory.model_party.handle(mallory.forged("forward")).tensors[0].tensor
+    halves = after_the_first(op("mul", out(0), HALF), op("add", out(1), out(1)))
+    changed = mallory.forged("forward", cache=None, **steps_of(mallory, halves))
+    assert torch.equal(mallory.model_party.handle(changed).tensors[0].tensor, ours)
+
+
+def row_by_column(name):
+    """A column of the hidden states, and a row of them, whose sum or product is a square."""
+    column, row = op("getitem", out(0), ["value", 0]), op("getitem", out(0), ["value", 0])
+    column = [
+        *column[:2],
+        [out(0), ["tuple", ["value", 0], ["slice", None, None, None], ["slice", 0, 1, None]]],
+        [],
+    ]
+    row = [
+        *row[:2],
+        [out(0), ["tuple", ["value", 0], ["slice", 0, 1, None], ["slice", None, None, None]]],
+        [],
+    ]
+    return after_the_first(column, row, op(name, out(1), out(2)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (row_by_column("mul"), "takes a second tensor that fits the first"),
+        (row_by_column("add"), "takes a second tensor that fits the first"),
+        (after_the_first(op("add", ["leaf", 0], ["leaf", 0])), "does not use the output"),
+        (after_the_first(op("add", out(0), out(0), out(0))), "one tensor, then numbers"),
+        (after_the_first(op("div", out(0), out(0))), "one tensor, then numbers"),
+        (after_the_first(op("add", out(0), out(0), alpha=out(0))), "one tensor, then numbers"),
+        (after_the_first(op("add", out(0), out(0), out=out(0))), "one tensor, then numbers"),
+        (after_the_first(op("add", out(0), ["cache"])), "one tensor, then numbers"),
+    ],
+)
+def test_two_tensors_that_do_not_fit_or_more_of_them_are_refused(mallory, change, words):
+    mallory.refused(mallory.forged("forward", **steps_of(mallory, change)), words)

@@ -1,0 +1,153 @@
+"""Models whose blocks are laid out or called in ways of their own, cut and compared with the whole model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import MllamaForCausalLM
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
+
+from vflair_core.errors import PartitionError
+from vflair_core.partition import Partition, split
+from vflair_core.testing import SIZES, tiny_batch, tiny_model
+
+XLM = {"emb_dim": 16, "n_layers": 4, "n_heads": 2, "pad_index": 0, "eos_index": 2}
+MINIMAX = {
+    "intermediate_size": 32,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "block_size": 4,
+    "num_local_experts": 2,
+    "layer_types": ["full_attention", "linear_attention"] * 2,
+}
+MLLAMA = {
+    "num_hidden_layers": 5,
+    "cross_attention_layers": [1, 3],
+    "intermediate_size": 32,
+    "num_key_value_heads": 1,
+}
+ZAMBA2 = {
+    "num_hidden_layers": 5,
+    "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid", "hybrid"],
+    "n_mamba_heads": 2,
+    "mamba_d_state": 4,
+    "mamba_expand": 1,
+    "mamba_ngroups": 1,
+    "chunk_size": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+    "adapter_rank": 4,
+    "num_mem_blocks": 1,
+}
+NANOCHAT = {"intermediate_size": 32, "num_key_value_heads": 2}
+
+
+def mllama():
+    return MllamaForCausalLM(MllamaTextConfig(**SIZES | MLLAMA)).eval()
+
+
+def assert_same_step(parties, batch):
+    """Loss and logits bit for bit, the gradients of all weights but for the order in which they are summed."""
+    expected = parties.whole(**batch)
+    found = parties.data_party.model(**batch)
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.loss, expected.loss)
+    expected.loss.backward()
+    found.loss.backward()
+    sides = (parties.data_party, parties.model_party)
+    ours = {name: weight for side in sides for name, weight in side.named_parameters()}
+    for name, weight in parties.whole.named_parameters():
+        if weight.grad is not None and not parties.data_party.untied:
+            torch.testing.assert_close(ours[name].grad, weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def assert_same_writing(parties, batch, **options):
+    prompt = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False} | options
+    expected = parties.whole.generate(**prompt, **options)
+    assert torch.equal(parties.data_party.model.generate(**prompt, **options), expected)
+
+
+@pytest.mark.parametrize(("head", "tail"), [(1, 1), (0, 2), (2, 1), (1, 0)])
+@pytest.mark.parametrize("kind", ["xlm", "flaubert"])
+def test_blocks_in_parallel_lists_are_cut_by_their_number(cut, kind, head, tail):
+    parties = cut(kind, head, tail, model=tiny_model(kind, "classification", **XLM), wire=True)
+    (stage,) = parties.data_party.stages
+    parts = ("attentions", "layer_norm1", "ffns", "layer_norm2")
+    numbers = range(head, 4 - tail)
+    assert stage.blocks == tuple(f"transformer.{part}.{n}" for n in numbers for part in parts)
+    for side in ("right", None):
+        assert_same_step(parties, tiny_batch(parties.whole, padding=side, labels="classes"))
+
+
+@pytest.mark.parametrize(("head", "tail"), [(1, 1), (0, 1), (0, 2), (1, 0)])
+def test_blocks_for_pictures_are_left_out_where_there_is_none(cut, head, tail):
+    parties = cut("mllama", head, tail, model=mllama(), wire=True)
+    (stage,) = parties.data_party.stages
+    assert stage.optional == {"model.layers.1", "model.layers.3"} & set(stage.blocks)
+    batch = tiny_batch(parties.whole, padding="left", labels="tokens")
+    assert_same_step(parties, batch)
+    assert_same_writing(parties, batch)
+    assert_same_writing(parties, batch, num_beams=2)
+
+
+def test_blocks_for_pictures_are_run_where_there_is_one(cut):
+    parties = cut("mllama", 1, 1, model=mllama(), wire=True)
+    for model in (parties.whole, parties.data_party.model):
+        for name, weight in model.named_parameters():
+            if name.endswith("gate"):
+                weight.data.fill_(0.5)
+    for name, weight in parties.model_party.named_parameters():
+        if name.endswith("gate"):
+            weight.data.fill_(0.5)
+    batch = tiny_batch(parties.whole, labels="tokens")
+    seen = torch.randn(len(batch["input_ids"]), 6, 16)
+    without = parties.whole(**batch).logits
+    batch |= {"cross_attention_states": seen, "use_cache": False}
+    assert not torch.equal(parties.whole(**batch).logits, without)
+    assert_same_step(parties, batch)
+
+
+@pytest.mark.parametrize(("head", "tail"), [(1, 1), (0, 2), (2, 0)])
+def test_a_cache_that_makes_its_own_layers_lives_in_two_halves(cut, head, tail):
+    parties = cut("minimax", head, tail, model=tiny_model("minimax", **MINIMAX), wire=True)
+    batch = tiny_batch(parties.whole, padding="left", labels="tokens")
+    assert_same_step(parties, batch)
+    assert_same_writing(parties, batch)
+    assert_same_writing(parties, batch, num_beams=2)
+
+
+@pytest.mark.parametrize(("head", "tail"), [(1, 1), (2, 2), (1, 0)])
+def test_a_part_that_blocks_of_both_parties_share_is_held_by_both(cut, head, tail):
+    parties = cut("zamba2", head, tail, model=tiny_model("zamba2", **ZAMBA2), wire=True)
+    batch = tiny_batch(parties.whole, padding="left", labels="tokens")
+    assert_same_step(parties, batch)
+    assert_same_writing(parties, batch)
+
+
+def test_a_value_that_a_model_needs_twice_is_fetched_once(cut):
+    """The last norm of nanochat has no weights: the data party runs it, and uses its input twice."""
+    parties = cut("nanochat", 1, 0, model=tiny_model("nanochat", **NANOCHAT), wire=True)
+    batch = tiny_batch(parties.whole, labels="tokens")
+    assert_same_step(parties, batch)
+    said = []
+    with parties.data_party.channel.tap(lambda message, *_: said.append(message.kind)):
+        parties.data_party.model(**batch)
+    assert said.count("forward") == 4  # blocks and head, there and back
+
+
+def test_a_tensor_changed_in_place_after_it_was_taken_is_not_sent():
+    model = tiny_model("llama")
+    data_party, _ = split(model, Partition(head=1, tail=1))
+    second = data_party.model.model.layers[2]
+    taken = []
+
+    def change(_module, args):
+        taken[0].add_(1.0)
+
+    data_party.model.model.layers[0].register_forward_hook(
+        lambda _module, _args, out: taken.append(out)
+    )
+    second.register_forward_pre_hook(change)
+    with torch.no_grad(), pytest.raises(PartitionError, match="changed 'hidden_states' in place"):
+        data_party.model(**tiny_batch(data_party.model))

@@ -17,6 +17,7 @@ _HOMES = {
     "Message": "message",
     "Partition": "partition",
     "split": "partition",
+    "divide": "partition",
     "load_data_party": "loading",
     "load_model_party": "loading",
     "merge": "merging",
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from vflair_core.merging import merge as merge
     from vflair_core.message import Message as Message
     from vflair_core.partition import Partition as Partition
+    from vflair_core.partition import divide as divide
     from vflair_core.partition import split as split
     from vflair_core.plugins import plugin_manager as plugin_manager
     from vflair_core.result import Result as Result

@@ -154,8 +154,7 @@ def explain(
 @app.command
 def merge(
     data: Path,
-    model: Path,
-    *,
+    *model: Path,
     out: Annotated[Path, Parameter(help="A new folder.")],
     adapter: Annotated[
         bool, Parameter(help="Write one peft adapter instead of merging it into the weights.")
@@ -165,7 +164,7 @@ def merge(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Join what the data party saved in DATA and the model party in MODEL into one Hugging Face checkpoint."""
+    """Join what the data party saved in DATA and the model parties in MODEL … into one Hugging Face checkpoint."""
     _configure_logging(verbose=False)
     from transformers.utils import logging as transformers_logging
 

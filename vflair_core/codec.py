@@ -29,7 +29,7 @@ DTYPES = {
         *("complex64", "complex128"),  # rotary tables of some models
     )
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def encode(message: Message) -> bytes:
@@ -94,12 +94,12 @@ def _no_extension(code: int, _data: bytes) -> Any:
 
 def _dtype_name(crossing: Crossing) -> str:
     dtype = crossing.tensor.dtype
-    if dtype not in _NAMES:
+    if dtype not in NAMES:
         raise ProtocolError(
             f"Tensor {crossing.name!r} has dtype {dtype}, which cannot cross. "
             f"Possible: {', '.join(DTYPES)}."
         )
-    return _NAMES[dtype]
+    return NAMES[dtype]
 
 
 def _to_bytes(tensor: torch.Tensor) -> bytes:

@@ -51,9 +51,15 @@ class Line:
             meta["resume"] = list(resume)
         return self.request("open", None, weights, meta).meta
 
-    def commit(self, *, scale: float | None, rate: float, skip: bool) -> None:
-        """Let the model party take or skip its step; either way both parties count it."""
-        self.request("commit", None, (), {"scale": scale, "lr": rate, "skip": skip})
+    def commit(
+        self, *, scale: float | None, rate: float, skip: bool, sharing: str | None = None
+    ) -> None:
+        """Let the model party take or skip its step; either way both parties count it.
+
+        In a chain of model parties, `sharing` is the rule for shared weights that all must have.
+        """
+        meta = {"scale": scale, "lr": rate, "skip": skip}
+        self.request("commit", None, (), meta if sharing is None else {**meta, "sharing": sharing})
         self.step += 1
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ from vflair_core.assembly import assemble, open_channel
 from vflair_core.blocks import stages
 from vflair_core.channel import Channel, Handler
 from vflair_core.data_party import DataParty
-from vflair_core.errors import CheckpointError
+from vflair_core.errors import CheckpointError, PartitionError
 from vflair_core.fingerprint import fingerprint
 from vflair_core.locating import locate_blocks
 from vflair_core.model_party import ModelParty
@@ -107,39 +107,69 @@ def load_model_party(
     *,
     auto: Any = None,
     new: Sequence[str] = (),
+    share: tuple[int, int | None] | None = None,
+    onward: Channel | Handler | str | None = None,
     plugins: pluggy.PluginManager | None = None,
     **options: Any,
 ) -> ModelParty:
     """Load the model party's half of a checkpoint: its blocks and, in HT, what comes after them.
+
+    In a chain of model parties each loads its `share`; start with the last, for each opens the way to the next
+    when a data party opens a session.
 
     Args:
         name: A folder, or a model of the Hugging Face hub.
         partition: The cut, the same as the data party's.
         auto: A class to load with, the same as the data party's.
         new: Modules that the checkpoint lacks and that start at random, e.g. ``["score"]`` in HT.
-        plugins: Asked for blocks that cannot be found.
+        share: Of the blocks of all model parties, those of this one: (first, last + 1), counted from 0. None for
+            the last + 1 takes all that follow and what comes after the blocks.
+        onward: The way to the next party of the chain, for all but the last: as `channel` of `load_data_party`.
+        plugins: Asked for blocks that cannot be found and for channels.
         options: Of `from_pretrained`: dtype, device_map, revision, quantization_config, …, and of the config.
 
     Raises:
         CheckpointError: There is no such checkpoint, or it lacks weights of this half.
-        PartitionError: The blocks cannot be found, or the cut leaves the legal range.
+        PartitionError: The blocks cannot be found, or the cut or the share leaves the legal range.
     """
     plan = _plan(name, partition, auto, plugins, options)
-    twins = _owners(twin for twins in plan.untied.values() for twin in twins)
+    cut = plan.cut if share is None else _shared_out(plan.cut, *share, last=onward is None)
+    ours = tuple(dict.fromkeys(name for stage in cut for name in stage.names))
+    untied = {mine: tied for mine, tied in plan.untied.items() if _inside(mine, ours)}
+    twins = _owners(twin for tied in untied.values() for twin in tied)
 
     def keep_ours(model: nn.Module) -> None:
-        vacate(model, set(plan.absent) | twins)
+        vacate(model, set(ours) | twins)
 
-    model = _load(plan, keep_ours, new, owned=lambda key: _inside(key, plan.absent))
+    model = _load(plan, keep_ours, new, owned=lambda key: _inside(key, ours))
     for twin in twins:
-        if not _inside(twin, plan.absent):
+        if not _inside(twin, ours):
             _replace(
                 model, twin, nn.Module()
             )  # the tied weight has been read; it is ours alone now
-    held, _ = _take(model, plan.cut, frozenset(plan.local))
-    model_party = ModelParty(held, plan.cut, plan.fingerprint(model))
+    held, _ = _take(model, cut, frozenset(plan.local))
+    model_party = ModelParty(held, cut, plan.fingerprint(model))
     model_party.slices = plan.slices
+    if onward is not None:
+        model_party.pass_on(cut, open_channel(onward, plugins, wire=False))
     return model_party
+
+
+def _shared_out(
+    cut: Sequence[Stage], first: int, end: int | None, *, last: bool
+) -> tuple[Stage, ...]:
+    """What one party of a chain runs of each stage."""
+    shortest = min(len(stage.blocks) for stage in cut)
+    if not 0 <= first < (shortest if end is None else min(end, shortest)) or last != (end is None):
+        raise PartitionError(
+            f"share=({first}, {end}) is no share of {shortest} blocks. The model parties of a chain take blocks one "
+            f"after the other, each at least one: e.g. share=(0, {shortest // 2}) with onward= the way to the next "
+            f"party, and share=({shortest // 2}, None) for the last, which has no onward."
+        )
+    return tuple(
+        Stage(stage.blocks[first:end], () if end is not None else stage.rest, stage.optional)
+        for stage in cut
+    )
 
 
 @frozen(eq=False)

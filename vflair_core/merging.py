@@ -1,6 +1,6 @@
-"""Joining what the two parties saved into an ordinary Hugging Face checkpoint, or one peft adapter.
+"""Joining what the parties saved into an ordinary Hugging Face checkpoint, or one peft adapter.
 
-Nobody joins by accident: it takes both folders and an explicit call. What comes out is what the unsplit
+Nobody joins by accident: it takes all folders and an explicit call. What comes out is what the unsplit
 model would have been; it is written aside and renamed when it is whole.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,19 +27,19 @@ if TYPE_CHECKING:
 
 def merge(
     data_folder: str | Path,
-    model_folder: str | Path,
+    model_folder: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     adapter: bool = False,
     base: str | Path | PreTrainedModel | None = None,
 ) -> Path:
-    """Join both parties' parts into the folder `out`: config, weights, and tokenizer if there is one.
+    """Join all parties' parts into the folder `out`: config, weights, and tokenizer if there is one.
 
-    Of checkpoints of a run, the last step that both folders hold is taken.
+    Of checkpoints of a run, the last step that all folders hold is taken.
 
     Args:
         data_folder: Where `data_party.save` or `FineTuning.save` wrote.
-        model_folder: Where `model_party.save` wrote, or `model_party.checkpoints`.
+        model_folder: Where `model_party.save` wrote, or `model_party.checkpoints`; of a chain, a list of them.
         out: A new or an empty folder.
         adapter: Write one peft adapter; otherwise adapters are merged into the weights.
         base: The model that adapters were trained on; by default the one that was loaded. A model that was
@@ -47,7 +48,12 @@ def merge(
     Raises:
         CheckpointError: The parts do not fit each other or the base; nothing is written.
     """
-    parts = find_parts(Path(data_folder), Path(model_folder))
+    folders = [model_folder] if isinstance(model_folder, (str, Path)) else model_folder
+    if not folders:
+        raise CheckpointError(
+            "Merging takes a folder of the data party and one of each model party."
+        )
+    parts = find_parts(Path(data_folder), [Path(folder) for folder in folders])
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there already. Choose a new folder.")

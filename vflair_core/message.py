@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import attrs
 import torch
 from attrs import field, frozen
 from torch import Tensor
@@ -65,3 +66,10 @@ class Message:
     def nbytes(self) -> int:
         """Size of all payloads in bytes, without the header."""
         return sum(crossing.nbytes for crossing in self.tensors)
+
+
+def reply(
+    message: Message, tensors: tuple[Crossing, ...] = (), meta: Mapping[str, Any] | None = None
+) -> Message:
+    """Answer `message` under the same kind and numbers."""
+    return attrs.evolve(message, tensors=tensors, meta=meta or {})

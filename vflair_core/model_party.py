@@ -5,26 +5,24 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vflair_core import counterparts
+from vflair_core import counterparts, rounds
 from vflair_core.chain import Chain
-from vflair_core.codec import DTYPES
+from vflair_core.channel import Channel
 from vflair_core.errors import PartitionError, ProtocolError
 from vflair_core.fingerprint import differences
 from vflair_core.locks import Lock
-from vflair_core.message import Crossing, Message
-from vflair_core.program import Execution, Program
-from vflair_core.saving import load_session, save_model_party, save_session
-from vflair_core.session import Caps, End, Graph, Session
+from vflair_core.message import Crossing, Message, reply
+from vflair_core.relay import Relay
+from vflair_core.saving import load_session, save_model_party, save_session, saved_steps
+from vflair_core.session import Caps, Session
 from vflair_core.shared import Rule, SharedWeights, norms_of
 from vflair_core.slices import Slices
 from vflair_core.stage import Stage
@@ -55,6 +53,14 @@ class ModelParty:
         self._lock = Lock()
         self.steps: dict[str, int] = {}  # taken on these weights, by session
         self.checkpoints: str | Path | None = None
+        self.onward: Channel | None = None  # to the next model party of a chain
+
+    def pass_on(self, stages: Sequence[Stage], onward: Channel) -> None:
+        """Run only `stages` from now on, and let the party behind `onward` run what follows them."""
+        self.chains = [Chain(self.model, stage) for stage in stages]
+        self.onward = onward
+        for name, session in self.sessions.items():
+            self._open_onward(name, session, None, None)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Weights by the names they have in the whole model."""
@@ -136,49 +142,66 @@ class ModelParty:
             self.shared.await_round(session)
         match message.kind:
             case "forward":
-                return self._forward(session, message)
+                return rounds.forward(self, session, message)
             case "backward":
-                return self._backward(session, message)
+                return rounds.backward(self, session, message)
             case "norms":
                 return self._norms(session, message)
             case "commit":
                 return self._commit(session, message)
             case "save":
                 save_session(self, message.session, session.step, self.shared.optimizer)
-                return _reply(message)
-            case "release":
-                return _reply(message)
-            case _:
+            case "close":
                 self.shared.leave(message.session)
-                return _reply(message)
+            case _:
+                pass  # "release": what was let go of is forgotten by now
+        if session.onward is not None:
+            session.onward.line.request(message.kind, None, (), {})
+        return reply(message)
 
     def _open(self, message: Message) -> Message:
-        theirs = message.meta.get("fingerprint")
-        if theirs != self.fingerprint:
+        meta, name = message.meta, message.session
+        if meta.get("fingerprint") != self.fingerprint:
             raise ProtocolError(
                 "The parties do not hold two halves of the same model: the data party has "
-                f"{differences(theirs, self.fingerprint)} at the model party. Use the same model, revision, "
-                "dtype and partition on both sides."
+                f"{differences(meta.get('fingerprint'), self.fingerprint)} at the model party. Use the same model, "
+                "revision, dtype and partition on both sides."
             )
         session = Session(self.caps, step=message.step)
         weights = {c.name: c.tensor for c in message.tensors if c.role == "counterpart"}
         session.counterparts = [
             counterparts.build(spec, f"{n}.", weights)
-            for n, spec in enumerate(message.meta.get("counterparts", ()))
+            for n, spec in enumerate(meta.get("counterparts", ()))
         ]
-        before = self.sessions.get(message.session)
+        before = self.sessions.get(name)
         if before is not None:
             self.shared.await_round(before)
-        if spec := message.meta.get("optimizer"):
+        steps = meta.get("resume")
+        if steps is not None:
+            self._check_resume(name)
+        if self.onward is not None:
+            both = None if steps is None else sorted(saved_steps(self, name) & set(steps))
+            steps = self._open_onward(name, session, meta.get("optimizer"), both)
+        if spec := meta.get("optimizer"):
             self.shared.join(session, before, spec)
         if before is not None:
             self.shared.replace(before, session)
-        if (steps := message.meta.get("resume")) is not None:
-            session.step = self._resume(message.session, steps, self.shared.optimizer)
-        self.sessions[message.session] = session
-        return _reply(message, meta={"step": session.step})
+        if steps is not None:
+            session.step = load_session(self, name, steps, self.shared.optimizer)
+        self.sessions[name] = session
+        return reply(message, meta={"step": session.step})
 
-    def _resume(self, name: str, steps: Any, optimizer: torch.optim.Optimizer | None) -> int:
+    def _open_onward(
+        self, name: str, session: Session, optimizer: Any, resume: list[int] | None
+    ) -> list[int] | None:
+        """Open the session with the next party of a chain too; return the step it went back to, if it did."""
+        assert self.onward is not None
+        relay = Relay.to(self.onward, self.fingerprint, name, session.step, self.model)
+        step: int = relay.line.open((), optimizer, resume)["step"]
+        session.onward, relay.line.step = relay, step
+        return None if resume is None else [step]
+
+    def _check_resume(self, name: str) -> None:
         if any(other.graphs for other in self.sessions.values()):
             raise ProtocolError(
                 "A forward still waits for its backward: the weights it went through cannot be changed."
@@ -187,115 +210,15 @@ class ModelParty:
             raise ProtocolError(
                 "Another data party trains these weights now. Go back to a checkpoint when it has closed."
             )
-        return load_session(self, name, steps, optimizer)
-
-    def _forward(self, session: Session, message: Message) -> Message:
-        meta = message.meta
-        program, chain = session.program(meta, self.chains)
-        _check_leaves(program, message)
-        leaves = [crossing.tensor.to(self.device) for crossing in message.tensors]
-        grad = bool(meta["grad"])
-        if not isinstance(meta["training"], bool) or not all(index >= 0 for index in meta["wants"]):
-            raise ProtocolError(
-                "'training' must be true or false and 'wants' must count tensors from 0."
-            )
-        wanted = [leaves[index].requires_grad_() for index in meta["wants"]] if grad else []
-        if grad and len(session.graphs) >= session.caps.graphs:
-            raise ProtocolError(
-                f"{session.caps.graphs} forwards wait for their backward. Use torch.no_grad() where none comes."
-            )
-        if self.model.training != meta["training"]:
-            self.model.train(meta["training"])
-        with (
-            session.cache(meta.get("cache"), chain.layers) as cache,
-            torch.set_grad_enabled(grad),
-            _autocast(meta.get("autocast"), leaves),
-        ):
-            there = session.counterparts if meta["counterparts"] else []
-            for counterpart in reversed(there):  # what was done last is undone first
-                for index, crossing in enumerate(message.tensors):
-                    if crossing.role == "smashed":
-                        leaves[index] = counterpart(leaves[index])
-            before = None if program.id in session.programs else _own_state(self.model)
-            outputs = Execution(chain.call, leaves, cache).run(program)
-            if before is not None and (kept := before ^ _own_state(self.model)):
-                raise ProtocolError(
-                    f"{', '.join(sorted({name for name, _ in kept}))} keep what they computed in themselves, where "
-                    "the sessions of several data parties would mix. Such a model cannot be held by a model party."
-                )
-        session.programs[program.id] = program
-        live = [out.requires_grad for out in outputs]
-        if any(live):
-            session.graphs[message.exchange] = Graph(
-                wanted, [End.of(out) for out in outputs], training=meta["training"]
-            )
-        crossings = tuple(
-            Crossing("returned", "returned", out.detach(), let_go=True) for out in outputs
-        )
-        return _reply(message, crossings, {"live": live})
-
-    def _backward(self, session: Session, message: Message) -> Message:
-        graph = session.graphs.get(message.exchange)
-        if graph is None:
-            raise ProtocolError(
-                f"Exchange {message.exchange} has no graph to go back through: it was freed by its first "
-                "backward (pass retain_graph=True to keep it) or ran without gradients."
-            )
-        keep = message.meta["keep"]
-        if not isinstance(keep, bool) or not isinstance(message.meta["accumulate"], bool):
-            raise ProtocolError("'keep' and 'accumulate' must be true or false.")
-        numbers = message.meta["outputs"]
-        if not numbers or len(set(numbers)) != len(numbers) or min(numbers) < 0:
-            raise ProtocolError(f"{numbers} are not outputs that a gradient can come for.")
-        ends, gradients = [], []
-        for index, crossing in zip(numbers, message.tensors, strict=True):
-            end = graph.ends[index]
-            if end.edge is None:
-                raise ProtocolError(f"Output {index} has no gradient: nothing before it needs one.")
-            if crossing.tensor.shape != end.shape or crossing.tensor.dtype != end.dtype:
-                raise ProtocolError(
-                    f"A gradient of shape {tuple(crossing.tensor.shape)} and {crossing.tensor.dtype} came for an "
-                    f"output of shape {tuple(end.shape)} and {end.dtype}."
-                )
-            ends.append(end.edge)
-            gradients.append(crossing.tensor.to(end.device))
-        answers = self._gradients(session, graph, ends, gradients, message.meta)
-        if not keep:
-            del session.graphs[message.exchange]
-        return _reply(
-            message, tuple(Crossing("smashed_grad", "smashed_grad", grad) for grad in answers)
-        )
-
-    def _gradients(
-        self,
-        session: Session,
-        graph: Graph,
-        ends: list[GradientEdge],
-        gradients: list[Tensor],
-        meta: Mapping[str, Any],
-    ) -> list[Tensor]:
-        """Go back through a graph. Weights get their gradients unless it is for `autograd.grad`."""
-        keep = meta["keep"]
-        self.model.train(graph.training)  # what is computed again must be computed as it was
-        if not meta["accumulate"]:
-            if not graph.inputs:
-                return []
-            found = torch.autograd.grad(
-                ends, graph.inputs, gradients, retain_graph=keep, materialize_grads=True
-            )
-            return list(found)
-        self.shared.show(session)
-        torch.autograd.backward(ends, gradients, retain_graph=keep)
-        answers = []
-        for leaf in graph.inputs:
-            answers.append(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf))
-            leaf.grad = None
-        return answers
 
     def _norms(self, session: Session, message: Message) -> Message:
         self.shared.show(session)
         names, norms = norms_of(self.model)
-        return _reply(message, (Crossing("norms", "norms", norms),), {"names": names})
+        if session.onward is not None:
+            theirs = session.onward.line.request("norms", None, (), {})
+            names += theirs.meta["names"]
+            norms = torch.cat([norms, theirs.tensors[0].tensor])
+        return reply(message, (Crossing("norms", "norms", norms),), {"names": names})
 
     def _commit(self, session: Session, message: Message) -> Message:
         skip, scale, rate = (message.meta[key] for key in ("skip", "scale", "lr"))
@@ -309,50 +232,16 @@ class ModelParty:
             raise ProtocolError(
                 "A commit needs 'skip' (true or false), a 'scale' (None or a number >= 0) and a learning rate 'lr'."
             )
+        rule = message.meta.get("sharing", self.sharing)
+        if rule != self.sharing:
+            raise ProtocolError(
+                f"The party before shares weights by {rule!r} and this one by {self.sharing!r}: set the same "
+                "`sharing` at all model parties of a chain."
+            )
+        self.shared.check(session, rate)
+        if session.onward is not None:  # it goes first: if it refuses, nothing has changed here
+            session.onward.line.commit(scale=scale, rate=rate, skip=skip, sharing=self.sharing)
         self.shared.commit(session, scale=scale, rate=rate, skip=skip)
         session.step += 1
         self.steps[message.session] = session.step
-        return _reply(message)
-
-
-def _own_state(model: nn.Module) -> set[tuple[str, int]]:
-    """Tensors that modules hold although they are neither weights nor buffers."""
-    return {
-        (f"{name}.{key}", id(value))
-        for name, module in model.named_modules()
-        for key, value in vars(module).items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _check_leaves(program: Program, message: Message) -> None:
-    if len(program.leaves) != len(message.tensors):
-        raise ProtocolError(
-            f"The program takes {len(program.leaves)} tensors, {len(message.tensors)} came."
-        )
-    for (name, dtype, rank), crossing in zip(program.leaves, message.tensors, strict=True):
-        tensor = crossing.tensor
-        if crossing.name != name or tensor.dtype != DTYPES[dtype] or tensor.dim() != rank:
-            raise ProtocolError(
-                f"The program takes {name!r} as {dtype} of rank {rank}; {crossing.name!r} came as "
-                f"{tensor.dtype} of rank {tensor.dim()}."
-            )
-
-
-def _autocast(dtype: str | None, leaves: list[Tensor]) -> AbstractContextManager[Any]:
-    return torch.autocast(leaves[0].device.type, DTYPES[dtype]) if dtype else nullcontext()
-
-
-def _reply(
-    message: Message, tensors: tuple[Crossing, ...] = (), meta: dict[str, Any] | None = None
-) -> Message:
-    return Message(
-        message.kind,
-        message.session,
-        message.step,
-        message.exchange,
-        message.seq,
-        message.phase,
-        tensors,
-        meta or {},
-    )
+        return reply(message)

@@ -1,8 +1,8 @@
-"""Finding the two parties' parts that fit each other: one model, one cut, one run, one step."""
+"""Finding the parties' parts that fit each other: one model, one cut, one run, one step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +18,41 @@ from vflair_core.saving import DATA_FILE, MODEL_FILE, steps_in
 
 @frozen(eq=False)
 class Parts:
-    """Two parts that fit."""
+    """The data party's part, and those of all model parties, that fit."""
 
     data_path: Path
     data: Mapping[str, Any]
-    model: Mapping[str, Any]
-    weights: Mapping[str, Tensor]  # of both
+    models: Sequence[Mapping[str, Any]]
+    weights: Mapping[str, Tensor]  # of all
 
     @property
     def adapters(self) -> list[Mapping[str, Any]]:
         """What is known of the parties' adapters."""
-        return [facts["adapter"] for facts in (self.data, self.model) if facts["adapter"]]
+        return [facts["adapter"] for facts in (self.data, *self.models) if facts["adapter"]]
 
 
-def find_parts(data_folder: Path, model_folder: Path) -> Parts:
-    """Read the parts of the last step that both folders hold.
+def find_parts(data_folder: Path, model_folders: Sequence[Path]) -> Parts:
+    """Read the parts of the last step that all folders hold.
 
     Raises:
         CheckpointError: There are none that fit; the message says why the latest do not.
     """
     ours = _candidates(data_folder, DATA_FILE, "data_party.save(folder)")
-    theirs = _candidates(model_folder, MODEL_FILE, "model_party.save(folder)")
-    reasons = []
+    theirs = [_candidates(f, MODEL_FILE, "model_party.save(folder)") for f in model_folders]
+    reasons: list[str] = []
     for path, facts in ours:
-        for other, other_facts in theirs:
-            reason = _misfit(facts, other_facts)
-            if reason is None:
-                return Parts(path, facts, other_facts, _union(path, other))
-            reasons.append(f"{path} and {other} {reason}")
+        chosen = []
+        for candidates in theirs:
+            misfits = [_misfit(facts, other_facts) for _, other_facts in candidates]
+            if None in misfits:
+                chosen.append(candidates[misfits.index(None)])
+            else:
+                reasons.append(f"{path} and {candidates[0][0]} {misfits[0]}")
+        if len(chosen) == len(theirs):
+            paths = [path, *(other for other, _ in chosen)]
+            return Parts(path, facts, [other_facts for _, other_facts in chosen], _union(paths))
     raise CheckpointError(
-        f"No parts fit: {reasons[0]}. Merge what both parties saved at one step of one run."
+        f"No parts fit: {reasons[0]}. Merge what all parties saved at one step of one run."
     )
 
 
@@ -75,14 +80,14 @@ def _misfit(data: Mapping[str, Any], model: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _union(data_path: Path, model_path: Path) -> dict[str, Tensor]:
+def _union(paths: Sequence[Path]) -> dict[str, Tensor]:
     both: dict[str, Tensor] = {}
-    for path in (data_path, model_path):
+    for path in paths:
         weights = {k: v for k, v in read_part(path)[1].items() if "/" not in k}
         twice = [n for n in both.keys() & weights.keys() if not torch.equal(both[n], weights[n])]
         if twice:
             raise CheckpointError(
-                f"{', '.join(sorted(twice)[:4])} is one weight of the whole model, held by both parties and "
+                f"{', '.join(sorted(twice)[:4])} is one weight of the whole model, held by two parties and "
                 "trained apart: it cannot be joined."
             )
         both |= weights

@@ -203,10 +203,25 @@ class Execution:
 
     def run(self, program: Program) -> list[Tensor]:
         """Run all steps and return the tensors of the answer, in order."""
+        return tensors_of(self._outputs(program.steps)[len(program.steps) - 1])
+
+    def gather(self, steps: Sequence[Step], wanted: Sequence[Tree]) -> list[Tensor]:
+        """Run all steps and return the tensors that `wanted` names: leaves, or outputs of steps.
+
+        Raises:
+            ProtocolError: One of them is no tensor.
+        """
+        outputs = self._outputs(steps)
+        found = [self._build(tree, outputs) for tree in wanted]
+        if not all(isinstance(value, Tensor) for value in found):
+            raise ProtocolError("Only tensors can be passed on to the next model party.")
+        return found
+
+    def _outputs(self, steps: Sequence[Step]) -> dict[int, Any]:
         outputs: dict[int, Any] = {}
-        for number, step in enumerate(program.steps):
+        for number, step in enumerate(steps):
             outputs[number] = self.step(step, outputs)
-        return tensors_of(outputs[len(program.steps) - 1])
+        return outputs
 
     def step(self, step: Step, outputs: Mapping[int, Any]) -> Any:
         """Run one step on the `outputs` of those before it."""

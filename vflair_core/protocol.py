@@ -80,7 +80,7 @@ class Cut(torch.autograd.Function):
             "grad": grad,
             "wants": wants,
             "training": party.model.training,
-            "autocast": _autocast_dtype(party.model.device.type),
+            "autocast": _autocast_dtype(leaves[0].device.type),
             "cache": cache,
             "counterparts": not party.defenses.bypassed,
         }

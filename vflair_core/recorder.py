@@ -16,7 +16,7 @@ from attrs import define, field
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from vflair_core.codec import DTYPES
+from vflair_core.codec import NAMES
 from vflair_core.deferred import Deferred
 from vflair_core.errors import LeakError, PartitionError, ProtocolError
 from vflair_core.program import (
@@ -55,7 +55,6 @@ DROPPED = frozenset(
         "output_router_logits",
     ]
 )
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @define(eq=False)
@@ -223,7 +222,7 @@ class Recorder:
             case slice():
                 return "slice", value.start, value.stop, value.step
             case torch.dtype():
-                return "dtype", _DTYPE_NAMES[value]
+                return "dtype", NAMES[value]
             case _ if value is Ellipsis:
                 return ("ellipsis",)
             case _:
@@ -238,7 +237,7 @@ class Recorder:
             index = self._known[id(tensor)] = len(self.tensors)
             self.tensors.append(tensor)
             self._versions.append(_version(tensor))
-            self.leaves.append((name, _DTYPE_NAMES[tensor.dtype], tensor.dim()))
+            self.leaves.append((name, NAMES[tensor.dtype], tensor.dim()))
         return index
 
 

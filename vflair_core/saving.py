@@ -161,7 +161,7 @@ def load_session(party: ModelParty, session: str, steps: Any, optimizer: Any) ->
         ProtocolError: It wrote none of them.
     """
     there = steps_in(_run_folder(party, session), MODEL_FILE)
-    common = there.keys() & set(steps)
+    common = saved_steps(party, session) & set(steps)
     if not common:
         raise ProtocolError(
             f"No step has the parts of both parties: the data party has {_listed(steps)}, the model party "
@@ -176,6 +176,11 @@ def load_session(party: ModelParty, session: str, steps: Any, optimizer: Any) ->
     _restore_random(tensors)
     party.steps.update(facts["steps"])
     return max(common)
+
+
+def saved_steps(party: ModelParty, session: str) -> set[int]:
+    """Steps of a session that the model party has a part of."""
+    return set(steps_in(_run_folder(party, session), MODEL_FILE))
 
 
 def check_part(facts: dict[str, Any], fingerprint: str, optimizer: Any, path: Path) -> None:

@@ -19,7 +19,9 @@ from transformers.cache_utils import Cache
 from vflair_core import cache as caches
 from vflair_core.chain import Chain, matching
 from vflair_core.errors import ProtocolError
-from vflair_core.program import Program
+from vflair_core.message import Message
+from vflair_core.program import Execution, Program
+from vflair_core.relay import Relay, Rest, divide_program
 
 
 @define(eq=False)
@@ -55,15 +57,46 @@ class Graph:
     training: bool
 
 
+@frozen(eq=False)
+class Job:
+    """A program that was checked, and who runs which of its steps."""
+
+    program: Program
+    here: Program | None  # None: none of it
+    rest: Rest | None  # what the next party of a chain runs
+    chain: Chain | None
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """Numbers of the cache layers that the steps here fill."""
+        return self.chain.layers if self.chain else ()
+
+    def run(
+        self, leaves: Sequence[Tensor], cache: Cache | None, message: Message, onward: Relay | None
+    ) -> list[Tensor]:
+        """Return the tensors of the answer."""
+        run = Execution(self.chain.call if self.chain else _nothing, leaves, cache)
+        if self.rest is None or onward is None:
+            return run.run(self.program)
+        return onward.cross(
+            message, self.rest, run.gather(self.here.steps if self.here else (), self.rest.sources)
+        )
+
+
+def _nothing(name: str, *_: Any) -> Any:
+    raise ProtocolError(f"{name} is not held here.")
+
+
 @define(eq=False)
 class Session:
     """What the model party remembers of one data party."""
 
     caps: Caps
-    programs: dict[str, Program] = field(factory=dict)
+    jobs: dict[str, Job] = field(factory=dict)  # by the program's id
     graphs: dict[int, Graph] = field(factory=dict)
     caches: dict[str, Cache] = field(factory=dict)
     counterparts: list[nn.Module] = field(factory=list)
+    onward: Relay | None = None  # to the next model party of a chain
     trains: bool = False
     step: int = 0
     gradients: dict[nn.Parameter, Tensor] = field(factory=dict)  # while others are on the weights
@@ -83,21 +116,32 @@ class Session:
             self.caches[new] = copy.deepcopy(self.caches[old])
         for key in meta.get("released_caches", ()):
             self.caches.pop(key, None)
+        if self.onward is not None:
+            self.onward.pass_on_what_was_let_go(meta)
 
-    def program(self, meta: Any, chains: Sequence[Chain]) -> tuple[Program, Chain]:
-        """Return the program that a forward names and its chain, checked when it comes for the first time."""
+    def job(self, meta: Any, chains: Sequence[Chain]) -> Job:
+        """Return the program that a forward names, checked when it comes for the first time."""
         if "program" in meta:
             program = Program.from_wire(meta["program"])
-            chain = matching(program, chains)
-            chain.check(program)
-            if len(self.programs) >= self.caps.programs:
+            job = self._checked(program, chains)
+            if len(self.jobs) >= self.caps.programs:
                 raise ProtocolError(f"A session may register {self.caps.programs} programs.")
             if program.id == meta["id"]:
-                return program, chain
-        if meta["id"] not in self.programs:
+                return job
+        if meta["id"] not in self.jobs:
             raise ProtocolError(f"Program {meta['id']} was not registered in this session.")
-        program = self.programs[meta["id"]]
-        return program, matching(program, chains)
+        return self.jobs[meta["id"]]
+
+    def _checked(self, program: Program, chains: Sequence[Chain]) -> Job:
+        here: Program | None = program
+        rest = None
+        if self.onward is not None:
+            held = {name for chain in chains for name in chain.stage.names}
+            here, rest = divide_program(program, held.__contains__)
+        chain = matching(here, chains) if here is not None else None
+        if chain is not None and here is not None:
+            chain.check(here)
+        return Job(program, here, rest, chain)
 
     @contextmanager
     def cache(self, spec: Any, layers: Sequence[int]) -> Iterator[Cache | None]:

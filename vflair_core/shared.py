@@ -107,11 +107,11 @@ class SharedWeights:
         for weight in self.model.parameters():
             weight.grad = None
 
-    def commit(self, session: Session, *, scale: float | None, rate: float, skip: bool) -> None:
-        """Take the session's step, by the rule.
+    def check(self, session: Session, rate: float) -> None:
+        """See that the session may commit now.
 
         Raises:
-            ProtocolError: A graph still lives, or the round has another learning rate; nothing is changed.
+            ProtocolError: A graph still lives, or the round has another learning rate.
         """
         if self._rule == "turns" or not self._missing(but=session):
             self._refuse_live_graphs()
@@ -121,6 +121,9 @@ class SharedWeights:
                 f"The learning rate of this round is {rates.pop()}, not {rate}: one step has one. Give all data "
                 "parties the same schedule."
             )
+
+    def commit(self, session: Session, *, scale: float | None, rate: float, skip: bool) -> None:
+        """Take the session's step, by the rule, when `check` allows it."""
         self.show(session)
         weights = list(self.model.parameters())
         if scale is not None and not skip:

@@ -13,6 +13,7 @@ from vflair_core.data_party import DataParty
 from vflair_core.errors import ProtocolError
 from vflair_core.plugins import decide
 from vflair_core.recorder import Recorder
+from vflair_core.scoring import SCORED
 from vflair_core.slices import Slices
 from vflair_core.stage import Stage
 
@@ -73,7 +74,8 @@ def assemble(
         untied=untied,
     )
     data_party.order, data_party.slices = order, slices
-    data_party.recorder = recorder = Recorder(data_party.exchange, cut)
+    recorder = Recorder(data_party.exchange, cut, picks=SCORED in partition.disclose)
+    data_party.recorder = recorder
     for name in data_party.absent:
         recorder.absent[name] = Absent(name, absent[name], recorder)
         if name in local:

@@ -77,6 +77,8 @@ class Chain:
                 raise ProtocolError(f"{name} is called by name, and with nothing like {unknown}.")
             return
         others = [*args[1:], *(tree for key, tree in kwargs if (key, tree) not in _SPELT_OUT)]
+        if name == "getitem" and len(args) == 2 and args[1][0] == "tuple":
+            others = [tree for tree in args[1][1:] if tree[0] != "leaf"]  # of positions; see `step`
         if name in MIXING and len(args) == 2 and args[1][0] in ("out", "leaf"):
             others = others[1:]
         if not args or args[0][0] not in ("out", "leaf") or not all(map(_is_number, others)):

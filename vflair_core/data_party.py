@@ -27,6 +27,7 @@ from vflair_core.message import Phase, Role
 from vflair_core.program import Program
 from vflair_core.roles import Call, Captured, Given, Probe, find_roles, random_states
 from vflair_core.saving import save_data_party, save_tokenizer
+from vflair_core.scoring import only_scored
 from vflair_core.slices import Slices
 from vflair_core.stage import Stage, stage_of
 
@@ -163,6 +164,8 @@ class DataParty:
         try:
             if trains and inputs.get("labels") is not None:
                 inputs = {**inputs, "labels": self._defended_labels(inputs["labels"])}
+                inputs = only_scored(self.model, self.partition, inputs)
+                self._call.inputs = inputs
             outputs = forward(**inputs)
             if trains and self._last is not None:
                 self.defenses.penalise(outputs, self._last)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vflair_core.errors import PartitionError
 from vflair_core.program import MIXING, OPERATIONS, Tree
+from vflair_core.scoring import SCORED, is_a_pick
 
 if TYPE_CHECKING:
     from vflair_core.recorder import Recorder
@@ -93,6 +94,8 @@ class Deferred(Tensor):
         waiting = isinstance(first, Deferred) and first.fetched is None
         if name is not None and waiting and _are_literal(args[1:], kwargs):
             return first.recorder.apply(name, args, kwargs)
+        if name == "getitem" and waiting and first.recorder.picks and is_a_pick(args[1]):
+            return first.recorder.apply(name, args, kwargs, picked=SCORED)
         if not kwargs and (mixed := _mixed(func, args)) is not None:
             return mixed
         # A value is needed here, on the data party: fetch it and go on with a real tensor.

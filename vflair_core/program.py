@@ -230,6 +230,8 @@ class Execution:
         named = {key: self._build(tree, outputs) for key, tree in kwargs}
         if kind == "module":
             return self.call(name, positional, named)
+        if name == "getitem" and isinstance(positional[1], tuple):
+            _check_index(positional[0], positional[1])
         if name in MIXING and len(positional) > 1 and isinstance(positional[1], Tensor):
             _check_fit(name, positional[0], positional[1])
         return OPERATIONS[name](*positional, **named)
@@ -258,6 +260,22 @@ class Execution:
                 return DTYPES[tree[1]]
             case _:
                 return Ellipsis
+
+
+def _check_index(tensor: Tensor, index: tuple[Any, ...]) -> None:
+    """See that an index holds no more than one list of positions, and that it picks none of them twice."""
+    lists = [(n, part) for n, part in enumerate(index) if isinstance(part, Tensor)]
+    for dimension, positions in lists:
+        fits = positions.dim() == 1 and positions.dtype is torch.int64 and len(lists) == 1
+        there = set(range(tensor.shape[dimension]))
+        if (
+            not fits
+            or len(positions.unique()) != len(positions)
+            or not there.issuperset(positions.tolist())
+        ):
+            raise ProtocolError(
+                "Positions are picked by one list of whole numbers, each at most once."
+            )
 
 
 def _check_fit(name: str, first: Tensor, second: Tensor) -> None:

@@ -63,6 +63,7 @@ class Recorder:
 
     handover: Handover
     stages: tuple[Stage, ...] = ()  # what the model party runs at a time: a program is one of them
+    picks: bool = False  # whether chosen positions may be asked for: which they are crosses
     absent: dict[str, Absent] = field(factory=dict)  # the stand-ins that record here
     steps: list[Step] = field(factory=list)
     tensors: list[Tensor] = field(factory=list)
@@ -118,8 +119,14 @@ class Recorder:
         called = tuple(self._called)
         return any(stage.ends_with(called) for stage in self.stages)
 
-    def apply(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Record an operation of the list on a deferred tensor."""
+    def apply(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, picked: str = ""
+    ) -> Any:
+        """Record an operation of the list on a deferred tensor; a list of positions it takes is sent as `picked`."""
+        if picked:
+            for part in args[1]:
+                if isinstance(part, Tensor):
+                    self._leaf(part, picked)
         trees = tuple(self._tree(value, name) for value in args)
         named = tuple((key, self._tree(value, name)) for key, value in kwargs.items())
         self.steps.append(("op", name, trees, named))
@@ -249,6 +256,8 @@ def _version(tensor: Tensor) -> int:
 def _on_meta(value: Any) -> Any:
     if isinstance(value, Deferred):
         return value.meta
+    if isinstance(value, tuple):
+        return tuple(map(_on_meta, value))
     return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
 
 

@@ -21,6 +21,7 @@ from transformers.utils.generic import ModelOutput
 from vflair_core.errors import LeakError
 from vflair_core.message import Role
 from vflair_core.program import Program, tensors_of
+from vflair_core.scoring import SCORED
 
 PROBES = 3
 
@@ -119,6 +120,8 @@ def _role(
 ) -> Role:
     name, dtype, _ = leaf
     first = versions[0]
+    if name == SCORED:
+        return "disclosed"  # it is made of the labels, which a probe leaves where they are
     computed = any(version.requires_grad for version in versions)
     if all(torch.equal(first, other) for other in versions[1:]):
         if computed:

@@ -247,7 +247,9 @@ def test_memory_is_flat_over_ten_thousand_forwards_without_backward(cut):
     more_blocks, more_tensors, higher_peak = run(9000)
     assert more_tensors <= tensors
     assert more_blocks - blocks < 900  # less than one object of Python's in ten forwards
-    assert higher_peak - peak < 8192  # less than one KiB a forward; the allocator has moods of a few MiB
+    assert (
+        higher_peak - peak < 8192
+    )  # less than one KiB a forward; the allocator has moods of a few MiB
     session, party, line = session_of(parties), parties.data_party, parties.data_party.line
     assert len(session.graphs) <= 3
     assert (len(session.caches), len(session.jobs)) == (0, 1)

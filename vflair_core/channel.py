@@ -106,8 +106,8 @@ class LocalChannel(Channel):
 
     def deliver(self, message: Message) -> Message:
         if self.wire:
-            reply = self._handle(codec.decode(codec.encode(message)))
-            return codec.decode(codec.encode(reply))
+            reply = self._handle(codec.read(codec.chunks(message)))
+            return codec.read(codec.chunks(reply))
         return _handed_over(self._handle(_copy(message)))
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import MllamaForCausalLM
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
+from vflair_core import load_data_party, load_model_party
 from vflair_core.errors import PartitionError
 from vflair_core.partition import Partition, split
 from vflair_core.testing import SIZES, tiny_batch, tiny_model
@@ -178,3 +181,27 @@ def test_a_tensor_changed_in_place_after_it_was_taken_is_not_sent():
     second.register_forward_pre_hook(change)
     with torch.no_grad(), pytest.raises(PartitionError, match="changed 'hidden_states' in place"):
         data_party.model(**tiny_batch(data_party.model))
+
+
+@pytest.mark.parametrize("tail", [1, 0], ids=["HBT", "HT"])
+@pytest.mark.parametrize(
+    ("kind", "task", "options"),
+    [
+        ("xlm", "classification", XLM),
+        ("minimax", "causal-lm", MINIMAX),
+        ("zamba2", "causal-lm", ZAMBA2),
+        ("gemma3n_text", "causal-lm", GEMMA3N),
+        ("mllama", "causal-lm", None),
+    ],
+)
+def test_the_loaded_halves_of_odd_models_are_cut_alike(tmp_path, kind, task, options, tail):
+    whole = mllama() if options is None else tiny_model(kind, task, **options)
+    whole.save_pretrained(tmp_path)
+    partition = Partition(1, tail)
+    model_party = load_model_party(tmp_path, partition)
+    data_party = load_data_party(tmp_path, partition, channel=model_party.handle, wire=True)
+    expected, _ = split(copy.deepcopy(whole), partition)
+    assert data_party.stages == expected.stages
+    batch = tiny_batch(whole)
+    with torch.no_grad():
+        assert torch.equal(data_party.model(**batch).logits, whole(**batch).logits)

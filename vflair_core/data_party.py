@@ -411,7 +411,9 @@ def _positions(leaves: list[Tensor], roles: tuple[Role, ...]) -> int:
     hidden = [leaf for leaf, role in zip(leaves, roles, strict=True) if role == "smashed"]
     if not hidden or hidden[0].dim() < 2:
         return 1
-    return hidden[0].shape[1 if hidden[0].dim() == 2 else -2]  # some models have several streams in front
+    return hidden[0].shape[
+        1 if hidden[0].dim() == 2 else -2
+    ]  # some models have several streams in front
 
 
 def _mask(inputs: Mapping[str, Any], positions: int) -> Tensor | None:

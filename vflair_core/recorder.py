@@ -20,6 +20,7 @@ from vflair_core.deferred import Deferred
 from vflair_core.errors import LeakError, PartitionError, ProtocolError
 from vflair_core.program import (
     ALLOWED,
+    MIXING,
     OPERATIONS,
     Execution,
     Leaf,
@@ -134,8 +135,10 @@ class Recorder:
         return any(stage.goes_on_after(called) for stage in self.stages)
 
     def gave_last(self, deferred: Deferred) -> bool:
-        """Whether `deferred` is all that the last step gives, so that nothing else was derived from it."""
-        return deferred.node == ("out", len(self.steps) - 1) and deferred.known is self.fetched
+        """Whether `deferred` is all that the last step gives and no view of anything: then no other value shares it."""
+        kind, name, *_ = self.steps[-1]
+        last = deferred.node == ("out", len(self.steps) - 1) and deferred.known is self.fetched
+        return last and (kind == "module" or name in MIXING)
 
     def realise(self, deferred: Deferred) -> Tensor:
         """Fetch the value of a deferred tensor before the program is complete; it has it from then on.

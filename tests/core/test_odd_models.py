@@ -183,6 +183,57 @@ def test_a_tensor_changed_in_place_after_it_was_taken_is_not_sent():
         data_party.model(**tiny_batch(data_party.model))
 
 
+def between_blocks(change):
+    """A whole llama and its data party; `change` gets what the third block gets and returns what it is to get."""
+    model = tiny_model("llama")
+    models = copy.deepcopy(model), split(model, Partition(head=1, tail=1))[0].model
+    for each in models:
+        each.model.layers[2].register_forward_pre_hook(
+            lambda _module, args, kwargs: ((change(args[0]), *args[1:]), kwargs), with_kwargs=True
+        )
+    return models
+
+
+def added_in_place(hidden):
+    hidden += torch.ones(16)
+    return hidden
+
+
+def added_to_a_view_in_place(hidden):
+    row = hidden[:, 0]
+    row += torch.ones(16)
+    return hidden
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda hidden: hidden + torch.ones(16),
+        lambda hidden: torch.ones(7, 16) + hidden,
+        lambda hidden: hidden * torch.full((3, 7, 1), 2.0),
+        lambda hidden: hidden * 2.0 + hidden,
+        added_in_place,
+    ],
+)
+def test_sums_and_products_between_blocks_are_recorded(change):
+    whole, ours = between_blocks(change)
+    batch = tiny_batch(whole, labels="tokens")
+    expected, found = whole(**batch), ours(**batch)
+    assert torch.equal(found.logits, expected.logits)
+    expected.loss.backward()
+    found.loss.backward()
+    assert torch.equal(ours.lm_head.weight.grad, whole.lm_head.weight.grad)
+
+
+@pytest.mark.parametrize(
+    "change", [added_to_a_view_in_place, torch.exp, lambda hidden: torch.cat([hidden, hidden])]
+)
+def test_what_cannot_be_recorded_between_blocks_is_refused(change):
+    whole, ours = between_blocks(change)
+    with pytest.raises(PartitionError, match=r"needs a value after model\.layers\.1"):
+        ours(**tiny_batch(whole))
+
+
 @pytest.mark.parametrize("tail", [1, 0], ids=["HBT", "HT"])
 @pytest.mark.parametrize(
     ("kind", "task", "options"),

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from transformers import MllamaForCausalLM
+from transformers import AutoConfig, EncoderDecoderConfig, EncoderDecoderModel, MllamaForCausalLM
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from vflair_core import load_data_party, load_model_party
@@ -181,6 +181,19 @@ def test_a_tensor_changed_in_place_after_it_was_taken_is_not_sent():
     second.register_forward_pre_hook(change)
     with torch.no_grad(), pytest.raises(PartitionError, match="changed 'hidden_states' in place"):
         data_party.model(**tiny_batch(data_party.model))
+
+
+@pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces:FutureWarning")
+def test_states_that_a_pooler_and_a_decoder_both_need_are_sent_back_in_between(cut):
+    """The encoder of an encoder-decoder of two BERTs pools what the decoder looks at."""
+    bert = AutoConfig.for_model("bert", intermediate_size=32, **SIZES)
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(
+        bert, copy.deepcopy(bert), pad_token_id=0, decoder_start_token_id=1
+    )
+    parties = cut(head=1, tail=0, model=EncoderDecoderModel(config).eval(), wire=True)
+    encoder, decoder = parties.data_party.stages
+    assert (encoder.pauses, decoder.pauses) == ({"encoder.encoder.layer.3"}, set())
+    assert_same_step(parties, tiny_batch(parties.whole, labels="tokens"))
 
 
 def between_blocks(change):

@@ -65,7 +65,7 @@ def stages(model: nn.Module, stacks: Sequence[Blocks], partition: Partition) -> 
             Stage(middle, optional=out) for middle, out in zip(middles, left_out, strict=True)
         )
     roots = _roots(stacks)
-    starts = [next(order.index(name) for name in middle if name in order) for middle in middles]
+    starts = [_start(order, middle) for middle in middles]
     cut = []
     for n, middle in enumerate(middles):
         end = starts[n + 1] if n + 1 < len(middles) else len(order)
@@ -87,13 +87,23 @@ def _middle(calls: tuple[tuple[str, ...], ...], partition: Partition) -> tuple[s
     return tuple(name for block in middle for name in block)
 
 
+def _start(order: Sequence[str], middle: Sequence[str]) -> int:
+    for name in middle:
+        if name in order:
+            return order.index(name)
+    raise PartitionError(
+        f"A call with text alone calls none of {middle[0]} … {middle[-1]}. Choose a cut that leaves the model party a "
+        "block that it calls."
+    )
+
+
 def _trace(
     model: nn.Module, stacks: Sequence[Blocks], units: Sequence[str], partition: Partition
 ) -> Trace:
     """What a call with text alone calls, in order; HBT needs it only where blocks of several kinds may be left out."""
     blocks = [block for stack in stacks for block in stack.called(model)]
     kinds = {tuple(type(model.get_submodule(name)) for name in block) for block in blocks}
-    if partition.tail and len(kinds) == len(stacks):
+    if partition.tail and len(kinds) <= len(stacks):
         return Trace()
     names = [*units, *dict.fromkeys(name for block in blocks for name in block)]
     try:
@@ -102,7 +112,8 @@ def _trace(
         if partition.tail:
             return Trace()  # a model that needs more than text: then no block counts as optional
         raise
-    return found if any(name in found.calls for block in blocks for name in block) else Trace()
+    called = any(name in found.calls for block in blocks for name in block)
+    return found if called or not partition.tail else Trace()
 
 
 def _inner_models(model: nn.Module, stacks: Sequence[Blocks]) -> list[str]:

@@ -111,6 +111,12 @@ def test_blocks_for_pictures_are_left_out_where_there_is_none(cut, head, tail):
     assert_same_writing(parties, batch, num_beams=2)
 
 
+def test_a_model_party_with_nothing_but_blocks_for_pictures_is_refused():
+    config = MllamaTextConfig(**SIZES | MLLAMA | {"cross_attention_layers": [1, 4]})
+    with pytest.raises(PartitionError, match=r"calls none of model\.layers\.4"):
+        split(MllamaForCausalLM(config), Partition(head=4, tail=0))
+
+
 def test_blocks_for_pictures_are_run_where_there_is_one(cut):
     parties = cut("mllama", 1, 1, model=mllama(), wire=True)
     for model in (parties.whole, parties.data_party.model):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 
+import attrs
 import pytest
 import torch
 from transformers import AutoConfig, EncoderDecoderConfig, EncoderDecoderModel, MllamaForCausalLM
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
-from vflair_core import load_data_party, load_model_party
-from vflair_core.errors import PartitionError
+from vflair_core import codec, load_data_party, load_model_party
+from vflair_core.errors import PartitionError, ProtocolError
 from vflair_core.partition import Partition, split
+from vflair_core.program import Program
 from vflair_core.testing import SIZES, tiny_batch, tiny_model
 
 XLM = {"emb_dim": 16, "n_layers": 4, "n_heads": 2, "pad_index": 0, "eos_index": 2}
@@ -159,6 +161,19 @@ def test_states_that_blocks_share_across_the_cut_are_sent_there_and_back(cut, he
         batch = tiny_batch(parties.whole, padding=side, labels="tokens")
         assert_same_step(parties, batch)
         assert_same_writing(parties, batch)
+
+
+def test_in_ht_no_message_gets_what_blocks_share(cut):
+    parties = cut("gemma3n", 1, 0, model=tiny_model("gemma3n_text", **GEMMA3N), wire=True)
+    said = []
+    with parties.data_party.channel.tap(lambda message, *_: said.append(message)):
+        parties.data_party.model(**tiny_batch(parties.whole), use_cache=False)
+    steps, leaves, store = said[0].meta["program"]
+    assert store is False
+    program = Program.from_wire([steps, leaves, True])
+    meta = {**said[0].meta, "program": program.to_wire(), "id": program.id}
+    with pytest.raises(ProtocolError, match="in HT there are none"):
+        parties.model_party.handle(codec.decode(codec.encode(attrs.evolve(said[0], meta=meta))))
 
 
 def test_a_value_that_a_model_needs_twice_is_fetched_once(cut):

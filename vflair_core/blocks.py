@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from vflair_core.errors import PartitionError
 from vflair_core.stage import Stage
-from vflair_core.tracing import calls_of
+from vflair_core.tracing import Trace, trace
 
 if TYPE_CHECKING:
     from vflair_core.partition import Partition
@@ -57,19 +57,23 @@ def stages(model: nn.Module, stacks: Sequence[Blocks], partition: Partition) -> 
     """
     middles = [_middle(stack.called(model), partition) for stack in stacks]
     units = units_around(model, stacks)
-    order = _order(model, stacks, units, partition)
+    found = _trace(model, stacks, units, partition)
+    order = list(dict.fromkeys(found.calls))
     left_out = [frozenset(middle).difference(order) if order else frozenset() for middle in middles]
     if partition.tail:
-        return tuple(Stage(middle, (), out) for middle, out in zip(middles, left_out, strict=True))
+        return tuple(
+            Stage(middle, optional=out) for middle, out in zip(middles, left_out, strict=True)
+        )
     roots = _roots(stacks)
-    starts = [next(order.index(name) for name in middle if name in order) for middle in middles]
-    found = []
+    starts = [_start(order, middle) for middle in middles]
+    cut = []
     for n, middle in enumerate(middles):
         end = starts[n + 1] if n + 1 < len(middles) else len(order)
         own = (roots[n] + ".") if len(stacks) > 1 and n + 1 < len(stacks) else ""
         rest = [name for name in order[starts[n] : end] if name in units and name.startswith(own)]
-        found.append(Stage(middle, tuple(rest), left_out[n]))
-    return tuple(found)
+        pauses = found.lasting.intersection((*middle[-1:], *rest))
+        cut.append(Stage(middle, tuple(rest), left_out[n], frozenset(pauses)))
+    return tuple(cut)
 
 
 def _middle(calls: tuple[tuple[str, ...], ...], partition: Partition) -> tuple[str, ...]:
@@ -83,22 +87,33 @@ def _middle(calls: tuple[tuple[str, ...], ...], partition: Partition) -> tuple[s
     return tuple(name for block in middle for name in block)
 
 
-def _order(
+def _start(order: Sequence[str], middle: Sequence[str]) -> int:
+    for name in middle:
+        if name in order:
+            return order.index(name)
+    raise PartitionError(
+        f"A call with text alone calls none of {middle[0]} … {middle[-1]}. Choose a cut that leaves the model party a "
+        "block that it calls."
+    )
+
+
+def _trace(
     model: nn.Module, stacks: Sequence[Blocks], units: Sequence[str], partition: Partition
-) -> list[str]:
+) -> Trace:
     """What a call with text alone calls, in order; HBT needs it only where blocks of several kinds may be left out."""
     blocks = [block for stack in stacks for block in stack.called(model)]
     kinds = {tuple(type(model.get_submodule(name)) for name in block) for block in blocks}
-    if partition.tail and len(kinds) == len(stacks):
-        return []
+    if partition.tail and len(kinds) <= len(stacks):
+        return Trace()
     names = [*units, *dict.fromkeys(name for block in blocks for name in block)]
     try:
-        order = list(dict.fromkeys(calls_of(model, names, _inner_models(model, stacks))))
+        found = trace(model, names, _inner_models(model, stacks))
     except PartitionError:
         if partition.tail:
-            return []  # a model that needs more than text: then no block counts as optional
+            return Trace()  # a model that needs more than text: then no block counts as optional
         raise
-    return order if any(name in order for block in blocks for name in block) else []
+    called = any(name in found.calls for block in blocks for name in block)
+    return found if called or not partition.tail else Trace()
 
 
 def _inner_models(model: nn.Module, stacks: Sequence[Blocks]) -> list[str]:

@@ -46,6 +46,10 @@ class Chain:
         """
         if not self.stage.allows(program.modules):
             raise _not_a_chain(program, [self])
+        if program.store and self.stage.rest:
+            raise ProtocolError(
+                "What blocks share is sent back only to blocks of the data party that follow; in HT there are none."
+            )
         for number, step in enumerate(program.steps):
             self._check_step(step)
             if number and not self._is_fed(step, number):

@@ -412,7 +412,11 @@ def _cache_in(inputs: Mapping[str, Any]) -> Cache | None:
 
 def _positions(leaves: list[Tensor], roles: tuple[Role, ...]) -> int:
     hidden = [leaf for leaf, role in zip(leaves, roles, strict=True) if role == "smashed"]
-    return hidden[0].shape[1] if hidden and hidden[0].dim() > 1 else 1
+    if not hidden or hidden[0].dim() < 2:
+        return 1
+    return hidden[0].shape[
+        1 if hidden[0].dim() == 2 else -2
+    ]  # some models have several streams in front
 
 
 def _mask(inputs: Mapping[str, Any], positions: int) -> Tensor | None:

@@ -131,7 +131,7 @@ def _mixed(func: Any, args: tuple[Any, ...]) -> Deferred | None:
         first, second = args if _fits(args[1], args[0]) else args[::-1]
         return recorder.apply(name, (first, second), {}) if _fits(second, first) else None
     first, second = args
-    if first not in waiting or not recorder.gave_last(first) or not _fits(second, first):
+    if not (first is waiting[0] and recorder.gave_last(first) and _fits(second, first)):
         return None
     first.node = recorder.apply(name, args, {}).node  # all who hold it see what it has become
     return first

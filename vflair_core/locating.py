@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vflair_core.blocks import Blocks
 from vflair_core.errors import PartitionError
 from vflair_core.plugins import decide
-from vflair_core.tracing import calls_of, has_two_stacks, text_config
+from vflair_core.tracing import has_two_stacks, text_config, trace
 
 if TYPE_CHECKING:
     import pluggy
@@ -134,7 +134,7 @@ def _by_calls(model: nn.Module) -> tuple[Blocks, ...]:
     if not entries or (depth is None and len(outer) > 1):
         return ()
     try:
-        calls = [name for name in calls_of(model, sorted(entries)) if name in entries]
+        calls = trace(model, sorted(entries)).calls
     except PartitionError:
         return ()
     counts = Counter(map(_list_of, calls))

@@ -7,7 +7,7 @@ trees of tuples whose first entry says what they are:
     ("leaf", i)              the i-th tensor of the message
     ("out", step, *path)     an output of an earlier step
     ("cache",)               the session's key-value cache
-    ("shared",)              a store, empty at first, that the blocks of this program share
+    ("shared", (key, tree), ...)  a store that the blocks of this program share; the first call fills it
     ("value", v)             None, a bool, a number or a text
     ("dtype", name)          a torch dtype
     ("slice", a, b, c)       a slice; ("ellipsis",) the rest of the dimensions
@@ -88,10 +88,14 @@ MIXING = frozenset({"add", "mul"})
 # eq=False: programs are told apart by `id`, and hashing long step lists again and again costs time.
 @frozen(eq=False, slots=False)
 class Program:
-    """Steps in order, and the tensors they take; the answer is what the last step gives."""
+    """Steps in order, and the tensors they take.
+
+    The answer is what the last step gives and, with `store`, what the blocks wrote to the store they share.
+    """
 
     steps: tuple[Step, ...]
     leaves: tuple[Leaf, ...]
+    store: bool = False
 
     @cached_property
     def id(self) -> str:
@@ -105,7 +109,7 @@ class Program:
 
     def to_wire(self) -> list[Any]:
         """As values msgpack can carry."""
-        return [self.steps, self.leaves]
+        return [self.steps, self.leaves, self.store]
 
     @classmethod
     def from_wire(cls, wire: Any) -> Program:
@@ -115,12 +119,16 @@ class Program:
             ProtocolError: The form is wrong, or an operation is not on the list.
         """
         match wire:
-            case [[*steps], [*leaves]] if len(steps) <= MAX_STEPS:
+            case [[*steps], [*leaves], bool() as store] if len(steps) <= MAX_STEPS:
                 program = cls(
-                    tuple(_step(step) for step in steps), tuple(_leaf(leaf) for leaf in leaves)
+                    tuple(_step(step) for step in steps),
+                    tuple(_leaf(leaf) for leaf in leaves),
+                    store,
                 )
             case _:
-                raise ProtocolError(f"A program must be [steps, leaves], <= {MAX_STEPS} steps.")
+                raise ProtocolError(
+                    f"A program must be [steps, leaves, store], <= {MAX_STEPS} steps."
+                )
         if not program.steps:
             raise ProtocolError("A program must have at least one step.")
         return program
@@ -157,7 +165,7 @@ def _tree(tree: Any, depth: int = 0) -> Tree:
             type(p) in (int, str) for p in path
         ):
             return ("out", step, *path)
-        case ["cache"] | ["shared"] | ["ellipsis"]:
+        case ["cache"] | ["ellipsis"]:
             return (tree[0],)
         case ["value", (None | bool() | int() | float() | str()) as value]:
             return "value", value
@@ -167,8 +175,8 @@ def _tree(tree: Any, depth: int = 0) -> Tree:
             return ("slice", *ends)
         case [("tuple" | "list") as kind, *items]:
             return (kind, *(_tree(item, depth + 1) for item in items))
-        case ["dict", *items]:
-            return ("dict", *((str(key), _tree(item, depth + 1)) for key, item in items))
+        case [("dict" | "shared") as kind, *items]:
+            return (kind, *((str(key), _tree(item, depth + 1)) for key, item in items))
         case _:
             raise ProtocolError(f"{tree!r} is not an argument a program may hold.")
 
@@ -183,7 +191,7 @@ def sources(step: Step) -> list[int]:
         elif tree[0] in ("tuple", "list"):
             for item in tree[1:]:
                 walk(item)
-        elif tree[0] == "dict":
+        elif tree[0] in ("dict", "shared"):
             for _, item in tree[1:]:
                 walk(item)
 
@@ -200,10 +208,15 @@ class Execution:
     leaves: Sequence[Tensor]
     cache: Any = None
     shared: dict[str, Any] = field(factory=dict)
+    given: dict[str, Any] = field(factory=dict)  # to the store
 
     def run(self, program: Program) -> list[Tensor]:
         """Run all steps and return the tensors of the answer, in order."""
-        return tensors_of(self._outputs(program.steps)[len(program.steps) - 1])
+        answer = tensors_of(self._outputs(program.steps)[len(program.steps) - 1])
+        if program.store:
+            new = {k: v for k, v in self.shared.items() if self.given.get(k) is not v}
+            answer += tensors_of(new)
+        return answer
 
     def gather(self, steps: Sequence[Step], wanted: Sequence[Tree]) -> list[Tensor]:
         """Run all steps and return the tensors that `wanted` names: leaves, or outputs of steps.
@@ -247,6 +260,9 @@ class Execution:
             case "cache":
                 return self.cache
             case "shared":
+                entries = {key: self._build(item, outputs) for key, item in tree[1:]}
+                self.given.update(entries)
+                self.shared.update(entries)
                 return self.shared
             case "tuple":
                 return tuple(self._build(item, outputs) for item in tree[1:])

@@ -6,7 +6,6 @@ the protocol and real tensors come back. Nothing here knows a model family.
 
 from __future__ import annotations
 
-import functools
 from collections import Counter, UserDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from vflair_core.deferred import Deferred
 from vflair_core.errors import LeakError, PartitionError, ProtocolError
 from vflair_core.program import (
     ALLOWED,
+    MIXING,
     OPERATIONS,
     Execution,
     Leaf,
@@ -32,6 +32,7 @@ from vflair_core.program import (
 )
 from vflair_core.shapes import Shapes, first_tensor, rebuilt
 from vflair_core.stage import Stage, stage_of
+from vflair_core.store import coming_back, fill, open_store
 
 if TYPE_CHECKING:
     from vflair_core.absent import Absent
@@ -78,6 +79,7 @@ class Recorder:
     )  # of outputs of this program that were fetched
     _returned: Any = None  # the form of what the last module gives
     _known: dict[int, int] = field(factory=dict)
+    _store: UserDict[str, Any] | None = None  # that the blocks of this program share
     _versions: list[int] = field(factory=list)  # of `tensors`, as they were when they were taken
     _shapes: Shapes = field(factory=Shapes)
 
@@ -90,7 +92,7 @@ class Recorder:
         """Forget what was recorded."""
         self.steps, self.tensors, self.leaves, self.cache = [], [], [], None
         self._known, self._called, self.fetched, self._returned = {}, [], {}, None
-        self._versions = []
+        self._versions, self._store = [], None
 
     def call(self, absent: Absent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record the call of an absent module."""
@@ -139,8 +141,10 @@ class Recorder:
         return any(stage.goes_on_after(called) for stage in self.stages)
 
     def gave_last(self, deferred: Deferred) -> bool:
-        """Whether `deferred` is all that the last step gives, so that nothing else was derived from it."""
-        return deferred.node == ("out", len(self.steps) - 1) and deferred.known is self.fetched
+        """Whether `deferred` is all that the last step gives and no view of anything: then no other value shares it."""
+        kind, name, *_ = self.steps[-1]
+        last = deferred.node == ("out", len(self.steps) - 1) and deferred.known is self.fetched
+        return last and (kind == "module" or name in MIXING)
 
     def realise(self, deferred: Deferred) -> Tensor:
         """Fetch the value of a deferred tensor before the program is complete; it has it from then on.
@@ -186,7 +190,10 @@ class Recorder:
                     f"The model changed {name!r} in place after a layer of the model party had taken it. Choose a cut "
                     "at which this layer stays with the data party."
                 )
-        program = Program(tuple(self.steps), tuple(self.leaves))
+        # Blocks of the data party that follow may read what those of the model party put in.
+        store = None if any(stage.rest for stage in self.stages) else self._store
+        shapes = [*shapes, *coming_back(store)]
+        program = Program(tuple(self.steps), tuple(self.leaves), bool(coming_back(store)))
         tensors, cache = self.tensors, self.cache
         self.reset()
         answer = self.handover(program, tensors, cache, shapes)
@@ -194,7 +201,9 @@ class Recorder:
             raise ProtocolError(
                 f"{program.modules[-1]} returns {len(shapes)} tensors; {len(answer)} came back."
             )
-        return answer
+        rest = len(shapes) - len(coming_back(store))
+        fill(store, iter(answer[rest:]))
+        return answer[:rest]
 
     def _tree(self, value: Any, name: str) -> Tree:
         match value:
@@ -221,10 +230,14 @@ class Recorder:
                     "dict",
                     *((key, self._tree(item, f"{name}.{key}")) for key, item in value.items()),
                 )
-            case UserDict() if (
-                not value
-            ):  # states that blocks share among themselves, none of them ours
-                _close(value)
+            case UserDict() if self._store is None:
+                self._store = value
+                entries = open_store(value)
+                return (
+                    "shared",
+                    *((key, self._tree(item, f"{name}.{key}")) for key, item in entries.items()),
+                )
+            case UserDict() if value is self._store:
                 return ("shared",)
             case slice():
                 return "slice", value.start, value.stop, value.step
@@ -263,23 +276,6 @@ def _on_meta(value: Any) -> Any:
 
 def _no_module(name: str, *_: Any) -> Any:
     raise ProtocolError(f"{name} is held by the model party.")
-
-
-def _close(shared: UserDict[str, Any]) -> None:
-    """From here on the model party's blocks write to a store of their own, which a local block cannot read."""
-    if not hasattr(shared, "__missing__"):
-        shared.__class__ = _closed(type(shared))
-
-
-@functools.cache
-def _closed(kind: type) -> Any:
-    def missing(_self: Any, key: str) -> Any:
-        raise PartitionError(
-            f"A block of the data party needs {key!r}, which a block of the model party computed. Choose a cut after "
-            "the last block that shares its states, or HT."
-        )
-
-    return type(kind.__name__, (kind,), {"__missing__": missing})
 
 
 def _checked(absent: Absent, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -33,13 +33,14 @@ class Rest:
     sources: tuple[
         Tree, ...
     ]  # of each tensor: ("leaf", i) of the message, or ("out", step, *path) of a step here
+    store: bool  # whether states that blocks share come back too
     _programs: dict[tuple[Leaf, ...], Program] = field(factory=dict)
 
     def program(self, leaves: Sequence[Leaf]) -> Program:
         """Return the program that the next party runs on tensors of these names, dtypes and ranks."""
         key = tuple(leaves)
         if key not in self._programs:
-            self._programs[key] = Program(self.steps, key)
+            self._programs[key] = Program(self.steps, key, self.store)
         return self._programs[key]
 
 
@@ -49,7 +50,7 @@ def divide_program(
     """Return what of a program calls held modules, up to the first that is not, and what comes then.
 
     Raises:
-        ProtocolError: Blocks on both sides share a store of states, which cannot be in two places.
+        ProtocolError: Blocks here share a store of states with others.
     """
     calls = [(n, name) for n, (kind, name, _, _) in enumerate(program.steps) if kind == "module"]
     first = next((n for n, name in calls if not held(name)), None)
@@ -65,8 +66,8 @@ def divide_program(
                 return "leaf", found.setdefault(tree, len(found))
             case "tuple" | "list":
                 return (tree[0], *map(moved, tree[1:]))
-            case "dict":
-                return ("dict", *((key, moved(item)) for key, item in tree[1:]))
+            case "dict" | "shared":
+                return (tree[0], *((key, moved(item)) for key, item in tree[1:]))
             case _:
                 return tree
 
@@ -75,13 +76,12 @@ def divide_program(
         for kind, name, args, kwargs in program.steps[first:]
     )
     here = program.steps[:first]
-    if all(
-        any(("shared",) in dict(kwargs).values() for *_, kwargs in part) for part in (here, steps)
-    ):
+    if any(tree[0] == "shared" for *_, kwargs in here for _, tree in kwargs):
         raise ProtocolError(
-            "Blocks of two model parties share their states, which lie with one of them. Divide the chain elsewhere."
+            "Blocks of the first model party of a chain share states with others, and they cannot be in two places. "
+            "Hold these blocks at one model party."
         )
-    rest = Rest(steps, tuple(found))
+    rest = Rest(steps, tuple(found), program.store)
     return (Program(here, program.leaves) if here else None), rest
 
 

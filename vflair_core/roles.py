@@ -239,7 +239,8 @@ def _other_ids(config: Any, ids: Tensor, generator: torch.Generator) -> Tensor:
     other = torch.randint(size, ids.shape, generator=generator).to(ids.device)
     end = getattr(text, "eos_token_id", None)
     end = end[0] if isinstance(end, (list, tuple)) else end
-    end = None if ids.dim() < 2 else end
+    if ids.dim() < 2 or (end is not None and end >= size):  # configs name ends that have no word
+        end = None
     stays = torch.zeros_like(ids, dtype=torch.bool)
     for token in fixed:
         stays |= ids == token

@@ -7,6 +7,7 @@ in the middle of a generation the form of an earlier call serves. Only shapes ar
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from vflair_core.cache import holds_past
 from vflair_core.deferred import Deferred
 from vflair_core.errors import PartitionError
 from vflair_core.program import Tree
+from vflair_core.store import shadow_of, written
 
 if TYPE_CHECKING:
     from vflair_core.absent import Absent
@@ -40,9 +42,14 @@ class Shapes:
         key = (absent.name, tuple(hidden.shape), hidden.dtype, absent.training, literals)
         if len(self._structures) >= MAX_STRUCTURES:
             self._structures.clear()
+        store = next((shadow_of(v) for v in named.values() if isinstance(v, UserDict)), {})
         if key not in self._structures:
-            self._structures[key] = self._learned(absent, named, hidden)
-        return self._structures[key]
+            before = dict(store)
+            structure = self._learned(absent, named, hidden)
+            self._structures[key] = structure, written(store, before)
+        structure, entries = self._structures[key]
+        store.update(entries)
+        return structure
 
     def _learned(self, absent: Absent, named: dict[str, Any], hidden: Tensor) -> Any:
         """What the module returns, found by running its skeleton, or from what it returned for other lengths."""
@@ -80,6 +87,8 @@ def _run_skeleton(absent: Absent, named: dict[str, Any]) -> Any:
             return None if has_past and "mask" in key else torch.empty_like(value, device="meta")
         if isinstance(value, (tuple, list)):
             return alike(value, [to_meta(item, key) for item in value])
+        if isinstance(value, UserDict):
+            return shadow_of(value)
         return None if isinstance(value, Cache) else value
 
     shadow = {key: to_meta(value, key) for key, value in named.items()}
@@ -102,7 +111,7 @@ def _run_on_zeros(absent: Absent, named: dict[str, Any]) -> Any:
             return value.detach().cpu()
         if isinstance(value, (tuple, list)):
             return alike(value, map(known, value))
-        return value
+        return shadow_of(value) if isinstance(value, UserDict) else value
 
     try:
         block = copy.deepcopy(absent.skeleton).to_empty(device="cpu")

@@ -18,11 +18,13 @@ class Stage:
         rest: Names of the modules it holds after them (HT): norm, pooler, head.
         optional: Blocks that the model leaves out of some calls, as those for pictures where there is none. Which
             they are is settled when the cut is made; no message adds one.
+        pauses: Those of the last block and `rest` whose output the data party needs besides that of the next one.
     """
 
     blocks: tuple[str, ...]
     rest: tuple[str, ...] = ()
     optional: frozenset[str] = frozenset()
+    pauses: frozenset[str] = frozenset()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -30,9 +32,11 @@ class Stage:
         return self.blocks + self.rest
 
     def ends_with(self, called: tuple[str, ...]) -> bool:
-        """Whether `called` is the whole stage, or the last of `rest` after what went before."""
+        """Whether `called` is the whole stage, the last of `rest` after what went before, or comes to a pause."""
         if not called:
             return False
+        if called[-1] in self.pauses and self.allows(called):
+            return True
         return called == self.rest[-len(called) :] or self._reached(called) == len(self.names)
 
     def allows(self, called: tuple[str, ...]) -> bool:

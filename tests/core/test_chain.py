@@ -20,6 +20,8 @@ from vflair_core import (
 )
 from vflair_core.channel import LocalChannel
 from vflair_core.errors import CheckpointError, PartitionError, ProtocolError
+from vflair_core.program import Program
+from vflair_core.relay import divide_program
 from vflair_core.testing import tiny_batch, tiny_model
 from vflair_core.training import FineTuning, Train, train_unsplit
 from vflair_core.tuning import Lora, tune
@@ -275,3 +277,38 @@ def test_a_share_that_is_none_is_refused(share, tmp_path):
         onward = None  # the last must take all that follows
     with pytest.raises(PartitionError, match=r"is no share of 4 blocks.*share=\(0, 2\)"):
         load_model_party(tmp_path, Partition(1, 1), share=share, onward=onward)
+
+
+def block(name, hidden, **more):
+    return ("module", name, (), (("hidden_states", hidden), *more.items()))
+
+
+def test_a_program_is_divided_before_the_first_module_that_is_not_held():
+    mask = ("leaf", 1)
+    program = Program(
+        (
+            block("a", ("leaf", 0), attention_mask=mask),
+            ("op", "getitem", (("out", 0), ("value", 0)), ()),
+            block("b", ("out", 1), attention_mask=mask, states=("dict", ("x", ("leaf", 2)))),
+            block("c", ("out", 2), first=("out", 0, 1)),
+        ),
+        (("hidden_states", "float32", 3), ("attention_mask", "bool", 4), ("x", "float32", 2)),
+    )
+    here, rest = divide_program(program, "a".__eq__)
+    assert here.steps == program.steps[:2]
+    assert rest.sources == (("out", 1), mask, ("leaf", 2), ("out", 0, 1))
+    assert rest.steps == (
+        block("b", ("leaf", 0), attention_mask=("leaf", 1), states=("dict", ("x", ("leaf", 2)))),
+        block("c", ("out", 0), first=("leaf", 3)),
+    )
+    assert divide_program(program, {"a", "b", "c"}.__contains__) == (program, None)
+    assert divide_program(program, "z".__eq__)[0] is None
+
+
+def test_states_that_blocks_share_cannot_lie_with_two_model_parties():
+    program = Program(
+        (block("a", ("leaf", 0), states=("shared",)), block("b", ("out", 0), states=("shared",))),
+        (("hidden_states", "float32", 3),),
+    )
+    with pytest.raises(ProtocolError, match="cannot be in two places"):
+        divide_program(program, "a".__eq__)

@@ -16,8 +16,8 @@ CACHE = cache_argument(GPT2Block)
 
 def steps_of(victim, change):
     """The victim's program with its list of steps changed, and the id it has then."""
-    steps, leaves = codec.decode(codec.encode(victim.said["forward"])).meta["program"]
-    program = [change(steps), leaves]
+    steps, leaves, store = codec.decode(codec.encode(victim.said["forward"])).meta["program"]
+    program = [change(steps), leaves, store]
     try:
         return {"program": program, "id": Program.from_wire(program).id}
     except (ProtocolError, TypeError, ValueError):
@@ -114,7 +114,7 @@ def test_a_program_that_is_not_the_chain_is_refused(mallory, change, words):
 
 
 @pytest.mark.parametrize(
-    "program", [None, 3, "steps", [], [1, 2], [1, 2, 3], [[], []], [[None], []], {}]
+    "program", [None, 3, "steps", [], [1, 2, 3], [[], [], []], [[None], [], False], {}]
 )
 def test_what_is_no_program_is_refused(mallory, program):
     mallory.refused(mallory.forged("forward", program=program))

@@ -245,3 +245,10 @@ def test_given_embeddings_are_smashed_like_looked_up_ones(cut):
     assert sent_roles(parties, inputs_embeds=embeddings)["hidden_states"] == "smashed"
     ours = parties.data_party.model(inputs_embeds=embeddings).logits
     assert torch.equal(ours, parties.whole(inputs_embeds=embeddings).logits)
+
+
+def test_an_end_of_text_outside_the_vocabulary_is_no_word_to_try(cut):
+    """GPT-2's config names 50256, also where it has 64 words."""
+    parties = cut(model=tiny_model("gpt2", eos_token_id=50256))
+    batch = tiny_batch(parties.whole, labels="tokens")
+    assert torch.equal(parties.data_party.model(**batch).loss, parties.whole(**batch).loss)

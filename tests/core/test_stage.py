@@ -47,6 +47,17 @@ def test_a_stage_goes_on_until_its_last_block_that_cannot_be_left_out():
     assert not STAGE.goes_on_after(("b",))
 
 
+def test_a_run_ends_at_a_pause_where_it_may_end():
+    stage = Stage(("a", "b"), ("norm", "head"), pauses=frozenset({"b", "norm"}))
+    assert [stage.ends_with(run) for run in [("a",), ("a", "b"), ("norm",), ("head",)]] == [
+        False,
+        True,
+        True,
+        True,
+    ]
+    assert not stage.ends_with(("b",))
+
+
 def test_no_stage_gives_a_value_from_among_its_blocks():
     assert stage_of(("a", "c"), [SHARED, STAGE]) is STAGE
     with pytest.raises(

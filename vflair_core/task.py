@@ -96,6 +96,31 @@ Render = Callable[[Example, Any], Example]  # (example, tokenizer) -> what the m
 
 
 @frozen
+class TaskCard:
+    """What can be said of a task without loading its data. A task function carries it as its attribute `card`.
+
+    For example::
+
+        reviews.card = TaskCard(kind="classification", metric="accuracy", sizes={"train": 800, "test": 200})
+
+    Args:
+        kind: As `Task.kind`.
+        metric: Name of the main-task performance, the first one that is reported.
+        source: Where the text comes from.
+        licence: Of the text.
+        columns: Columns of the source and what becomes of each, e.g. ``{"sentence": "text"}``.
+        sizes: Rows of each split, ``{"train": …, "test": …}``, as far as they are known.
+    """
+
+    kind: Kind = field(validator=_check_kind)
+    metric: str = ""
+    source: str = ""
+    licence: str = ""
+    columns: Mapping[str, str] = field(factory=dict)
+    sizes: Mapping[str, int] = field(factory=dict)
+
+
+@frozen
 class Task:
     """Examples to learn from and to be judged on, and how they are judged.
 

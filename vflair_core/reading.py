@@ -161,26 +161,15 @@ def _tokens(
     tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None, **options: Any
 ) -> list[Row]:
     """Tokenise without saying of which example; several rows only if `options` ask for windows."""
-    fast = tokenizer.is_fast
-    encoded = tokenizer(
-        text, pair, return_offsets_mapping=fast, return_token_type_ids=True, **options
-    )
-    ids = encoded["input_ids"]
-    several = "return_overflowing_tokens" in options
-    rows = []
-    for n, row in enumerate(ids if several else [ids]):
-        types = encoded["token_type_ids"]
-        offsets = encoded["offset_mapping"] if fast else [NOWHERE] * len(row)
-        rows.append(
-            Row(
-                Example(text, pair=pair),
-                list(row),
-                list(types[n] if several else types),
-                [tuple(pair) for pair in (offsets[n] if several else offsets)],
-                list(encoded.sequence_ids(n)) if fast else [None] * len(row),
-            )
-        )
-    return rows
+    encoded: Any = tokenizer(text, pair, return_token_type_ids=True, **options)
+    example = Example(text, pair=pair)
+    if tokenizer.is_fast:
+        return [
+            Row(example, e.ids, e.type_ids, e.offsets, e.sequence_ids) for e in encoded.encodings
+        ]
+    ids = list(encoded["input_ids"])
+    nowhere: list[Span] = [NOWHERE] * len(ids)
+    return [Row(example, ids, list(encoded["token_type_ids"]), nowhere, [None] * len(ids))]
 
 
 def _row(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> Row:

@@ -130,7 +130,7 @@ def read(
     Raises:
         TaskError: The answer or the question leaves no room for anything else.
     """
-    if reading.kind == "question-answering" and example.pair is not None:
+    if reading.kind == "question-answering" and example.pair:
         rows = _windows(tokenizer, example, max_length, reading.stride)
     elif reading.continues and (example.answer is not None or reading.kind == "image-text"):
         rows = [_continued(tokenizer, reading, example, max_length)]
@@ -186,13 +186,14 @@ def _windows(
     tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int, stride: int
 ) -> list[Row]:
     """Read the passage in windows of `max_length` tokens, each after the whole question."""
-    (question,) = _tokens(tokenizer, example.text, "", verbose=False)
-    room = max_length - len(question.ids)
+    question = tokenizer(example.text, add_special_tokens=False, verbose=False)["input_ids"]
+    taken = len(question) + tokenizer.num_special_tokens_to_add(pair=True)
+    room = max_length - taken
     if room <= stride:
         raise TaskError(
             f"Example {example.id or example.text[:40]!r}: of max_length = {max_length} tokens its question "
             f"leaves {room} for the passage, and windows share {stride}. Set train.max_length to "
-            f"{len(question.ids) + stride + 1} or more, or a smaller stride."
+            f"{taken + stride + 1} or more, or a smaller stride."
         )
     if not tokenizer.is_fast:
         raise TaskError(

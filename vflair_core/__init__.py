@@ -26,6 +26,7 @@ _HOMES = {
     "Guarantee": "guarantee",
     "Guess": "attack",
     "Task": "task",
+    "TaskCard": "task",
     "Example": "task",
     "VflairError": "errors",
     "PartitionError": "errors",
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
     from vflair_core.running import run as run
     from vflair_core.task import Example as Example
     from vflair_core.task import Task as Task
+    from vflair_core.task import TaskCard as TaskCard
     from vflair_core.trainer import SplitCallback as SplitCallback
     from vflair_core.training import FineTuning as FineTuning
     from vflair_core.training import Train as Train

@@ -59,6 +59,7 @@ class Defenses:
                 name=name,
                 role=role,
                 axes=axes,
+                mask=_mask_of(tensor, name, exchange),
                 generator=self.generator_of(defense),
             )
             tensor = getattr(defense, place)(tensor, there)
@@ -98,11 +99,25 @@ class Defenses:
             f"It supports {cells}."
         )
 
+    def fields(self, fields: dict[str, str]) -> dict[str, str]:
+        """Pass the texts of one example, ``text`` and perhaps ``pair``, through the defenses that change text.
+
+        Raises:
+            DefenseError: One returns other fields than it was given.
+        """
+        for defense in self.at("on_text"):
+            names = sorted(fields)
+            fields = defense.on_text(dict(fields))
+            if sorted(fields) != names:
+                raise DefenseError(
+                    f"{type(defense).__name__}.on_text was given {', '.join(names)} and returned "
+                    f"{', '.join(sorted(fields)) or 'nothing'}: it may change texts and neither add nor drop any."
+                )
+        return fields
+
     def text(self, text: str) -> str:
         """Pass one text through the defenses that change text."""
-        for defense in self.at("on_text"):
-            text = defense.on_text({"text": text})["text"]
-        return text
+        return self.fields({"text": text})["text"]
 
     def tokens(self, batch: Batch) -> Batch:
         """Pass a tokenised batch through the defenses that change tokens."""
@@ -143,6 +158,20 @@ def _generator(seed: int | None, index: int) -> torch.Generator:
     return generator
 
 
+def _mask_of(tensor: Tensor, name: str, exchange: Exchange) -> Tensor | None:
+    """The mask that fits the tensor: what an encoder gave crosses to a decoder too, with its own mask."""
+    own = exchange.mask
+    if (
+        own is None
+        or tensor.dim() < 3
+        or (own.shape[1] in tensor.shape[:2] and not name.startswith("encoder"))
+    ):
+        return own
+    encoder: Tensor | None = exchange.batch.get("attention_mask")
+    fits = encoder is not None and encoder.dim() == 2 and encoder.shape[1] in tensor.shape[:2]
+    return encoder if fits else None
+
+
 def _axes(tensor: Tensor, exchange: Exchange) -> str:
     """Name the dimensions: B and T by the batch at hand, D the last one, ? where nothing fits."""
     ids = exchange.batch.get("input_ids")
@@ -153,7 +182,9 @@ def _axes(tensor: Tensor, exchange: Exchange) -> str:
     batch, positions = ids.shape[:2]
     if not tensor.is_floating_point():  # labels
         return "BT"[: tensor.dim()]
-    if tensor.dim() == 3 and tuple(tensor.shape[:2]) == (batch, positions):
+    answer = [exchange.batch.get(name) for name in ("decoder_input_ids", "labels")]
+    lengths = {positions, *(ids.shape[1] for ids in answer if ids is not None and ids.dim() == 2)}
+    if tensor.dim() == 3 and tensor.shape[0] == batch and tensor.shape[1] in lengths:
         return "BTD"
     if tensor.dim() == 3 and tuple(tensor.shape[:2]) == (positions, batch):
         return "TBD"

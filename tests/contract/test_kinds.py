@@ -1,0 +1,164 @@
+"""Every kind of task, end to end across the cut: it learns, and is judged as the unsplit model is."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from vflair_core import Partition, plugin_manager, run, split
+from vflair_core.config import experiment_from
+from vflair_core.errors import ExperimentError
+from vflair_core.evaluation import evaluate, evaluate_party
+from vflair_core.explain import explain
+from vflair_core.plugins import find
+from vflair_core.pretraining import prepare_model
+from vflair_core.reader import Reader
+from vflair_core.reading import reading_of
+
+KINDS = Path(__file__).with_name("kinds.py")
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+}
+LLAMA = {"model_type": "llama", **SIZES, "max_position_embeddings": 128}
+BERT = {
+    "model_type": "bert",
+    **SIZES,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
+T5 = {
+    "model_type": "t5",
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 3,
+    "num_heads": 2,
+    "dropout_rate": 0.0,
+}
+LLAVA = {
+    "model_type": "llava",
+    "text_config": LLAMA,
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        **SIZES,
+        "image_size": 16,
+        "patch_size": 8,
+        "projection_dim": 16,
+    },
+}
+MODELS = {
+    "pairs": BERT,
+    "lengths": LLAMA,
+    "passages": BERT,
+    "colours": LLAMA,
+    "choices": LLAMA,
+    "sentences": LLAMA,
+    "reversed": T5,
+    "pictures": LLAVA,
+}
+HT, HBT = {"head": 1, "tail": 0}, {"head": 1, "tail": 1}
+
+
+@pytest.fixture
+def pm():
+    return plugin_manager([KINDS], entry_point_group="vflair.none")
+
+
+def experiment(task, cut, **changes):
+    table = {
+        "task": {"name": task},
+        "model": {"config": MODELS[task], "vocab_size": 320},
+        "partition": cut,
+        "train": {"steps": 25, "batch_size": 8, "max_length": 40, "learning_rate": 0.01},
+        "victims": {"count": 3, "bypass": 2},
+        "isolation": "inline",
+        "check_unsplit": True,
+    }
+    return experiment_from({**table, **changes})
+
+
+@pytest.mark.parametrize("cut", [HT, HBT], ids=["HT", "HBT"])
+@pytest.mark.parametrize("name", MODELS)
+def test_training_across_the_cut_takes_the_unsplit_steps_and_lowers_the_loss(pm, name, cut):
+    attacks = [{"name": "shapes", "knowledge": "K0"}]
+    arm = run(experiment(name, cut, attacks=attacks), plugins=pm).numbers["undefended"]
+    if (
+        name == "reversed" and cut == HBT
+    ):  # encoder states and biases get gradients from both parties
+        assert arm["unsplit_losses_differ_by"] < 1e-4
+    else:
+        assert arm["unsplit_losses_equal"]
+    before, after = (arm["evaluations"][n]["metrics"]["loss"] for n in (0, -1))
+    assert after <= 0.9 * before
+
+
+@pytest.mark.parametrize("cut", [HT, HBT], ids=["HT", "HBT"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_split_model_gets_exactly_the_unsplit_models_score(pm, name, cut):
+    task = find(pm, "tasks", name).load()()
+    model, tokenizer, processor = prepare_model(experiment(name, cut), task, lambda *_: None)
+    for (
+        weight
+    ) in model.parameters():  # far from zero, so that answers differ from example to example
+        weight.data.mul_(3)
+    whole = copy.deepcopy(model)
+    reader = Reader(tokenizer, reading_of(task, whole, processor=processor), 40)
+    party, _ = split(model, Partition(**cut), tokenizer=tokenizer)
+    party.task_kind, party.reading = task.kind, reading_of(task, party.model, processor=processor)
+    theirs = evaluate(whole, task, reader, batch_size=5)
+    assert evaluate_party(party, task, batch_size=5, max_length=40) == theirs
+    assert torch.isfinite(torch.tensor(list(theirs.metrics.values()))).all()
+
+
+@pytest.mark.parametrize("name", ["passages", "reversed", "pictures"])
+def test_public_pretraining_teaches_the_weights_that_the_task_uses(pm, name):
+    told = []
+    task = find(pm, "tasks", name).load()()
+    options = {"pretrain": {"steps": 25, "length": 16, "learning_rate": 0.01}}
+    model, *_ = prepare_model(
+        experiment(name, HBT, **options), task, lambda phase, *_: told.append(phase)
+    )
+    losses = [float(phase.split("loss ")[1]) for phase in told]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    fresh, *_ = prepare_model(experiment(name, HBT), task, lambda *_: None)
+    moved = model.get_input_embeddings().weight != fresh.get_input_embeddings().weight
+    assert moved.any()
+
+
+@pytest.mark.parametrize("name", ["passages", "reversed", "pictures"])
+def test_all_that_can_be_granted_reaches_an_attack_of_every_kind_in_the_worker(pm, name):
+    everything = ["K4", "queries", "in_domain", "few_labelled"]
+    attacks = [{"name": "everything", "knowledge": everything}]
+    changes = {"train": {"steps": 1, "max_length": 40}, "isolation": "process"}
+    arm = run(
+        experiment(name, HBT, attacks=attacks, check_unsplit=False, **changes), plugins=pm
+    ).numbers["undefended"]
+    (grade,) = arm["attacks"]
+    assert grade["budget"]["head"] < 1e-5  # the granted head makes what was seen
+    # In front of a picture's text stand the picture's own positions, which no text has.
+    assert grade["budget"]["compared"] == (name != "pictures")
+    assert grade["budget"]["queries"] == 60
+    assert grade["budget"]["labelled"] == 16
+
+
+def test_packed_training_across_the_cut_takes_the_unsplit_steps(pm):
+    train = {"steps": 6, "batch_size": 8, "max_length": 40, "packing": True}
+    arm = run(experiment("sentences", HBT, train=train), plugins=pm).numbers["undefended"]
+    assert arm["unsplit_losses_equal"]
+
+
+def test_what_cannot_be_packed_is_refused(pm):
+    with pytest.raises(ExperimentError, match="seq2seq cannot learn from"):
+        run(experiment("reversed", HBT, train={"packing": True}), plugins=pm)
+
+
+@pytest.mark.parametrize("name", ["passages", "reversed", "pictures"])
+def test_explain_sends_public_text_in_the_form_of_every_kind(pm, name):
+    facts = explain(experiment(name, HT), pm)
+    assert {"smashed", "returned", "hidden_grad"} <= {row["role"] for row in facts["crossings"]}

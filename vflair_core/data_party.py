@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import attrs
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,11 +18,13 @@ from vflair_core.defending import Defenses
 from vflair_core.defense import Batch, Defense, Exchange
 from vflair_core.errors import DefenseError, PartitionError
 from vflair_core.handover import check_trainable, hand_over_forward, hand_over_parts, token_tables
+from vflair_core.inputs import answer_mask, cache_in, mask_of, positions_of
 from vflair_core.line import Line
 from vflair_core.locks import Lock
 from vflair_core.message import Phase, Role
 from vflair_core.program import Program
-from vflair_core.roles import Call, Captured, Given, Probe, find_roles, random_states
+from vflair_core.rehearsing import Rehearsals
+from vflair_core.roles import Call, random_states
 from vflair_core.saving import save_data_party, save_tokenizer
 from vflair_core.scoring import only_scored
 from vflair_core.slices import Slices
@@ -38,9 +37,6 @@ if TYPE_CHECKING:
     from vflair_core.reading import Reading
     from vflair_core.recorder import Recorder
     from vflair_core.task import Example
-
-
-MAX_PATHS = 4096  # remembered ways of calling the model; forgetting them costs time only
 
 
 class DataParty:
@@ -84,7 +80,7 @@ class DataParty:
         self.line = Line(channel, fingerprint)
         self.tokenizer = tokenizer
         self.defenses = Defenses(defenses, partition.kind, seed)
-        self.roles: dict[str, tuple[Role, ...]] = {}
+        self.rehearsals = Rehearsals(self)
         self.loss_scale = 1.0
         self.overflowed = (
             False  # a gradient that was not finite came to the defenses since the last step
@@ -94,9 +90,7 @@ class DataParty:
         self._call: Call | None = None
         self._last: Exchange | None = None
         self._begun: Exchange | None = None
-        self._probe: Probe | None = None
         self._asking = False
-        self._seen_paths: set[Any] = set()
         self.model = hand_over_forward(model, self)
         hand_over_parts(model, self)
         tables = token_tables(model)
@@ -126,6 +120,11 @@ class DataParty:
         return self.line.step
 
     @property
+    def roles(self) -> dict[str, tuple[Role, ...]]:
+        """Roles of what crosses, by the id of the program that takes it."""
+        return self.rehearsals.roles
+
+    @property
     def disclosed(self) -> set[str]:
         """Tensors that crossed although they depend on the text, because the partition says they may."""
         crossing = any("disclosed" in roles for roles in self.roles.values())
@@ -148,9 +147,9 @@ class DataParty:
             return self._run_forward(forward, inputs)
 
     def _run_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
-        if self._probe is not None:
+        if self.rehearsals.probe is not None:
             return forward(**inputs)
-        self.defenses.check(self._phase(_cache_in(inputs)))
+        self.defenses.check(self._phase(cache_in(inputs)))
         self._refuse_raw_text(inputs)
         for defense in self.defenses.at("expand"):
             inputs = {
@@ -162,7 +161,7 @@ class DataParty:
             check_trainable(self.model)
         self.recorder.begin()
         random = random_states(self.model.device) if self.model.training else ()
-        self._call = Call(forward, inputs, self._past(inputs), random)
+        self._call = Call(forward, inputs, self.rehearsals.past(inputs), random)
         try:
             if trains and inputs.get("labels") is not None:
                 inputs = {**inputs, "labels": self._defended_labels(inputs["labels"])}
@@ -182,18 +181,18 @@ class DataParty:
 
         `generate` calls the encoder of a sequence-to-sequence model alone, for example.
         """
-        if self._probe is not None or self._call is not None:
+        if self.rehearsals.probe is not None or self._call is not None:
             return forward(**inputs)
         if self.defenses.at("expand"):
             raise DefenseError(
                 f"{type(self.defenses.at('expand')[0]).__name__} adds rows to calls of the whole model; here a "
                 "part of it is called alone."
             )
-        self.defenses.check(self._phase(_cache_in(inputs)))
+        self.defenses.check(self._phase(cache_in(inputs)))
         self._refuse_raw_text(inputs)
         self.recorder.begin()
         random = random_states(self.model.device) if self.model.training else ()
-        self._call = Call(forward, inputs, self._past(inputs), random)
+        self._call = Call(forward, inputs, self.rehearsals.past(inputs), random)
         try:
             return forward(**inputs)
         finally:
@@ -211,21 +210,7 @@ class DataParty:
         Nothing crosses. With a cache, the local and the absent layers both advance.
         """
         with self._lock:
-            return self._smashed(inputs)
-
-    def _smashed(self, inputs: dict[str, Any]) -> Tensor:
-        cache, layers = _cache_in(inputs), self._layers(self.stages[-1].names)
-        if cache is not None:
-            caches.attach(cache, layers, lambda _id: None)
-        try:
-            with self._probing(Probe()):
-                self.model(**inputs)
-        except Captured as captured:
-            hidden = captured.first_argument()
-            if cache is not None:
-                caches.advance(cache, hidden.shape[1], layers)
-            return hidden
-        raise PartitionError("The model was run without reaching the model party.")
+            return self.rehearsals.smashed(inputs)
 
     def complete(self, returned: Tensor, **inputs: Any) -> Any:
         """Run the local tail on `returned` as if the model party had sent it, and return the outputs.
@@ -237,54 +222,26 @@ class DataParty:
             raise PartitionError(
                 f"{type(self.model).__name__} takes {len(self.stages)} answers of the model party; one is given."
             )
-        with self._lock, self._probing(Given(returned)):
-            return self.model(**inputs)
-
-    @contextmanager
-    def _probing(self, probe: Probe) -> Iterator[None]:
-        """While this lasts, nothing is sent: `probe` answers instead of the model party."""
-        before, calls = self._probe, self.recorder.calls.copy()
-        self._probe = probe
-        self.recorder.begin()
-        try:
-            yield
-        finally:
-            self._probe = before
-            self.recorder.reset()
-            self.recorder.calls = calls
-
-    def _past(self, inputs: dict[str, Any]) -> Cache | None:
-        """Copy the cache before a call takes a path not seen yet: its roles must be found from there."""
-        cache = _cache_in(inputs)
-        if cache is None:
-            return None
-        length, ids = caches.length_of(cache), inputs.get("input_ids")
-        given = tuple(key for key, value in inputs.items() if value is not None)
-        positions = None if ids is None else ids.shape[-1]
-        path = (given, length == 0, positions == 1, self.model.training, _all_ones(inputs))
-        if path in self._seen_paths:
-            return None
-        if len(self._seen_paths) >= MAX_PATHS:
-            self._seen_paths.clear()
-        self._seen_paths.add(path)
-        with torch.inference_mode(False), torch.no_grad():
-            return copy.deepcopy(cache)
+        with self._lock:
+            return self.rehearsals.complete(returned, inputs)
 
     def exchange(
         self, program: Program, leaves: list[Tensor], cache: Cache | None, shapes: list[Tensor]
     ) -> list[Tensor]:
         """Take a finished program from the recorder and carry out the round."""
-        if self._probe is not None:
-            return self._probe.answer(program, leaves, shapes)
-        roles = self.roles.get(program.id) or self._find_roles(program, leaves, cache)
-        positions = _positions(leaves, roles)
+        if self.rehearsals.probe is not None:
+            return self.rehearsals.probe.answer(program, leaves, shapes)
+        roles = self.roles.get(program.id) or self.rehearsals.find_roles(
+            self._call, program, leaves, cache
+        )
+        positions = positions_of(leaves, roles)
         exchange, self._begun = self._begun or self._begin(positions), None
         self._last = exchange
         spec = None
         if cache is not None:
             remote = caches.attach(
                 cache,
-                self._layers(stage_of(program.modules, self.stages).names),
+                self.layers(stage_of(program.modules, self.stages).names),
                 self.line.caches.append,
                 lambda old, new: self.line.copies.append((old, new)),
             )
@@ -295,21 +252,21 @@ class DataParty:
         if cache is not None:
             remote.deeds.clear()
             remote.known = True
-            caches.advance(cache, positions, self._layers(program.modules))
+            caches.advance(cache, positions, self.layers(program.modules))
         return returned
 
     def _begin(self, positions: int) -> Exchange:
         """Number the next exchange. It begins at the embeddings if a defense stands there."""
         self._exchanges += 1
         inputs = self._call.inputs if self._call else {}
-        phase = self._phase(_cache_in(inputs))
+        phase = self._phase(cache_in(inputs))
         # A model with two stacks asks for its second after the first, or with what the first gave before.
         second = self._last is not None or inputs.get("encoder_outputs") is not None
         of_answer = second and bool(self.model.config.is_encoder_decoder)
-        mask = _answer_mask(inputs, positions) if of_answer else _mask(inputs, positions)
+        mask = answer_mask(inputs, positions) if of_answer else mask_of(inputs, positions)
         return Exchange(self._exchanges, self.line.step, phase, mask=mask, batch=inputs)
 
-    def _layers(self, names: Sequence[str]) -> list[int]:
+    def layers(self, names: Sequence[str]) -> list[int]:
         """Numbers of the cache layers that the modules `names` fill."""
         return sorted({index for name in names for index in self.recorder.absent[name].layers})
 
@@ -320,38 +277,12 @@ class DataParty:
             return "eval"
         return "prefill" if getattr(cache, "vflair_remote", None) is None else "decode"
 
-    def _find_roles(
-        self, program: Program, leaves: list[Tensor], cache: Cache | None
-    ) -> tuple[Role, ...]:
-        if self._call is None:
-            raise PartitionError(
-                "The model party was reached by a call of an inner module before the whole model was called "
-                "this way. Call data_party.model(...) once first."
-            )
-        call = self._call
-        if cache is not None and call.past is None:
-            call = attrs.evolve(call, past=self._rewound(cache, call.inputs, program.modules))
-        roles = find_roles(
-            self.model, call, program, leaves, self.partition.disclose, self._probing
-        )
-        self.roles[program.id] = roles
-        return roles
-
-    def _rewound(
-        self, cache: Cache, inputs: dict[str, Any], modules: Sequence[str]
-    ) -> Cache | None:
-        if _cache_in(inputs) is None:
-            return None
-        with torch.inference_mode(False), torch.no_grad():
-            past = copy.deepcopy(cache)
-            ids = inputs.get("input_ids")
-            new = ids.shape[-1] if ids is not None else inputs["inputs_embeds"].shape[1]
-            caches.advance(past, new, self._layers(modules))
-            past.crop(-new)
-        return past
-
     def _on_embeddings(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-        if self._probe is not None or self._call is None or not self.defenses.at("on_embeddings"):
+        if (
+            self.rehearsals.probe is not None
+            or self._call is None
+            or not self.defenses.at("on_embeddings")
+        ):
             return None
         self._begun = self._begun or self._begin(output.shape[1])
         defended: Tensor = self.defenses.apply(
@@ -404,35 +335,3 @@ class DataParty:
     @task_kind.setter
     def task_kind(self, kind: str) -> None:
         self.defenses.task_kind = kind
-
-
-def _cache_in(inputs: Mapping[str, Any]) -> Cache | None:
-    return next((value for value in inputs.values() if isinstance(value, Cache)), None)
-
-
-def _positions(leaves: list[Tensor], roles: tuple[Role, ...]) -> int:
-    hidden = [leaf for leaf, role in zip(leaves, roles, strict=True) if role == "smashed"]
-    if not hidden or hidden[0].dim() < 2:
-        return 1
-    return hidden[0].shape[
-        1 if hidden[0].dim() == 2 else -2
-    ]  # some models have several streams in front
-
-
-def _mask(inputs: Mapping[str, Any], positions: int) -> Tensor | None:
-    mask = inputs.get("attention_mask")
-    return mask[:, -positions:] if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
-def _answer_mask(inputs: Mapping[str, Any], positions: int) -> Tensor | None:
-    """The mask of what a decoder reads: its own, else where there is something to learn, else none."""
-    mask = inputs.get("decoder_attention_mask")
-    labels = inputs.get("labels")
-    if mask is None and isinstance(labels, Tensor) and labels.shape[1:] == (positions,):
-        return (labels != -100).long()
-    return mask[:, -positions:] if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
-def _all_ones(inputs: Mapping[str, Any]) -> bool | None:
-    mask = inputs.get("attention_mask")
-    return bool(mask.all()) if isinstance(mask, Tensor) else None

@@ -1,0 +1,47 @@
+"""What a call of the model was given: its cache, its masks, how many positions cross."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from vflair_core.message import Role
+
+
+def cache_in(inputs: Mapping[str, Any]) -> Cache | None:
+    """The cache among the arguments of a call."""
+    return next((value for value in inputs.values() if isinstance(value, Cache)), None)
+
+
+def positions_of(leaves: list[Tensor], roles: tuple[Role, ...]) -> int:
+    """How many positions of hidden states cross."""
+    hidden = [leaf for leaf, role in zip(leaves, roles, strict=True) if role == "smashed"]
+    if not hidden or hidden[0].dim() < 2:
+        return 1
+    return hidden[0].shape[
+        1 if hidden[0].dim() == 2 else -2
+    ]  # some models have several streams in front
+
+
+def mask_of(inputs: Mapping[str, Any], positions: int) -> Tensor | None:
+    """The (B, T) mask of real tokens of the last `positions`; None if there is none."""
+    mask = inputs.get("attention_mask")
+    return mask[:, -positions:] if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def answer_mask(inputs: Mapping[str, Any], positions: int) -> Tensor | None:
+    """The mask of what a decoder reads: its own, else where there is something to learn, else none."""
+    mask = inputs.get("decoder_attention_mask")
+    labels = inputs.get("labels")
+    if mask is None and isinstance(labels, Tensor) and labels.shape[1:] == (positions,):
+        return (labels != -100).long()
+    return mask[:, -positions:] if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def all_ones(inputs: Mapping[str, Any]) -> bool | None:
+    """Whether nothing is padded; None without a mask."""
+    mask = inputs.get("attention_mask")
+    return bool(mask.all()) if isinstance(mask, Tensor) else None

@@ -11,22 +11,25 @@ import structlog
 import torch
 from attrs import define
 
+from vflair_core.asking import reader_of
 from vflair_core.attack import wants
 from vflair_core.attacking import Evidence, attack_and_grade
 from vflair_core.channel import Transcript
 from vflair_core.defense import Defense
 from vflair_core.errors import ExperimentError
+from vflair_core.evaluation import GREEDY, Evaluation, evaluate_party
 from vflair_core.experiment import Experiment
 from vflair_core.grading import Grade, Reference
 from vflair_core.message import Message
-from vflair_core.metrics import evaluate_party
 from vflair_core.partition import split
+from vflair_core.reading import Reading
 from vflair_core.setting import Clock, Setting, choose_partition, noise_seed
 from vflair_core.slices import Slices
-from vflair_core.task import Example
+from vflair_core.standins import public_examples
+from vflair_core.task import Example, Task
 from vflair_core.training import FineTuning
 from vflair_core.tuning import tune
-from vflair_core.victims import record_victims, truth_of
+from vflair_core.victims import Crossed, record_victims, truth_of
 from vflair_core.worker import stream_seed
 
 if TYPE_CHECKING:
@@ -66,6 +69,7 @@ def run_arm(
         plugins=setting.plugins,
     )
     party.task_kind = task.kind
+    party.reading = setting.reading(party.model)
     trained = {
         who: choose(owner, e)
         for who, owner in (("data_party", party), ("model_party", model_party))
@@ -79,7 +83,7 @@ def run_arm(
             defense.prepare(task.public, party)
     with _watched(party, setting):
         with clock("fine-tuning"):
-            losses, evaluations = _fine_tune(name, party, setting)
+            losses, evaluations, chance = _fine_tune(name, party, setting)
         if e.save:
             _save(name, party, model_party, setting)
         with clock("victims"):
@@ -88,14 +92,18 @@ def run_arm(
         party=party,
         model_party=model_party,
         pretrained=setting.pretrained,
-        main=main,
-        bypassed=bypassed,
+        main=main.transcript,
+        bypassed=bypassed and bypassed.transcript,
         releases=e.victims.releases,
         task=task,
         auxiliary=_auxiliary(setting),
         queries=queries,
     )
-    truth = truth_of(party, setting.victims, setting.victim_length)
+    truth = truth_of(party, setting.victims, main.rows, setting.victim_length)
+    control = None
+    if bypassed is not None:
+        some = setting.victims[: e.victims.bypass]
+        control = truth_of(party, some, bypassed.rows, setting.victim_length)
     with clock("attacks"):
         grades = attack_and_grade(
             setting.launches,
@@ -103,6 +111,7 @@ def run_arm(
             truth,
             prior=setting.prior,
             subset=range(min(e.victims.bypass, len(setting.victims))),
+            control=control,
             references=references if defenses else None,
             isolation=e.isolation,
             progress=lambda label, done, total: setting.report(f"{name}: {label}", done, total),
@@ -110,11 +119,12 @@ def run_arm(
         )
     for grade in grades:
         setting.tell("vflair_attack_finished", name=grade.attack, grade=grade.to_dict())
-    releases = _releases(setting, len(evaluations))
+    releases = _releases(setting, party.reading, len(evaluations))
     metrics = evaluations[-1]["metrics"]
     numbers = {
         "main_performance": next(iter(metrics.values())),
         "metric": next(iter(metrics)),
+        "chance": chance,
         "losses": losses,
         "evaluations": evaluations,
         "attacks": [_without_seconds(grade) for grade in grades],
@@ -124,6 +134,7 @@ def run_arm(
         ],
         "covers": sorted({place for defense in defenses for place in defense.covers}),
         "releases_per_example": releases,
+        "read": {"examples": party.reading.tally.examples, "cut": party.reading.tally.cut},
         "trained_weights": trained,
         "partition": attrs.asdict(party.partition),
         "untied": list(party.untied),
@@ -137,7 +148,7 @@ def run_arm(
     ]
     reached = [Reference(grade.reference, informative=grade.informative) for grade in grades]
     cost = _cost(party, clock, grades)
-    return Arm(numbers, cost, main, grades, samples, reached, party.slices)
+    return Arm(numbers, cost, main.transcript, grades, samples, reached, party.slices)
 
 
 def choose(owner: Any, e: Experiment, slices: Slices | None = None) -> int:
@@ -150,38 +161,45 @@ def choose(owner: Any, e: Experiment, slices: Slices | None = None) -> int:
 
 def _fine_tune(
     name: str, party: DataParty, setting: Setting
-) -> tuple[list[float], list[dict[str, Any]]]:
-    e, orders = setting.experiment, setting.orders
+) -> tuple[list[float], list[dict[str, Any]], float]:
+    """Return the loss of each step, all evaluations, and the MP of chance."""
+    e, total = setting.experiment, setting.experiment.train.steps
     rounds = FineTuning(party, e.train)
-    evaluations, losses = [_evaluate(party, setting)], []
+    before = _evaluate(party, setting)
+    evaluations, losses = [_as_row(party, before)], []
     torch.manual_seed(stream_seed(e.seed, "dropout"))
     per_epoch = -(-len(setting.task.train) // e.train.batch_size)
-    for number, examples in enumerate(orders, start=1):
+    reader = reader_of(party, e.train.max_length)
+    for number, examples in enumerate(setting.batches(), start=1):
         setting.tell("vflair_step_started", step=party.step)
-        losses.append(rounds.step(party.encode(examples, max_length=e.train.max_length)))
+        losses.append(rounds.step(reader.batch(examples, pack_rows=e.train.packing).batch))
         setting.tell("vflair_step_finished", step=party.step, loss=losses[-1])
         log.debug("step_finished", arm=name, step=party.step, loss=losses[-1])
         if number % per_epoch == 0:
             setting.tell("vflair_epoch_finished", epoch=number // per_epoch, step=party.step)
         every = e.train.evaluate_every
-        if every and number % every == 0 and number < len(orders):
-            evaluations.append(_evaluate(party, setting))
-        setting.report(f"{name}: fine-tuning, loss {losses[-1]:.3f}", number, len(orders))
-    evaluations.append(_evaluate(party, setting))
-    return losses, evaluations
+        if every and number % every == 0 and number < total:
+            evaluations.append(_as_row(party, _evaluate(party, setting)))
+        setting.report(f"{name}: fine-tuning, loss {losses[-1]:.3f}", number, total)
+    evaluations.append(_as_row(party, _evaluate(party, setting)))
+    return losses, evaluations, before.chance
 
 
-def _evaluate(party: DataParty, setting: Setting) -> dict[str, Any]:
+def _as_row(party: DataParty, evaluation: Evaluation) -> dict[str, Any]:
+    return {"step": party.step, "metrics": evaluation.metrics}
+
+
+def _evaluate(party: DataParty, setting: Setting) -> Evaluation:
     options = setting.experiment.train
     with torch.random.fork_rng():  # however often it is watched, training takes the same steps
-        metrics = evaluate_party(
+        found = evaluate_party(
             party,
             setting.task,
             batch_size=max(options.batch_size, 16),
             max_length=options.max_length,
         )
-    setting.tell("vflair_evaluated", step=party.step, metrics=metrics)
-    return {"step": party.step, "metrics": metrics}
+    setting.tell("vflair_evaluated", step=party.step, metrics=found.metrics)
+    return found
 
 
 def _save(arm: str, party: DataParty, model_party: ModelParty, setting: Setting) -> None:
@@ -194,7 +212,7 @@ def _save(arm: str, party: DataParty, model_party: ModelParty, setting: Setting)
 
 def _record(
     party: DataParty, setting: Setting, *, defended: bool
-) -> tuple[Transcript, Transcript | None, dict[str, Transcript]]:
+) -> tuple[Crossed, Crossed | None, dict[str, Transcript]]:
     """Let the victims cross, some of them once more with the defense bypassed, and public queries."""
     v, length = setting.experiment.victims, setting.victim_length
     gradients = v.phase == "train"
@@ -206,11 +224,12 @@ def _record(
         bypassed = record_victims(party, some, releases=v.releases, bypass=True, **options)
     queries: dict[str, Transcript] = {}
     if _asked(setting, "queries") and v.queries and setting.task.public:
-        publics = [Example(text, label=0) for text in setting.task.public[: v.queries]]
+        publics = public_examples(setting.task, v.queries)
         for which in ("main", "bypassed") if defended else ("main",):
             queries[which] = record_victims(
-                party, publics, max_length=length, gradients=False, bypass=which == "bypassed"
-            )
+                party, publics, max_length=length, gradients=False, bypass=which == "bypassed",
+                in_prompt=False,
+            ).transcript  # fmt: skip
     return main, bypassed, queries
 
 
@@ -228,7 +247,7 @@ def _auxiliary(setting: Setting) -> dict[str, Any]:
     auxiliary = {
         "public_texts": list(task.public),
         "in_domain": [example.text for example in others],
-        "few_labelled": [attrs.asdict(example) for example in others[:16]],
+        "few_labelled": [_plain(example) for example in others[:16]],
         "queries": list(task.public[: v.queries]),
     }
     return {name: rows for name, rows in auxiliary.items() if rows}
@@ -243,15 +262,36 @@ def _promise(defense: Defense, releases: int) -> dict[str, Any]:
     return promised.to_dict()
 
 
-def _releases(setting: Setting, evaluations: int) -> int:
+def _plain(example: Example) -> dict[str, Any]:
+    """What a file of JSON can hold of an example: all but its pictures."""
+    return attrs.asdict(attrs.evolve(example, images=()))
+
+
+def _releases(setting: Setting, reading: Reading, evaluations: int) -> int:
     """Rows of smashed data of the example that crosses most often: its length times its crossings."""
-    e = setting.experiment
-    crossings = {
-        "train": -(-e.train.steps * e.train.batch_size // len(setting.task.train)),
-        "test": evaluations,
+    e, task = setting.experiment, setting.task
+    length = max(e.train.max_length, setting.victim_length)
+    once = length * (2 if reading.two_stacks else 1)  # both stacks have a cut layer
+    windows = reading.tally.most_rows if task.kind == "question-answering" else 1
+    passes = -(-e.train.steps * e.train.batch_size // len(task.train))
+    rows = {
+        "train": passes * windows * once,
+        "test": evaluations * (windows * once + _generated(task, reading, length)),
     }
-    crossings[e.victims.split] += e.victims.releases
-    return max(crossings.values()) * max(e.train.max_length, setting.victim_length)
+    rows[e.victims.split] += e.victims.releases * once
+    return max(rows.values())
+
+
+def _generated(task: Task, reading: Reading, length: int) -> int:
+    """Rows that cross beside the forward when one example is answered in an evaluation."""
+    if task.kind not in ("causal-lm", "seq2seq", "image-text") or task.answering == "continue":
+        return 0
+    if task.answering == "choose":
+        return reading.tally.most_rows * length * (2 if reading.two_stacks else 1)
+    options = {**GREEDY, **task.generation}
+    beams = max(int(options.get("num_beams") or 1), 1)
+    new = int(options.get("max_new_tokens") or 0)
+    return beams * (length + new)
 
 
 def _cost(party: DataParty, clock: Clock, grades: list[Grade]) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vflair_core.defense import Batch
-from vflair_core.encoding import encode
 from vflair_core.errors import DefenseError
+from vflair_core.reader import Reader
+from vflair_core.reading import Reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,25 +18,37 @@ if TYPE_CHECKING:
     from vflair_core.task import Example
 
 
+def reader_of(party: DataParty, max_length: int) -> Reader:
+    """Return what reads examples for `party`, through its defenses."""
+    reading = party.reading
+    if reading is None:
+        kind: Any = "causal-lm" if party.task_kind == "*" else party.task_kind
+        reading = Reading(kind=kind, two_stacks=bool(party.model.config.is_encoder_decoder))
+    return Reader(_needed_tokenizer(party), reading, max_length, party.defenses)
+
+
 def encode_examples(party: DataParty, examples: Sequence[Example], max_length: int) -> Batch:
     """Turn examples into a batch, through the defenses that act on text and tokens."""
-    batch = encode(
-        _needed_tokenizer(party),
-        examples,
-        kind="causal-lm" if party.task_kind == "*" else party.task_kind,
-        max_length=max_length,
-        change=party.defenses.text,
-    )
-    batch = party.defenses.tokens(batch)
-    batch["input_ids"].vflair_encoded = True  # type: ignore[attr-defined]
-    return batch
+    return reader_of(party, max_length).batch(examples).batch
+
+
+@contextmanager
+def answering(party: DataParty) -> Iterator[None]:
+    """While this lasts, `party` generates: its prompts have been through the defenses that act on text."""
+    with party._lock:
+        party._asking = True
+        try:
+            yield
+        finally:
+            party._asking = False
 
 
 def ask(party: DataParty, texts: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     """Generate an answer to each text, through the defenses that act on text, tokens and answers."""
     tokenizer, model = _needed_tokenizer(party), party.model
     defended = [party.defenses.text(text) for text in texts]
-    batch = dict(tokenizer(defended, return_tensors="pt", padding=True, padding_side="left"))
+    side = "right" if model.config.is_encoder_decoder else "left"
+    batch = dict(tokenizer(defended, return_tensors="pt", padding=True, padding_side=side))
     batch = party.defenses.tokens({key: batch[key] for key in ("input_ids", "attention_mask")})
     generate: Any = model.generate
     ids = generate(**batch, **{"pad_token_id": tokenizer.pad_token_id, **options})

@@ -89,6 +89,7 @@ def attack_and_grade(
     *,
     prior: Tensor | None,
     subset: Sequence[int],
+    control: Truth | None = None,
     references: Sequence[Reference] | None = None,
     isolation: Isolation = "process",
     progress: Progress = lambda *_: None,
@@ -102,6 +103,7 @@ def attack_and_grade(
         truth: What really was there; it stays in this process.
         prior: (T,) the best guess of someone who knows the public text and saw no message.
         subset: Rows of the victims that crossed again with the defense bypassed.
+        control: What really was there then; a defense that changes text does not change it.
         references: What each attack reached in the undefended arm; None for that arm itself.
         isolation: process for a worker of its own, inline for this process.
         progress: Told (attack, done, total) now and then.
@@ -114,7 +116,8 @@ def attack_and_grade(
         launch.check()
     with tempfile.TemporaryDirectory(prefix="vflair-") as name:
         folder = Path(name)
-        _furnish(folder, launches, evidence, threads or torch.get_num_threads())
+        victims = {"main": len(truth.tokens), "bypassed": len(subset)}
+        _furnish(folder, launches, evidence, victims, threads or torch.get_num_threads())
         _run(folder, isolation, progress)
         grades = []
         for number, launch in enumerate(launches):
@@ -129,11 +132,17 @@ def attack_and_grade(
             grade.seconds = seconds
             bypassed = None
             if evidence.bypassed is not None:
-                control, _ = read_guess(folder / f"guess-{number}-bypassed")
-                bypassed = subset_accuracy(control, truth, subset)
+                again, _ = read_guess(folder / f"guess-{number}-bypassed")
+                bypassed = _accuracy_of(again, truth, subset, control)
             grade.reference = _on_subset(guess, truth, subset)
             grades.append(judge(grade, references[number] if references else None, bypassed))
     return grades
+
+
+def _accuracy_of(guess: Any, truth: Truth, subset: Sequence[int], control: Truth | None) -> float:
+    if control is None:
+        return subset_accuracy(guess, truth, subset)
+    return subset_accuracy(guess, control, range(len(subset)))
 
 
 def _on_subset(guess: Any, truth: Truth, subset: Sequence[int]) -> float:
@@ -191,7 +200,13 @@ def _environment() -> dict[str, str]:
     return {name: os.environ[name] for name in kept if name in os.environ} | {"PYTHONPATH": here}
 
 
-def _furnish(folder: Path, launches: Sequence[Launch], evidence: Evidence, threads: int) -> None:
+def _furnish(
+    folder: Path,
+    launches: Sequence[Launch],
+    evidence: Evidence,
+    victims: Mapping[str, int],
+    threads: int,
+) -> None:
     """Write the transcript and what is granted into the folder, and nothing else."""
     party, names = evidence.party, {n for launch in launches for n in launch.granted}
     asked = {n for launch in launches for kind in wants(launch.attack) for n in kind} & names
@@ -231,6 +246,7 @@ def _furnish(folder: Path, launches: Sequence[Launch], evidence: Evidence, threa
     job = {
         "attacks": [_describe(n, launch, evidence) for n, launch in enumerate(launches)],
         "releases": releases,
+        "victims": dict(victims),
         "partition": attrs.asdict(party.partition),
         "task_kind": evidence.task.kind,
         "model_class": type(model).__mro__[1].__name__,

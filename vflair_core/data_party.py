@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from vflair_core.partition import Partition
+    from vflair_core.reading import Reading
     from vflair_core.recorder import Recorder
     from vflair_core.task import Example
 
@@ -63,6 +64,7 @@ class DataParty:
     recorder: Recorder
     slices: Slices = Slices({})
     order: tuple[str, ...] = ()  # names of all weights, in the order of the whole model
+    reading: Reading | None = None  # how the model reads the task at hand; None goes by `task_kind`
 
     def __init__(
         self,
@@ -374,12 +376,8 @@ class DataParty:
         Raises:
             DefenseError: There is no tokenizer.
         """
-        with self._lock:
-            self._asking = True
-            try:
-                return asking.ask(self, texts, options)
-            finally:
-                self._asking = False
+        with asking.answering(self):
+            return asking.ask(self, texts, options)
 
     def _refuse_raw_text(self, inputs: dict[str, Any]) -> None:
         """A batch that did not come through `encode` would go round the defenses that act on text."""

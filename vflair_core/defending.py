@@ -98,11 +98,25 @@ class Defenses:
             f"It supports {cells}."
         )
 
+    def fields(self, fields: dict[str, str]) -> dict[str, str]:
+        """Pass the texts of one example, ``text`` and perhaps ``pair``, through the defenses that change text.
+
+        Raises:
+            DefenseError: One returns other fields than it was given.
+        """
+        for defense in self.at("on_text"):
+            names = sorted(fields)
+            fields = defense.on_text(dict(fields))
+            if sorted(fields) != names:
+                raise DefenseError(
+                    f"{type(defense).__name__}.on_text was given {', '.join(names)} and returned "
+                    f"{', '.join(sorted(fields)) or 'nothing'}: it may change texts and neither add nor drop any."
+                )
+        return fields
+
     def text(self, text: str) -> str:
         """Pass one text through the defenses that change text."""
-        for defense in self.at("on_text"):
-            text = defense.on_text({"text": text})["text"]
-        return text
+        return self.fields({"text": text})["text"]
 
     def tokens(self, batch: Batch) -> Batch:
         """Pass a tokenised batch through the defenses that change tokens."""

@@ -12,9 +12,13 @@ from vflair_core.experiment import Experiment
 from vflair_core.partition import split
 from vflair_core.plugins import PluginManager, build, find
 from vflair_core.pretraining import prepare_model
+from vflair_core.reading import reading_of
 from vflair_core.setting import choose_partition
-from vflair_core.task import Example, Task
+from vflair_core.standins import public_examples
+from vflair_core.task import Task
 from vflair_core.worker import stream_seed
+
+TEXTS_ARE_LABELS = ("causal-lm", "seq2seq", "image-text")
 
 
 def explain(experiment: Experiment, plugins: PluginManager) -> dict[str, Any]:
@@ -24,7 +28,7 @@ def explain(experiment: Experiment, plugins: PluginManager) -> dict[str, Any]:
     """
     task: Task = build(find(plugins, "tasks", experiment.task.name), experiment.task.options)
     untrained = attrs.evolve(experiment.pretrain, steps=0)
-    model, tokenizer = prepare_model(
+    model, tokenizer, processor = prepare_model(
         attrs.evolve(experiment, pretrain=untrained), task, lambda *_: None
     )
     defenses = [build(find(plugins, "defenses", d.name), d.options) for d in experiment.defenses]
@@ -38,10 +42,15 @@ def explain(experiment: Experiment, plugins: PluginManager) -> dict[str, Any]:
         plugins=plugins,
     )
     party.task_kind = task.kind
+    party.reading = reading_of(task, party.model, processor=processor)
     for defense in defenses:
         defense.prepare(task.public, party)
-    texts = [Example(text, label=0) for text in task.public[: experiment.train.batch_size]]
-    examples = texts or list(task.train[: experiment.train.batch_size])
+    count = experiment.train.batch_size
+    examples = public_examples(task, count)
+    if examples:
+        party.reading = attrs.evolve(party.reading, render=None)
+    else:
+        examples = [task.row("train", n) for n in range(min(count, len(task.train)))]
     batch = party.encode(examples, max_length=experiment.train.max_length)
     party.model.train()
     with party.channel.tap(Transcript()) as transcript:
@@ -70,7 +79,7 @@ def explain(experiment: Experiment, plugins: PluginManager) -> dict[str, Any]:
 def _notes(experiment: Experiment, task: Task, party: DataParty) -> list[str]:
     notes = []
     if party.partition.kind == "HT":
-        text = ", which are the text itself" if task.kind == "causal-lm" else ""
+        text = ", which are the text itself" if task.kind in TEXTS_ARE_LABELS else ""
         notes.append(
             "HT training hands the labels over: the gradient of the logits has one negative entry per row, "
             f"at the label{text}."

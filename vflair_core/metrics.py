@@ -1,90 +1,123 @@
-"""Main-task performance (MP) across the cut, and the defense score DCS of VFLAIR-LLM."""
+"""How predictions are scored where a task does not say it, and the defense score DCS of VFLAIR-LLM."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from vflair_core.data_party import DataParty
-from vflair_core.defense import Batch
 from vflair_core.encoding import IGNORED
-from vflair_core.task import Example, Task
-
-Run = Callable[..., Any]  # a model, whole or split, called with a batch
+from vflair_core.task import Task
 
 
-def evaluate(
-    model: Run, task: Task, make_batch: Callable[[Sequence[Example]], Batch], *, batch_size: int
+def standard_score(
+    task: Task, predictions: Sequence[Any], truth: Sequence[Any]
 ) -> dict[str, float]:
-    """Score `model` on the test examples, made into batches by `make_batch`. The first metric is MP, in [0, 1], higher is better.
+    """Score by the core's own metric for the kind; the first one is MP.
 
-    For ``causal-lm``: next-token accuracy and loss (nats per token); for ``classification``: accuracy and
-    loss; for ``regression``: R² clipped to [0, 1], and mean squared error. A task's own `score` goes first.
+    Args:
+        task: Gives the kind.
+        predictions: One for each example, as `Task.score` gets them.
+        truth: Labels; (label, number of choices); every accepted text; or (T,) tokens to be said.
     """
-    logits, losses, predictions, labels = [], [], [], []
-    with torch.no_grad():
-        for examples in _chunks(task.test, batch_size):
-            batch = make_batch(examples)
-            outputs = model(**batch, use_cache=False)
-            losses.append((float(outputs.loss), _weight(batch["labels"])))
-            logits.append(outputs.logits)
-            labels.append(batch["labels"])
-            predictions += _predict(task, outputs.logits)
-    loss = sum(value * weight for value, weight in losses) / sum(weight for _, weight in losses)
-    metrics = _own(task, logits, labels) | {"loss": loss}
+    if task.kind == "classification":
+        return {"accuracy": _share(a == b for a, b in zip(predictions, truth, strict=True))}
+    if task.kind == "regression":
+        return _regression(predictions, truth)
+    if _judged_by_text(task):
+        pairs = list(zip(predictions, truth, strict=True))
+        return {
+            "exact_match": _mean(_best(exact_match, text, accepted) for text, accepted in pairs),
+            "token_f1": _mean(_best(token_f1, text, accepted) for text, accepted in pairs),
+        }
+    if task.answering == "choose":
+        return {"accuracy": _share(a == b for a, (b, _) in zip(predictions, truth, strict=True))}
+    right = total = 0
+    for said, wanted in zip(predictions, truth, strict=True):
+        learnt = wanted[1:] != IGNORED
+        right += int(((said[:-1] == wanted[1:]) & learnt).sum())
+        total += int(learnt.sum())
+    return {"token_accuracy": right / max(total, 1)}
+
+
+def chance_of(task: Task, truth: Sequence[Any]) -> float:
+    """Return the MP of the best prediction that is the same for all examples, in [0, 1].
+
+    The largest class, or 1 / choices if that is more; the mean label (R² = 0, as is any metric of correlation); "no
+    answer" to every question; the empty text; the most frequent token. `truth` is as in `standard_score`.
+    """
+    if task.kind == "regression":
+        return 0.0
+    if _judged_by_text(task):
+        return _main(task, [""] * len(truth), truth)
+    if task.kind == "classification":
+        return _main(task, [Counter(truth).most_common(1)[0][0]] * len(truth), truth)
+    if task.answering == "choose":
+        blind = _mean(1 / choices for _, choices in truth)
+        most = Counter(label for label, _ in truth).most_common(1)[0][0]
+        return max(blind, _main(task, [most] * len(truth), truth))
+    tokens = torch.cat([wanted[1:][wanted[1:] != IGNORED] for wanted in truth])
+    return float(torch.bincount(tokens).max()) / len(tokens) if len(tokens) else 0.0
+
+
+def _main(task: Task, predictions: Sequence[Any], truth: Sequence[Any]) -> float:
     if task.score is None:
-        return metrics
-    own = dict(task.score(predictions, task.test))
-    return own | {name: value for name, value in metrics.items() if name not in own}
+        scores: Mapping[str, float] = standard_score(task, predictions, truth)
+    else:
+        scores = task.score(predictions, task.test)
+    value = float(next(iter(scores.values())))
+    return min(max(value, 0.0), 1.0) if math.isfinite(value) else 0.0
 
 
-def evaluate_party(
-    party: DataParty, task: Task, *, batch_size: int, max_length: int
-) -> dict[str, float]:
-    """Evaluate across the cut, defenses on, in eval mode; the mode is put back."""
-    training = party.model.training
-    party.model.eval()
-    make_batch = functools.partial(party.encode, max_length=max_length)
-    try:
-        return evaluate(party.model, task, make_batch, batch_size=batch_size)
-    finally:
-        party.model.train(training)
+def _judged_by_text(task: Task) -> bool:
+    if task.kind == "question-answering":
+        return True
+    return task.kind in ("causal-lm", "seq2seq", "image-text") and task.answering == "write"
 
 
-def _chunks(examples: Sequence[Example], size: int) -> Iterable[Sequence[Example]]:
-    for start in range(0, len(examples), size):
-        yield [examples[n] for n in range(start, min(start + size, len(examples)))]
-
-
-def _weight(labels: Tensor) -> int:
-    return int((labels[:, 1:] != IGNORED).sum()) if labels.dim() == 2 else len(labels)
-
-
-def _predict(task: Task, logits: Tensor) -> list[Any]:
-    if task.kind == "classification":
-        return logits.argmax(-1).tolist()  # type: ignore[no-any-return]
-    return logits.squeeze(-1).tolist() if task.kind == "regression" else list(logits.argmax(-1))
-
-
-def _own(task: Task, logits: list[Tensor], labels: list[Tensor]) -> dict[str, float]:
-    if task.kind == "causal-lm":
-        right = total = 0
-        for scores, truth in zip(logits, labels, strict=True):
-            wanted = truth[:, 1:]
-            right += int(((scores[:, :-1].argmax(-1) == wanted) & (wanted != IGNORED)).sum())
-            total += int((wanted != IGNORED).sum())
-        return {"token_accuracy": right / total}
-    scores, truth = torch.cat(logits), torch.cat(labels)
-    if task.kind == "classification":
-        return {"accuracy": float((scores.argmax(-1) == truth).float().mean())}
-    error = float((scores.squeeze(-1) - truth).square().mean())
-    variance = float(truth.var(correction=0))
+def _regression(predictions: Sequence[float], truth: Sequence[float]) -> dict[str, float]:
+    said, wanted = (torch.tensor(values, dtype=torch.float64) for values in (predictions, truth))
+    error = float((said - wanted).square().mean())
+    variance = float(wanted.var(correction=0))
     return {"r2": max(0.0, 1 - error / variance) if variance else 0.0, "mean_squared_error": error}
+
+
+def plain_words(text: str) -> list[str]:
+    """Words in lower case without punctuation and articles, as SQuAD compares answers (arXiv 1606.05250)."""
+    kept = "".join(sign for sign in text.lower() if sign not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", kept).split()
+
+
+def exact_match(said: str, wanted: str) -> float:
+    """1 if both have the same plain words in the same order, else 0."""
+    return float(plain_words(said) == plain_words(wanted))
+
+
+def token_f1(said: str, wanted: str) -> float:
+    """F1 of the plain words, order ignored; two empty answers agree."""
+    ours, theirs = plain_words(said), plain_words(wanted)
+    if not ours or not theirs:
+        return float(ours == theirs)
+    common = sum((Counter(ours) & Counter(theirs)).values())
+    return 2 * common / (len(ours) + len(theirs))
+
+
+def _best(measure: Callable[[str, str], float], said: str, accepted: Sequence[str]) -> float:
+    return max(measure(said, wanted) for wanted in accepted or ("",))
+
+
+def _mean(values: Any) -> float:
+    listed = list(values)
+    return sum(listed) / max(len(listed), 1)
+
+
+def _share(hits: Any) -> float:
+    return _mean(float(hit) for hit in hits)
 
 
 def dcs(attack: float, main: float, undefended_main: float, *, beta: float = 0.5) -> float:

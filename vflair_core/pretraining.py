@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vflair_core.encoding import train_tokenizer
 from vflair_core.errors import ExperimentError
 from vflair_core.experiment import Experiment
+from vflair_core.making import check_packing, random_model, random_processor
 from vflair_core.task import Task
 from vflair_core.training import Train
 from vflair_core.worker import stream_seed
@@ -21,66 +23,74 @@ AUTO = {
     "causal-lm": "AutoModelForCausalLM",
     "classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "image-text": "AutoModelForImageTextToText",
 }
+READ_AS_PAIRS = ("classification", "regression", "question-answering")
+IMAGE = "<image>"
 
 
-def prepare_model(experiment: Experiment, task: Task, report: Report) -> tuple[Any, Any]:
-    """Return the model as the public knows it, and its tokenizer.
+def prepare_model(experiment: Experiment, task: Task, report: Report) -> tuple[Any, Any, Any]:
+    """Return the model as the public knows it, its tokenizer, and for ``image-text`` its processor, else None.
 
     Raises:
-        ExperimentError: The task's kind has no model class here, or the config is not one of transformers.
+        ExperimentError: The config is not one of transformers or has no model for the task's kind, or texts cannot
+            be packed.
     """
     import transformers
 
-    from vflair_core.encoding import train_tokenizer
-
-    spec = experiment.model
-    if task.kind not in AUTO:
-        raise ExperimentError(
-            f"Tasks of kind {task.kind!r} cannot be run yet. Possible: {', '.join(AUTO)}."
-        )
-    auto = getattr(transformers, AUTO[task.kind])
-    heads = {} if task.kind == "causal-lm" else {"num_labels": max(len(task.labels), 1)}
+    spec, auto = experiment.model, getattr(transformers, AUTO[task.kind])
+    heads = (
+        {"num_labels": max(len(task.labels), 1)}
+        if task.kind in ("classification", "regression")
+        else {}
+    )
+    processor = None
     if spec.name:
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(spec.name)
+        if task.kind == "image-text":
+            processor = transformers.AutoProcessor.from_pretrained(spec.name)
+            tokenizer: Any = processor.tokenizer
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(spec.name)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         model = auto.from_pretrained(spec.name, **heads)
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = tokenizer.pad_token_id
+        text_config = model.config.get_text_config()
+        if text_config.pad_token_id is None:
+            text_config.pad_token_id = tokenizer.pad_token_id
     else:
-        tokenizer = train_tokenizer(task.public, spec.vocab_size)
-        fields = dict(spec.config)
-        try:
-            config = transformers.AutoConfig.for_model(
-                fields.pop("model_type"),
-                vocab_size=len(tokenizer),
-                pad_token_id=tokenizer.pad_token_id,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                **fields,
-                **heads,
-            )
-        except (ValueError, TypeError) as error:
-            raise ExperimentError(f"model.config is not a transformers config: {error}.") from error
+        image_token = IMAGE if task.kind == "image-text" else ""
+        pairs = task.train[0].pair is not None and task.kind in READ_AS_PAIRS
+        tokenizer = train_tokenizer(
+            task.public, spec.vocab_size, pairs=pairs, image_token=image_token
+        )
         torch.manual_seed(stream_seed(experiment.seed, "weights"))
-        model = auto.from_config(config)
+        model = random_model(auto, spec.config, tokenizer, heads)
+        if task.kind == "image-text":
+            processor = random_processor(model, tokenizer)
+    if experiment.train.packing:
+        check_packing(model, task)
     if experiment.pretrain.steps:
         _pretrain(model, tokenizer, task.public, experiment, report)
-    return model, tokenizer
+    return model, tokenizer, processor
 
 
 def _pretrain(
     model: Any, tokenizer: Any, texts: Sequence[str], experiment: Experiment, report: Report
 ) -> None:
-    """Language modelling for a causal model, masked language modelling for an encoder."""
+    """Language modelling for a causal model, masked language modelling for an encoder.
+
+    A model with two stacks reads the first half of each stretch of text and writes the second.
+    """
     import transformers
 
     options, kind = experiment.pretrain, type(model).__name__
+    halves = bool(model.config.is_encoder_decoder) and "Conditional" in kind
     stream = _stream(tokenizer, texts)
     if len(stream) <= options.length:
         raise ExperimentError(f"There are {len(stream)} public tokens, fewer than pretrain.length.")
-    if kind.endswith(("ForCausalLM", "LMHeadModel")):
+    if halves or kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
         learner, masks = model, False
     else:
         learner = _language_model_around(model, transformers)
@@ -98,7 +108,10 @@ def _pretrain(
         )
         ids = torch.stack([stream[s : s + options.length] for s in starts.tolist()])
         ids[:, 0] = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else ids[:, 0]
-        inputs, labels = _masked(ids, tokenizer, generator) if masks else (ids, ids)
+        if halves:
+            inputs, labels = ids.tensor_split([options.length // 2], dim=1)
+        else:
+            inputs, labels = _masked(ids, tokenizer, generator) if masks else (ids, ids)
         loss = learner(input_ids=inputs, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)

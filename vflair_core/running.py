@@ -17,12 +17,12 @@ from vflair_core.arm import Arm, choose, run_arm
 from vflair_core.attacking import Launch
 from vflair_core.channel import Transcript
 from vflair_core.defense import Defense
-from vflair_core.encoding import encode, shuffled
 from vflair_core.errors import ExperimentError
 from vflair_core.experiment import AttackSpec, Experiment
 from vflair_core.metrics import dcs, normalised_dcs
 from vflair_core.plugins import build, find, observe, plugin_manager
 from vflair_core.pretraining import prepare_model, prior_guess
+from vflair_core.reader import Reader
 from vflair_core.result import Result
 from vflair_core.setting import Clock, Reporter, Setting
 from vflair_core.task import Task
@@ -89,7 +89,7 @@ def _go(
         launch.check()
     defenses = _defenses(e, plugins)
     with clock("pretraining"):
-        model, tokenizer = prepare_model(e, task, report)
+        model, tokenizer, processor = prepare_model(e, task, report)
     setting = Setting(
         experiment=e,
         plugins=plugins,
@@ -98,11 +98,11 @@ def _go(
         out=out,
         task=task,
         tokenizer=tokenizer,
+        processor=processor,
         pretrained={key: value.clone() for key, value in model.state_dict().items()},
         launches=launches,
         victims=_victims(e, task),
         prior=_prior(e, task, model, tokenizer),
-        orders=_orders(e, task),
     )
     arms = {"undefended": run_arm("undefended", copy.deepcopy(model), [], setting, [])}
     if e.check_unsplit:
@@ -113,7 +113,7 @@ def _go(
         arms["defended"] = run_arm("defended", model, defenses, setting, references)
     numbers: dict[str, Any] = {name: arm.numbers for name, arm in arms.items()}
     if "defended" in arms and arms["defended"].grades:
-        numbers["dcs"] = _scores(arms["undefended"], arms["defended"], task)
+        numbers["dcs"] = _scores(arms["undefended"], arms["defended"])
     cost: dict[str, Any] = {name: arm.cost for name, arm in arms.items()}
     cost["seconds"] = clock.seconds
     cost["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -153,13 +153,13 @@ def _defenses(e: Experiment, plugins: pluggy.PluginManager) -> list[Defense]:
 
 
 def _victims(e: Experiment, task: Task) -> list[Any]:
-    examples = task.train if e.victims.split == "train" else task.test
-    if len(examples) < e.victims.count:
+    there = len(task.train if e.victims.split == "train" else task.test)
+    if there < e.victims.count:
         raise ExperimentError(
-            f"victims.count is {e.victims.count}, and task {task.name!r} has {len(examples)} "
+            f"victims.count is {e.victims.count}, and task {task.name!r} has {there} "
             f"{e.victims.split} examples."
         )
-    return [examples[n] for n in range(e.victims.count)]
+    return [task.row(e.victims.split, n) for n in range(e.victims.count)]
 
 
 def _prior(e: Experiment, task: Task, model: Any, tokenizer: Any) -> torch.Tensor | None:
@@ -167,12 +167,6 @@ def _prior(e: Experiment, task: Task, model: Any, tokenizer: Any) -> torch.Tenso
         return None
     length = e.victims.max_length or e.train.max_length
     return prior_guess(model, tokenizer, task.public, length)
-
-
-def _orders(e: Experiment, task: Task) -> list[list[Any]]:
-    generator = torch.Generator().manual_seed(stream_seed(e.seed, "order"))
-    rows = shuffled(len(task.train), e.train.batch_size, generator)
-    return [[task.train[row] for row in next(rows)] for _ in range(e.train.steps)]
 
 
 def _compare_unsplit(whole: Any, setting: Setting, arm: Arm) -> None:
@@ -185,16 +179,18 @@ def _compare_unsplit(whole: Any, setting: Setting, arm: Arm) -> None:
     choose(whole, setting.experiment, arm.slices)
     torch.manual_seed(stream_seed(setting.experiment.seed, "dropout"))
     train = setting.experiment.train
-    options: dict[str, Any] = {"kind": setting.task.kind, "max_length": train.max_length}
-    batches = [encode(setting.tokenizer, examples, **options) for examples in setting.orders]
+    reader = Reader(setting.tokenizer, setting.reading(whole), train.max_length)
+    batches = (
+        reader.batch(examples, pack_rows=train.packing).batch for examples in setting.batches()
+    )
     losses = train_unsplit(whole, batches, train)
     arm.numbers["unsplit_losses_equal"] = losses == arm.numbers["losses"]
 
 
-def _scores(undefended: Arm, defended: Arm, task: Task) -> dict[str, Any]:
+def _scores(undefended: Arm, defended: Arm) -> dict[str, Any]:
     """DCS for parity with VFLAIR-LLM, and its chance-normalised form, whose worst case ranks."""
     best, main = (arm.numbers["main_performance"] for arm in (undefended, defended))
-    chance = 1 / len(task.labels) if task.kind == "classification" else 0.0
+    chance = undefended.numbers["chance"]
     rows: list[dict[str, Any]] = []
     for before, after in zip(undefended.grades, defended.grades, strict=True):
         row: dict[str, Any] = {"attack": after.attack, "knowledge": after.knowledge}

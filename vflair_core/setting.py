@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from attrs import define, field, frozen
 from torch import Tensor
 
 from vflair_core.attacking import Launch
+from vflair_core.encoding import shuffled
 from vflair_core.errors import ExperimentError
 from vflair_core.experiment import Experiment
 from vflair_core.partition import Partition
 from vflair_core.plugins import observe
+from vflair_core.reading import Reading, reading_of
 from vflair_core.task import Example, Task
+from vflair_core.worker import stream_seed
 
 if TYPE_CHECKING:
     import pluggy
@@ -55,11 +60,24 @@ class Setting:
     out: Path | None
     task: Task
     tokenizer: Any
+    processor: Any  # of pictures and text, for image-text tasks
     pretrained: dict[str, Tensor]
     launches: list[Launch]
     victims: list[Example]
     prior: Tensor | None
-    orders: list[list[Example]]  # the examples of each training step
+
+    def reading(self, model: Any) -> Reading:
+        """How `model`, whole or a data party's, reads the task."""
+        packing = self.experiment.train.packing
+        return reading_of(self.task, model, processor=self.processor, packing=packing)
+
+    def batches(self) -> Iterator[list[Example]]:
+        """Yield the examples of each training step, the same for every arm; each is made when its turn comes."""
+        train, seed = self.experiment.train, stream_seed(self.experiment.seed, "order")
+        generator = torch.Generator().manual_seed(seed)
+        numbers = shuffled(len(self.task.train), train.batch_size, generator)
+        for rows in itertools.islice(numbers, train.steps):
+            yield [self.task.row("train", row) for row in rows]
 
     @property
     def victim_length(self) -> int:
@@ -71,16 +89,27 @@ class Setting:
         observe(self.plugins, hook, strict=self.strict, **facts)
 
 
+HASHED = 4096  # rows of each split that decide the seed of the noise; of more, some spread over all
+
+
 def noise_seed(seed: int, task: Task) -> int:
     """Seed of the defenses' noise: reproducible, yet out of reach for who lacks the private text.
 
     An attack may know the experiment and hence its seed; it must not be able to draw the same noise.
     """
     digest = hashlib.sha256()
-    for example in (*task.train, *task.test):
-        digest.update(example.text.encode() + b"\0")
+    for split in (task.train, task.test):
+        for row in _spread(len(split), HASHED):
+            example = split[row]
+            digest.update(example.text.encode() + b"\0")
+            if example.pair is not None:
+                digest.update(example.pair.encode() + b"\1")
     digest.update(f"noise {seed}".encode())
     return int(digest.hexdigest(), 16)
+
+
+def _spread(count: int, most: int) -> Iterable[int]:
+    return range(count) if count <= most else (row * count // most for row in range(most))
 
 
 def choose_partition(model: Any, e: Experiment, plugins: pluggy.PluginManager) -> Partition:

@@ -8,6 +8,7 @@ A task is a value. A plugin offers a function that returns one::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,7 @@ Kind = Literal[
     "causal-lm", "classification", "regression", "question-answering", "seq2seq", "image-text"
 ]
 Span = tuple[int, int]
+EAGER = 4096  # rows of a list that are checked when the task is made; others when they are used
 
 
 def _check_kind(_instance: object, _attribute: object, kind: str) -> None:
@@ -128,8 +130,9 @@ class Task:
         name: Its name.
         kind: What is learnt: ``causal-lm`` (all of the text, or `answer` after `text`), ``classification``,
             ``regression``, ``question-answering`` (a span of `pair`), ``seq2seq`` or ``image-text``.
-        train: Examples to learn from.
-        test: Examples to be judged on.
+        train: Examples to learn from: a list, or anything with a length and items by number, such as a view
+            of a table on disk. Nothing here goes through all rows of it.
+        test: Examples to be judged on, likewise; an evaluation reads each once.
         public: Text that anyone may see: for pretraining, for the calibration of defenses, for the attacker's
             auxiliary data. It must not overlap `train` and `test`.
         labels: Names of the classes.
@@ -141,6 +144,9 @@ class Task:
         generation: Options of transformers' `generate` for answers, e.g. ``{"max_new_tokens": 64}``.
         source: Where the text comes from.
         licence: Of the text.
+        stride: Tokens that two windows over a passage share where it is too long for one
+            (``question-answering``).
+        no_answer: Whether a question may have no answer (``question-answering``); if not, some span always is one.
         facts: What else a result should say (corpus hash, rows dropped, …).
     """
 
@@ -155,19 +161,58 @@ class Task:
     generation: Mapping[str, Any] = field(factory=dict)
     source: str = ""
     licence: str = ""
+    stride: int = 0
+    no_answer: bool = True
     facts: Mapping[str, Any] = field(factory=dict)
 
     def __attrs_post_init__(self) -> None:
         for split in ("train", "test"):
-            if not len(getattr(self, split)):
+            rows: Sequence[Example] = getattr(self, split)
+            if not len(rows):
                 raise TaskError(f"Task {self.name!r} has no {split} example: give it at least one.")
-        if self.kind == "classification":
-            for split in ("train", "test"):
-                for row, example in enumerate(getattr(self, split)):
-                    if not isinstance(example.label, int) or not 0 <= example.label < len(
-                        self.labels
-                    ):
-                        raise TaskError(
-                            f"Task {self.name!r}, {split} row {row}: label {example.label!r} is not an "
-                            f"index into its {len(self.labels)} labels {self.labels!r}."
-                        )
+            if isinstance(rows, (list, tuple)) and len(rows) <= EAGER:
+                for row in range(len(rows)):
+                    self.row(split, row)
+
+    def row(self, split: str, number: int) -> Example:
+        """Return one example of ``train`` or ``test`` after seeing that it has what its kind needs.
+
+        Rows may be made when they are asked for, so this is where each is checked.
+
+        Raises:
+            TaskError: It lacks something; the message names split and row.
+        """
+        example: Example = getattr(self, split)[number]
+        trouble = _trouble(example, self.kind, self.labels)
+        if trouble:
+            raise TaskError(f"Task {self.name!r}, {split} row {number}: {trouble}.")
+        return example
+
+    @property
+    def answering(self) -> str:
+        """How a language model is judged: it may ``choose``, ``write`` an answer or ``continue`` the text."""
+        first = self.test[0]
+        if first.choices:
+            return "choose"
+        return "write" if first.accepted else "continue"
+
+
+def _trouble(example: Example, kind: str, labels: tuple[str, ...]) -> str:
+    """Say what the example lacks, or nothing."""
+    label = example.label
+    whole = isinstance(label, int) and not isinstance(label, bool)
+    if kind == "classification":
+        if not whole or not 0 <= label < len(labels):  # type: ignore[operator]
+            return f"label {label!r} is not an index into its {len(labels)} labels {labels!r}"
+        return ""
+    if kind == "regression":
+        number = whole or isinstance(label, float)
+        return "" if number and math.isfinite(label) else f"label {label!r} is not a number"  # type: ignore[arg-type]
+    if example.choices:
+        right = whole and 0 <= label < len(example.choices)  # type: ignore[operator]
+        return "" if right else f"label {label!r} is not an index into its choices"
+    if kind == "question-answering" and example.pair is None:
+        return "there is no passage (pair) that the question is about"
+    if kind in ("seq2seq", "image-text") and not example.accepted:
+        return "there is neither an answer nor a choice to learn"
+    return "there is no picture" if kind == "image-text" and not example.images else ""

@@ -35,7 +35,8 @@ class Train:
         schedule: constant, linear (to 0) or cosine (to 0), after the warm-up.
         warmup: Steps of linear warm-up.
         clip: Largest norm of the gradient of all weights of both parties; 0 for none.
-        max_length: Tokens kept of each example.
+        max_length: Tokens kept of each row: an example, or a window of a passage.
+        packing: Put several texts into one row of max_length tokens; causal-lm only.
         evaluate_every: Steps between evaluations; 0 evaluates before and after only.
         trainable: Slices that are trained: data_party, model_party, head, body, tail, embeddings, task_head, blocks.0, blocks.1, …
         lora: Train low-rank adapters in these slices instead of the weights themselves.
@@ -50,6 +51,7 @@ class Train:
     warmup: int = field(default=0, validator=validators.ge(0))
     clip: float = field(default=1.0, validator=validators.ge(0))
     max_length: int = field(default=64, validator=validators.ge(2))
+    packing: bool = False
     evaluate_every: int = field(default=0, validator=validators.ge(0))
     trainable: tuple[str, ...] = field(
         default=EVERYTHING, converter=tuple, validator=lambda *three: check_names(three[2])

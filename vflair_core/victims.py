@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import attrs
 import torch
+from attrs import frozen
 
+from vflair_core.asking import reader_of
 from vflair_core.channel import Transcript
 from vflair_core.data_party import DataParty
-from vflair_core.encoding import private_positions
+from vflair_core.defense import Batch
 from vflair_core.grading import Truth
+from vflair_core.reader import Reader
+from vflair_core.reading import Row, Tally
 from vflair_core.task import Example
+
+
+@frozen(eq=False)
+class Crossed:
+    """What crossed of the victims, and the row of each as it was sent (the first time)."""
+
+    transcript: Transcript
+    rows: list[Row]
 
 
 def record_victims(
@@ -21,27 +34,34 @@ def record_victims(
     releases: int = 1,
     gradients: bool,
     bypass: bool = False,
-) -> Transcript:
+    in_prompt: bool = True,
+) -> Crossed:
     """Send each example across alone, `releases` times over, and return what crossed.
 
-    With `gradients` each is a training round whose step is skipped on both sides; without, an inference.
+    An example crosses as one row: of a passage in several windows the first crosses. With `gradients` each is a
+    training round whose step is skipped on both sides; without, an inference. Without `in_prompt` texts cross as
+    they are, not in the task's prompt.
     """
     party.defenses.bypassed, was_training = bypass, party.model.training
     party.model.train(gradients)
+    reader, rows = reader_of(party, max_length), []
+    if not in_prompt:
+        reader = attrs.evolve(reader, reading=attrs.evolve(reader.reading, render=None))
     try:
         with party.channel.tap(Transcript()) as transcript:
             for _ in range(releases):
                 for example in examples:
-                    _send(party, example, max_length, gradients=gradients)
+                    encoded = reader.batch([example], first_only=True)
+                    rows += encoded.rows
+                    _send(party, encoded.batch, gradients=gradients)
     finally:
         party.defenses.bypassed = False
         party.model.train(was_training)
         party.model.zero_grad(set_to_none=True)
-    return transcript
+    return Crossed(transcript, rows[: len(examples)])
 
 
-def _send(party: DataParty, example: Example, max_length: int, *, gradients: bool) -> None:
-    batch = party.encode([example], max_length=max_length)
+def _send(party: DataParty, batch: Batch, *, gradients: bool) -> None:
     if not gradients:
         with torch.no_grad():
             party.model(**batch, use_cache=False)
@@ -51,25 +71,53 @@ def _send(party: DataParty, example: Example, max_length: int, *, gradients: boo
     party.line.commit(scale=None, rate=0.0, skip=True)
 
 
-def truth_of(party: DataParty, examples: Sequence[Example], max_length: int) -> Truth:
-    """Return what really was there, for grading only; it never leaves this process."""
-    pairs = [private_positions(party.tokenizer, example, max_length) for example in examples]  # type: ignore[arg-type]
+def truth_of(
+    party: DataParty, examples: Sequence[Example], rows: Sequence[Row], max_length: int
+) -> Truth:
+    """Return what really was there, for grading only; it never leaves this process.
+
+    Positions are those of the rows that were sent. The secrets are the original ones, as they would have been sent
+    if no defense had changed the text: who blanks a name must not have it count as never there.
+    """
+    reading = attrs.evolve(reader_of(party, max_length).reading, tally=Tally())
+    plain = Reader(party.tokenizer, reading, max_length)  # type: ignore[arg-type]
+    untouched = [plain.batch([example], first_only=True).rows[0] for example in examples]
     labels = [example.label for example in examples]
     whole = all(isinstance(label, int) for label in labels)
     return Truth(
-        [ids for ids, _ in pairs],
-        [private for _, private in pairs],
-        [example.text for example in examples],
-        [
-            _kept_secrets(party, example, len(ids))
-            for example, (ids, _) in zip(examples, pairs, strict=True)
-        ],
+        [torch.tensor(row.ids) for row in rows],
+        [torch.tensor(row.private) for row in rows],
+        [_text(example) for example in examples],
+        [_kept_secrets(row) for row in untouched],
         torch.tensor(labels) if whole else None,
     )
 
 
-def _kept_secrets(party: DataParty, example: Example, count: int) -> tuple[str, ...]:
-    """The secrets that the first `count` tokens hold whole: nobody can recover what did not cross."""
-    offsets = party.tokenizer(example.text, return_offsets_mapping=True)["offset_mapping"]  # type: ignore[misc]
-    end = max(right for _, right in offsets[:count])
-    return tuple(example.text[left:right] for left, right in example.private or () if right <= end)
+def _text(example: Example) -> str:
+    return example.text if example.pair is None else f"{example.text}\n{example.pair}"
+
+
+def _kept_secrets(row: Row) -> tuple[str, ...]:
+    """The secrets that the row holds whole: nobody can recover what did not cross."""
+    kept = []
+    texts = (row.example.text, row.example.pair or "")
+    for sequence, spans in enumerate((row.example.private, row.example.private_pair)):
+        there = [
+            offset
+            for offset, own in zip(row.offsets, row.sequences, strict=True)
+            if own == sequence
+        ]
+        for left, right in spans or ():
+            if _covers(there, left, right, texts[sequence]):
+                kept.append(texts[sequence][left:right])
+    return tuple(kept)
+
+
+def _covers(offsets: Sequence[tuple[int, int]], left: int, right: int, text: str) -> bool:
+    reached = left
+    for start, end in sorted(offsets):
+        if start <= reached or not text[reached:start].strip():  # tokenizers may leave spaces out
+            reached = max(reached, end)
+        if reached >= right:
+            return True
+    return False

@@ -47,7 +47,12 @@ class Room:
     def observables(self, which: str) -> Observables:
         """What crossed in one pass over the victims: ``"main"`` or ``"bypassed"``."""
         records = Transcript.load(self.folder / f"{which}.safetensors").messages
-        return Observables(records, self.job["releases"][which], is_ht=self.partition.kind == "HT")
+        return Observables(
+            records,
+            self.job["releases"][which],
+            is_ht=self.partition.kind == "HT",
+            victims=self.job["victims"][which],
+        )
 
     def model(self, weights: str) -> Any:
         """Build the model with one of the two sets of weights: ``"pretrained"`` or ``"current"``."""
@@ -191,8 +196,9 @@ class Granted(Mapping[str, Any]):
                 records = Transcript.load(
                     room.folder / f"queries-{self.which}.safetensors"
                 ).messages
-                rows = [r.tensor[0] for r in records if r.role == "smashed"]
-                return list(zip(room.job["auxiliary"]["queries"], rows, strict=True))
+                texts = room.job["auxiliary"]["queries"]
+                rows = Observables(records, victims=len(texts)).of_each("smashed")
+                return list(zip(texts, rows, strict=True))
             case _:
                 return room.job["auxiliary"][name]
 

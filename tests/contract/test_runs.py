@@ -218,7 +218,7 @@ def test_observers_hear_of_everything_that_happens(pm, tmp_path):
     assert heard[:2] == ["started", ("partitioned", True)]
     assert [h for h in heard if h[0] == "step"] == [("step", n) for n in range(1, 7)]
     assert ("epoch", 1, 6) in heard
-    assert ("evaluated", 0, ["loss", "token_accuracy"]) in heard
+    assert ("evaluated", 0, ["loss", "perplexity", "token_accuracy"]) in heard
     assert ("saved", "model_party.safetensors") in heard
     assert ("forward", "returned", "received") in heard
     assert ("backward", "smashed_grad", "received") in heard

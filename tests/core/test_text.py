@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from vflair_core import Defense, DefenseError, Example, Partition, Transcript, split
-from vflair_core.encoding import private_positions, train_tokenizer
+from vflair_core.encoding import train_tokenizer
 from vflair_core.errors import TaskError
+from vflair_core.reader import Reader
 from vflair_core.testing import tiny_model
 
 TEXTS = ["Ada Lovelace wrote the first program.", "Please call me at noon, said Ada."]
@@ -90,11 +91,11 @@ def test_text_needs_a_tokenizer():
 
 def test_private_positions_are_the_tokens_that_touch_a_span_and_never_special_ones():
     text = "Ada Lovelace wrote"
-    ids, private = private_positions(TOKENIZER, Example(text, private=((4, 12),)), 64)
-    secret = [TOKENIZER.decode([i]) for i in ids[private].tolist()]
-    assert "".join(secret).strip() == "Lovelace"
-    _, whole = private_positions(TOKENIZER, Example(text), 64)
-    assert whole.tolist() == [False] + [True] * (len(ids) - 1)
+    examples = [Example(text, private=((4, 12),)), Example(text)]
+    spanned, whole = Reader(TOKENIZER).batch(examples).rows
+    secret = [token for token, private in zip(spanned.ids, spanned.private, strict=True) if private]
+    assert TOKENIZER.decode(secret).strip() == "Lovelace"
+    assert whole.private == [False] + [True] * (len(whole.ids) - 1)
 
 
 def test_rows_are_padded_right_masked_and_unlabelled_there():

@@ -6,6 +6,7 @@ not public. Both sentences of a pair are private in full; nothing is put around 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from vflair_core import Example, Task, TaskCard
 from vflair_core.task import Score
 from vflair_tasks.assembly import Choice, Side, assemble, open_sides
 from vflair_tasks.metrics import accuracy, accuracy_and_f1, correlations, matthews
+from vflair_tasks.offering import offer
 from vflair_tasks.rows import Make, label_numbers
 from vflair_tasks.tables import Source
 
@@ -111,7 +113,7 @@ CORPORA: dict[str, Corpus] = {
 def glue(name: str, choice: Choice) -> Task:
     """Return one of GLUE's tasks, from the hub or from files in the hub's or the distributed schema."""
     corpus = CORPORA[name]
-    source = Source(HUB, name.partition("-")[0], (corpus.folder,), {**TSV, **corpus.csv})
+    source = Source(HUB, name.partition("-")[0], (corpus.folder,), {".tsv": {**TSV, **corpus.csv}})
     end = f"_{corpus.dev}" if corpus.dev else ""
     sides = open_sides(
         source,
@@ -148,34 +150,11 @@ def _maker(side: Side, labels: tuple[str, ...]) -> Make:
 
 
 def _offer(name: str) -> Callable[..., Task]:
-    """Return the function that a task is offered as."""
-
-    def task(
-        *,
-        data: str | None = None,
-        limit: int | None = None,
-        test_limit: int | None = None,
-        seed: int = 0,
-        public_characters: int = 0,
-    ) -> Task:
-        return glue(
-            name,
-            Choice(
-                data=data,
-                limit=limit,
-                test_limit=test_limit,
-                seed=seed,
-                public_characters=public_characters,
-            ),
-        )
-
     corpus = CORPORA[name]
-    task.__name__ = task.__qualname__ = name.replace("-", "_")
-    task.__doc__ = f"GLUE {name}: {corpus.about}. Both texts are private; test is GLUE's development set."
     columns = {corpus.text[-1]: "text", corpus.label[-1]: "label"}
     if corpus.pair:
         columns[corpus.pair[-1]] = "pair"
-    task.card = TaskCard(  # type: ignore[attr-defined]
+    card = TaskCard(
         kind="classification" if corpus.labels else "regression",
         metric=corpus.metric,
         source=f"{HUB}, {name.partition('-')[0]}",
@@ -183,7 +162,8 @@ def _offer(name: str) -> Callable[..., Task]:
         columns=columns,
         sizes=dict(zip(("train", "test"), corpus.sizes, strict=True)),
     )
-    return task
+    about = f"GLUE {name}: {corpus.about}. All text is private; test is GLUE's development set."
+    return offer(functools.partial(glue, name), name, card, about, Choice, without=["test_share"])
 
 
 cola, sst2, stsb, mrpc, mnli, mnli_mismatched, qnli, qqp, wnli, rte = map(_offer, CORPORA)

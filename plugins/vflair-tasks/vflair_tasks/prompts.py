@@ -22,10 +22,10 @@ _MARK = "\ue000"  # of Unicode's private use: in no text and no template
 
 @frozen
 class Prompt:
-    """Show an example in a template.
+    r"""Show an example in a template.
 
     Args:
-        template: Text with fields in braces, doubled where a brace is meant: ``"Q: {text}\\nA:"``.
+        template: Text with fields in braces, doubled where a brace is meant: ``"Q: {text}\nA:"``.
         names: What each field is: ``text`` or ``pair``.
         alone: Template of examples without a `pair`; None takes `template`.
         shots: Examples that are shown first, with their answers; of train, and of nobody that is attacked.

@@ -26,9 +26,7 @@ class Rows(Sequence[Example]):
         numbers: Which rows, in which order; None takes all.
     """
 
-    def __init__(
-        self, table: Dataset, make: Make, numbers: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, table: Dataset, make: Make, numbers: Sequence[int] | None = None) -> None:
         self.table = table
         self.make = make
         self.numbers = range(len(table)) if numbers is None else numbers
@@ -47,6 +45,26 @@ class Rows(Sequence[Example]):
         return self.make(self.table[number], number)
 
 
+class View(Sequence[Example]):
+    """Some of the examples of a sequence, by their numbers."""
+
+    def __init__(self, examples: Sequence[Example], numbers: Sequence[int]) -> None:
+        self.examples = examples
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> View: ...
+    def __getitem__(self, index: int | slice) -> Example | View:
+        if isinstance(index, slice):
+            return View(self.examples, self.numbers[index])
+        return self.examples[self.numbers[index]]
+
+
 def sample(numbers: Sequence[int], limit: int | None, *, seed: int, option: str) -> Sequence[int]:
     """Return `limit` of `numbers`, drawn without replacement by `seed`; all, in their order, if None.
 
@@ -59,18 +77,20 @@ def sample(numbers: Sequence[int], limit: int | None, *, seed: int, option: str)
         raise TaskError(f"{option}={limit} leaves nothing. Ask for 1 example or more.")
     if limit >= len(numbers):
         return numbers
-    return [numbers[n] for n in random.Random(f"{option} {seed}").sample(range(len(numbers)), limit)]
+    return [
+        numbers[n] for n in random.Random(f"{option} {seed}").sample(range(len(numbers)), limit)
+    ]
 
 
 def carve(
-    table: Dataset, numbers: Sequence[int], columns: Sequence[str], *, share: float, seed: int
+    table: Dataset, numbers: Sequence[int], column: str, *, share: float, seed: int
 ) -> tuple[list[int], list[int]]:
-    """Deal the rows of one table to train and test by a hash of their texts, so that equal texts stay together.
+    """Deal the rows of one table to train and test by a hash of their text, so that equal texts stay together.
 
     Args:
         table: All rows.
         numbers: Those to deal.
-        columns: Whose content decides: rows that are equal in them go to the same side.
+        column: Of the text: rows that are equal in it, but for space around it, go to the same side.
         share: Expected share of the test side.
         seed: Another seed deals otherwise.
 
@@ -84,10 +104,11 @@ def carve(
     wanted = numbers if isinstance(numbers, range) else set(numbers)
     sides: tuple[list[int], list[int]] = ([], [])
     number = 0
-    for batch in table.select_columns(list(columns)).iter(batch_size=1000):
-        for texts in zip(*(batch[column] for column in columns), strict=True):
+    for batch in table.select_columns([column]).iter(batch_size=1000):
+        for text in batch[column]:
             if number in wanted:
-                digest = hashlib.blake2b(repr((seed, texts)).encode(), digest_size=8).digest()
+                key = f"{seed} {str(text).strip()}".encode()
+                digest = hashlib.blake2b(key, digest_size=8).digest()
                 sides[int.from_bytes(digest, "big") < share * 2**64].append(number)
             number += 1
     if not all(sides):
@@ -121,7 +142,9 @@ def empty_cells(table: Dataset, columns: Sequence[str]) -> list[tuple[int, str]]
     found: list[tuple[int, str]] = []
     for column in columns:
         first = 0
-        for cells in table.data.column(column).chunks:  # one by one: a copy of the column may not fit
+        for cells in table.data.column(
+            column
+        ).chunks:  # one by one: a copy of the column may not fit
             bad = pc.is_null(cells, nan_is_null=pa.types.is_floating(cells.type))
             if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
                 empty = pc.equal(pc.utf8_trim_whitespace(cells), "")
@@ -130,6 +153,39 @@ def empty_cells(table: Dataset, columns: Sequence[str]) -> list[tuple[int, str]]
                 found += [(first + n, column) for n in pc.indices_nonzero(bad).to_pylist()]
             first += len(cells)
     return sorted(found)
+
+
+def first_fault(
+    table: Dataset,
+    numbers: Sequence[int],
+    columns: Sequence[str],
+    *,
+    where: str,
+    fault: Callable[..., str],
+) -> None:
+    """Go through the rows that take part, in constant memory, and stop at the first fault.
+
+    Args:
+        table: All rows.
+        numbers: Those that take part.
+        columns: What `fault` is given, one argument each.
+        where: How error messages call the table.
+        fault: Says what is wrong with a row, or ``""``.
+
+    Raises:
+        TaskError: Something is wrong; the message names row and column.
+    """
+    wanted = numbers if isinstance(numbers, range) else set(numbers)
+    number = 0
+    for batch in table.select_columns(list(columns)).iter(batch_size=1000):
+        for cells in zip(*(batch[column] for column in columns), strict=True):
+            trouble = fault(*cells) if number in wanted else ""
+            if trouble:
+                raise TaskError(
+                    f"{where}, row {number} (the first is 0), column {columns[0]!r}: {trouble}. Correct the cell "
+                    "or drop the row."
+                )
+            number += 1
 
 
 def class_names(table: Dataset, column: str, *, where: str) -> tuple[str, ...]:
@@ -173,12 +229,15 @@ def label_numbers(
     index = {name: number for number, name in enumerate(labels)}
     found: dict[Any, int] = {}
     for value in pc.unique(cells).to_pylist():
-        if value is None:
-            continue
-        if not has_names and _name(value) in index:
-            found[value] = index[_name(value)]
-        elif isinstance(value, int) and 0 <= value < len(labels):
-            found[value] = int(value)
+        if value is None or not str(value).strip():
+            continue  # empty cells are another check's business
+        name = _name(value)
+        if not has_names and name in index:
+            found[value] = index[name]
+        elif name.isdigit() and int(name) < len(
+            labels
+        ):  # also text: one empty cell makes a column text
+            found[value] = int(name)
         else:
             row = pc.index(cells, value).as_py()
             raise TaskError(

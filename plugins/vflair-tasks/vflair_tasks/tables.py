@@ -51,14 +51,14 @@ class Source:
         hub: Its name on the hub.
         config: Its configuration there, also the name of a folder in a local copy.
         folders: Other names of that folder.
-        csv: How its csv or tsv files differ from pandas' defaults, e.g. ``{"quoting": 3}``.
+        csv: By ending, how its files differ from pandas' defaults, e.g. ``{".tsv": {"quoting": 3}}``.
         original: How its authors' files are read where they are not tables.
     """
 
     hub: str
     config: str | None = None
     folders: tuple[str, ...] = ()
-    csv: Mapping[str, Any] = field(factory=dict)
+    csv: Mapping[str, Mapping[str, Any]] = field(factory=dict)
     original: Original | None = None
 
 
@@ -120,7 +120,7 @@ def files_of(folder: Path, names: Sequence[str]) -> list[Path]:
     return []
 
 
-def from_files(files: Sequence[Path], csv: Mapping[str, Any] | None = None) -> Opened:
+def from_files(files: Sequence[Path], csv: Mapping[str, Mapping[str, Any]] | None = None) -> Opened:
     """Convert csv, tsv, json, jsonl or parquet files to Arrow, once, and map them.
 
     Raises:
@@ -137,8 +137,7 @@ def from_files(files: Sequence[Path], csv: Mapping[str, Any] | None = None) -> O
     for file in files:
         if not file.stat().st_size:
             raise TaskError(f"{file} is empty. Give a file with a header and at least one row.")
-    options = ({"sep": "\t"} if suffix == ".tsv" else {}) | dict(csv or {})
-    options = options if BUILDERS[suffix] == "csv" else {}
+    options = ({"sep": "\t"} if suffix == ".tsv" else {}) | dict((csv or {}).get(suffix, {}))
     try:
         with quiet():
             table = load_dataset(

@@ -1,0 +1,289 @@
+"""A user's own data: a csv, tsv, jsonl or parquet file, a folder of them, or a name on the hub.
+
+    [task]
+    name = "own"
+    options = { data = "my.csv", kind = "classification", text = "review", label = "stars" }
+
+Columns, empty cells and labels are seen to before anything else happens, so a run does not fail half-way over its data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from attrs import evolve, frozen
+
+from vflair_core import Example, Task, TaskCard
+from vflair_core.errors import TaskError, did_you_mean
+from vflair_core.task import Kind, Span
+from vflair_tasks.assembly import Choice, Side, assemble, carved, limited, side_of
+from vflair_tasks.offering import Asking, asked, offer
+from vflair_tasks.prompts import Prompt
+from vflair_tasks.rows import Make, class_names, empty_cells, first_fault, label_numbers
+from vflair_tasks.tables import Opened, Source, files_of, from_files, open_split
+from vflair_tasks.textvqa import as_picture
+
+KINDS = get_args(Kind)
+NEEDED: Mapping[str, tuple[str, ...]] = {
+    "causal-lm": ("text",),
+    "classification": ("text", "label"),
+    "regression": ("text", "label"),
+    "question-answering": ("text", "pair", "answer"),
+    "seq2seq": ("text", "answer"),
+    "image-text": ("text", "answer", "image"),
+}
+WORDS = ("text", "pair", "label", "answer", "choices", "image")
+
+
+@frozen
+class Columns:
+    """What is where.
+
+    Args:
+        data: A file, a folder with a file or folder for each split, or a name on the hub.
+        kind: What is learnt.
+        text: Column of what the model reads first.
+        pair: Column of what it reads second: a passage, a second sentence.
+        label: Column of the class, of the number, or of the index of the right choice.
+        answer: Column of the expected text; of a question, a text of the passage or SQuAD's answers.
+        choices: Column of lists of possible answers.
+        image: Column of pictures or of paths of pictures, from the folder of the file.
+        labels: Names of the classes; none takes the distinct values of the train rows.
+        private: Columns that are secret among `text` and `pair`; none means both.
+        empty: ``error`` or ``drop`` for rows with an empty cell; what is dropped is counted in the result.
+        config: Configuration on the hub.
+        train_split: Name of the train split.
+        test_split: Name of the test split; where there is none, `test_share` of the rows is the test.
+    """
+
+    data: str
+    kind: str
+    text: str
+    pair: str = ""
+    label: str = ""
+    answer: str = ""
+    choices: str = ""
+    image: str = ""
+    labels: Sequence[str] = ()
+    private: Sequence[str] = ()
+    empty: str = "error"
+    config: str = ""
+    train_split: str = "train"
+    test_split: str = "test"
+
+    @property
+    def needed(self) -> dict[str, str]:
+        """What there is a column for, and the column."""
+        return {word: getattr(self, word) for word in WORDS if getattr(self, word)}
+
+
+def _own(columns: Columns, choice: Choice, asking: Asking) -> Task:
+    _check(columns)
+    sides = _sides(columns, choice)
+    where = f"{columns.data}, {columns.train_split}"
+    labels = tuple(columns.labels)
+    if columns.kind == "classification" and not labels:
+        labels = class_names(sides[0].table, columns.label, where=where)
+    for side in sides:
+        _check_rows(side, columns)
+    task = assemble(
+        sides,
+        lambda side: _maker(side, columns, labels),
+        choice,
+        name="own",
+        kind=columns.kind,
+        labels=labels,
+        source=columns.data,
+    )
+    names = {columns.text: "text"} | ({columns.pair: "pair"} if columns.pair else {})
+    if asking == Asking():
+        return task
+    if columns.kind == "question-answering":
+        raise TaskError("A prompt would move the passage away: question-answering takes none.")
+    both = "".join(f"{{{name}}}\n" for name in names).rstrip("\n")
+    return asked(task, Prompt(both, names=names), asking, seed=choice.seed)
+
+
+def _check(columns: Columns) -> None:
+    if columns.kind not in KINDS:
+        hint = did_you_mean(columns.kind, KINDS)
+        raise TaskError(f"kind={columns.kind!r} is unknown. Possible: {', '.join(KINDS)}.{hint}")
+    if columns.empty not in ("error", "drop"):
+        raise TaskError(f"empty={columns.empty!r} is unknown. Possible: error, drop.")
+    needed = NEEDED[columns.kind]
+    if columns.choices:
+        needed = tuple(word for word in needed if word != "answer") + ("label",)
+    for word in needed:
+        if not getattr(columns, word):
+            raise TaskError(
+                f'A task of kind {columns.kind!r} needs the column of its {word}: add {word} = "…" to options.'
+            )
+    for name in columns.private:
+        if name not in (columns.text, columns.pair):
+            raise TaskError(
+                f"private names the column {name!r}. Possible: {columns.text}"
+                f"{', ' + columns.pair if columns.pair else ''}."
+            )
+
+
+def _sides(columns: Columns, choice: Choice) -> tuple[Side, Side]:
+    train, test = _opened(columns)
+    wanted = [(name,) for name in columns.needed.values()]
+    where = f"{columns.data}, {columns.train_split}"
+    _check_empty(train, columns, wanted, where)
+    first = side_of("train", train, wanted, where=where)
+    if test is None:
+        return carved(first, choice)
+    where = f"{columns.data}, {columns.test_split}"
+    _check_empty(test, columns, wanted, where)
+    second = side_of("test", test, wanted, where=where)
+    return limited(first, choice.limit, choice.seed), limited(
+        second, choice.test_limit, choice.seed
+    )
+
+
+def _opened(columns: Columns) -> tuple[Opened, Opened | None]:
+    place = Path(columns.data).expanduser()
+    if place.is_file():
+        return from_files([place]), None
+    source = Source(columns.data, columns.config or None)
+    if place.is_dir():
+        train = open_split(source, (columns.train_split,), place)
+        inner = place / columns.config if columns.config else place
+        has_test = bool(files_of(inner, (columns.test_split,)))
+        return train, open_split(source, (columns.test_split,), place) if has_test else None
+    if "/" not in columns.data or place.suffix or place.is_absolute():
+        raise TaskError(
+            f"data={columns.data!r} is no file or folder (looked in {Path.cwd()}) and no name on the hub, "
+            "which has the form OWNER/NAME."
+        )
+    train = open_split(source, (columns.train_split,), None)
+    if not columns.test_split:
+        return train, None
+    return train, open_split(source, (columns.test_split,), None)
+
+
+def _check_empty(
+    opened: Opened, columns: Columns, wanted: Sequence[Sequence[str]], where: str
+) -> None:
+    missing = [name for (name,) in wanted if name not in opened.table.column_names]
+    lacking = [] if missing else empty_cells(opened.table, [name for (name,) in wanted])
+    if lacking and columns.empty == "error":
+        row, column = lacking[0]
+        more = f", and {len(lacking) - 1} more cells" if len(lacking) > 1 else ""
+        raise TaskError(
+            f"{where}: row {row} (the first is 0), column {column!r} is empty{more}. "
+            'Fill it in, or leave such rows out and count them: empty = "drop".'
+        )
+
+
+def _check_rows(side: Side, columns: Columns) -> None:
+    """See that every label is a number, every answer in its passage and every picture there, before anything runs."""
+    if columns.kind == "regression":
+        first_fault(
+            side.table, side.numbers, [columns.label], where=side.where, fault=_number_fault
+        )
+    elif columns.kind == "question-answering":
+        first_fault(
+            side.table,
+            side.numbers,
+            [columns.answer, columns.pair],
+            where=side.where,
+            fault=_span_fault,
+        )
+    if columns.choices:
+        first_fault(
+            side.table,
+            side.numbers,
+            [columns.label, columns.choices],
+            where=side.where,
+            fault=_choice_fault,
+        )
+
+
+def _number_fault(value: Any) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return ""
+    return f"{value!r} is not a number"
+
+
+def _span_fault(answer: Any, passage: str) -> str:
+    text, start = _answer_of(answer, passage)
+    if not text or (start >= 0 and passage[start : start + len(text)] == text):
+        return ""
+    return f"the answer {text!r} does not stand in its passage"
+
+
+def _choice_fault(label: Any, choices: Any) -> str:
+    if isinstance(label, int) and 0 <= label < len(choices):
+        return ""
+    return f"{label!r} is no index into {len(choices)} choices"
+
+
+def _answer_of(answer: Any, passage: str) -> tuple[str, int]:
+    """Return the text of an answer and where it starts; SQuAD's form says so, else it is the first place."""
+    if isinstance(answer, Mapping):
+        if not answer["text"]:
+            return "", -1
+        return answer["text"][0], answer["answer_start"][0]
+    return answer, passage.find(answer)
+
+
+def _maker(side: Side, columns: Columns, labels: tuple[str, ...]) -> Make:
+    index = (
+        label_numbers(side.table, columns.label, labels, where=side.where)
+        if columns.kind == "classification"
+        else None
+    )
+    secret = columns.private or (columns.text, columns.pair)
+    folder = Path(columns.data).expanduser()
+    folder = folder.parent if folder.is_file() else folder
+
+    def make(row: Mapping[str, Any], number: int) -> Example:
+        example = Example(
+            text=str(row[columns.text]),
+            pair=str(row[columns.pair]) if columns.pair else None,
+            private=None if columns.text in secret else (),
+            private_pair=None if columns.pair in secret else (),
+            id=f"row-{number}",
+        )
+        if columns.label:
+            label = row[columns.label]
+            label = float(label) if columns.kind == "regression" else label
+            example = evolve(example, label=label if index is None else index[label])
+        if columns.choices:
+            example = evolve(example, choices=tuple(map(str, row[columns.choices])))
+        if columns.answer:
+            example = _answered(example, row[columns.answer], columns.kind)
+        if columns.image:
+            picture = row[columns.image]
+            picture = str(folder / picture) if isinstance(picture, str) else picture
+            example = evolve(example, images=(as_picture(picture),))
+        return example
+
+    return make
+
+
+def _answered(example: Example, answer: Any, kind: str) -> Example:
+    if kind != "question-answering":
+        if isinstance(answer, (list, tuple)):
+            return evolve(example, answer=str(answer[0]), answers=tuple(map(str, answer)))
+        return evolve(example, answer=str(answer))
+    text, start = _answer_of(answer, example.pair or "")
+    span: Span | None = (start, start + len(text)) if text else None
+    answers = tuple(answer["text"]) if isinstance(answer, Mapping) else ()
+    return evolve(example, answer=text, answers=answers, span=span)
+
+
+own = offer(
+    _own,
+    "own",
+    TaskCard(kind="classification", metric="accuracy", source="the user", licence="the user's"),
+    "Your own data: name the file, the kind and the columns.",
+    Columns,
+    Choice,
+    Asking,
+    without=[],
+)

@@ -100,13 +100,20 @@ def open_sides(
     )
 
 
-def side_of(name: str, opened: Opened, columns: Sequence[Sequence[str]], *, where: str) -> Side:
+def side_of(
+    name: str,
+    opened: Opened,
+    columns: Sequence[Sequence[str]],
+    *,
+    where: str,
+    may_be_empty: Sequence[str] = (),
+) -> Side:
     """Return one side of a task, without the rows that lack something; its facts count them."""
     table = opened.table
     found = tuple(column_of(table, names, where=where) for names in columns)
     numbers: Sequence[int] = range(len(table))
     facts: dict[str, Any] = {f"{name}_sha256": opened.sha256}
-    lacking = empty_cells(table, found)
+    lacking = empty_cells(table, [name for name in found if name not in may_be_empty])
     if lacking:
         gone = {row for row, _ in lacking}
         numbers = [number for number in numbers if number not in gone]

@@ -74,6 +74,11 @@ class Columns:
     test_split: str = "test"
 
     @property
+    def may_be_empty(self) -> tuple[str, ...]:
+        """Columns whose cells may be empty: a question may have no answer."""
+        return (self.answer,) if self.kind == "question-answering" else ()
+
+    @property
     def needed(self) -> dict[str, str]:
         """What there is a column for, and the column."""
         return {word: getattr(self, word) for word in WORDS if getattr(self, word)}
@@ -102,6 +107,8 @@ def _own(columns: Columns, choice: Choice, asking: Asking) -> Task:
         return task
     if columns.kind == "question-answering":
         raise TaskError("A prompt would move the passage away: question-answering takes none.")
+    if columns.image and asking.shots:
+        raise TaskError("Examples with pictures cannot be shown first. Set shots = 0.")
     both = "".join(f"{{{name}}}\n" for name in names).rstrip("\n")
     return asked(task, Prompt(both, names=names), asking, seed=choice.seed)
 
@@ -114,7 +121,7 @@ def _check(columns: Columns) -> None:
         raise TaskError(f"empty={columns.empty!r} is unknown. Possible: error, drop.")
     needed = NEEDED[columns.kind]
     if columns.choices:
-        needed = tuple(word for word in needed if word != "answer") + ("label",)
+        needed = (*(word for word in needed if word != "answer"), "label")
     for word in needed:
         if not getattr(columns, word):
             raise TaskError(
@@ -133,12 +140,12 @@ def _sides(columns: Columns, choice: Choice) -> tuple[Side, Side]:
     wanted = [(name,) for name in columns.needed.values()]
     where = f"{columns.data}, {columns.train_split}"
     _check_empty(train, columns, wanted, where)
-    first = side_of("train", train, wanted, where=where)
+    first = side_of("train", train, wanted, where=where, may_be_empty=columns.may_be_empty)
     if test is None:
         return carved(first, choice)
     where = f"{columns.data}, {columns.test_split}"
     _check_empty(test, columns, wanted, where)
-    second = side_of("test", test, wanted, where=where)
+    second = side_of("test", test, wanted, where=where, may_be_empty=columns.may_be_empty)
     return limited(first, choice.limit, choice.seed), limited(
         second, choice.test_limit, choice.seed
     )
@@ -168,8 +175,8 @@ def _opened(columns: Columns) -> tuple[Opened, Opened | None]:
 def _check_empty(
     opened: Opened, columns: Columns, wanted: Sequence[Sequence[str]], where: str
 ) -> None:
-    missing = [name for (name,) in wanted if name not in opened.table.column_names]
-    lacking = [] if missing else empty_cells(opened.table, [name for (name,) in wanted])
+    there = [name for (name,) in wanted if name in opened.table.column_names]
+    lacking = empty_cells(opened.table, [n for n in there if n not in columns.may_be_empty])
     if lacking and columns.empty == "error":
         row, column = lacking[0]
         more = f", and {len(lacking) - 1} more cells" if len(lacking) > 1 else ""
@@ -228,7 +235,7 @@ def _answer_of(answer: Any, passage: str) -> tuple[str, int]:
         if not answer["text"]:
             return "", -1
         return answer["text"][0], answer["answer_start"][0]
-    return answer, passage.find(answer)
+    return answer or "", passage.find(answer or "")
 
 
 def _maker(side: Side, columns: Columns, labels: tuple[str, ...]) -> Make:

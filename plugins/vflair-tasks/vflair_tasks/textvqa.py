@@ -143,5 +143,5 @@ textvqa = offer(
     "TextVQA: answer a question on the text in a photograph. Both are private.",
     Choice,
     Asking,
-    without=["test_share"],
+    without=["test_share", "shots"],
 )

@@ -55,19 +55,18 @@ def in_one_notation(text: str) -> str:
 
 def _with_braces(text: str) -> str:
     r"""Write ``\frac12``, ``\frac1{2}`` and ``\frac{1}2`` as ``\frac{1}{2}``."""
-    head, *rest = text.split("\\frac")
-    done = head
-    for piece in rest:
-        above, piece = _argument(piece)
-        below, piece = _argument(piece)
-        done += f"\\frac{above}{below}{piece}"
-    return done
+    places = [match.end() for match in re.finditer(r"\\frac", text)]
+    for place in reversed(places):  # from the last: the fractions within one are done before it
+        above, rest = _argument(text[place:])
+        below, rest = _argument(rest)
+        text = text[:place] + above + below + rest
+    return text
 
 
 def _argument(text: str) -> tuple[str, str]:
-    """Return the next argument in braces, and what follows; a nested fraction keeps its opening brace."""
-    if not text:
-        return "", ""
+    """Return the next argument in braces, and what follows it."""
+    if not text or text[0] == "}":
+        return "", text
     if text[0] != "{":
         return f"{{{text[0]}}}", text[1:]
     depth = 0

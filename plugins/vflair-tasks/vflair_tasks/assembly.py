@@ -10,9 +10,10 @@ from attrs import evolve, field, frozen
 
 from vflair_core import Task
 from vflair_core.errors import TaskError
+from vflair_tasks.checking import column_of, empty_cells
 from vflair_tasks.docstrings import docstrings
 from vflair_tasks.overlap import grams
-from vflair_tasks.rows import Make, Rows, carve, column_of, empty_cells, sample
+from vflair_tasks.rows import Make, Rows, carve, sample
 from vflair_tasks.tables import Opened, Source, open_split
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ def side_of(
 ) -> Side:
     """Return one side of a task, without the rows that lack something; its facts count them."""
     table = opened.table
+    if not len(table):
+        raise TaskError(f"{where} has no rows. Give it at least one.")
     found = tuple(column_of(table, names, where=where) for names in columns)
     numbers: Sequence[int] = range(len(table))
     facts: dict[str, Any] = {f"{name}_sha256": opened.sha256}

@@ -15,9 +15,10 @@ from attrs import field, frozen
 from vflair_core import Example, Task, TaskCard
 from vflair_core.task import Score
 from vflair_tasks.assembly import Choice, Side, assemble, open_sides
+from vflair_tasks.checking import label_numbers
 from vflair_tasks.metrics import accuracy, accuracy_and_f1, correlations, matthews
 from vflair_tasks.offering import offer
-from vflair_tasks.rows import Make, label_numbers
+from vflair_tasks.rows import Make
 from vflair_tasks.tables import Source
 
 HUB = "nyu-mll/glue"

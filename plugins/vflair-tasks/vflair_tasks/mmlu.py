@@ -18,9 +18,10 @@ from vflair_core import Example, Task, TaskCard
 from vflair_core.errors import TaskError
 from vflair_tasks import metrics
 from vflair_tasks.assembly import Choice, Side, assemble, open_sides, side_of
+from vflair_tasks.checking import label_numbers
 from vflair_tasks.offering import offer
 from vflair_tasks.prompts import answer_of, check_fields, fill, in_chat, moved, with_answer
-from vflair_tasks.rows import Make, Rows, label_numbers
+from vflair_tasks.rows import Make, Rows
 from vflair_tasks.tables import Original, Row, Source, open_split
 
 LETTERS = ("A", "B", "C", "D")

@@ -9,7 +9,8 @@ Columns, empty cells and labels are seen to before anything else happens, so a r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,9 +20,20 @@ from vflair_core import Example, Task, TaskCard
 from vflair_core.errors import TaskError, did_you_mean
 from vflair_core.task import Kind, Span
 from vflair_tasks.assembly import Choice, Side, assemble, carved, limited, side_of
+from vflair_tasks.checking import (
+    choice_fault,
+    class_names,
+    empty_cells,
+    first_fault,
+    label_numbers,
+    number_fault,
+    picture_fault,
+    placed_answer,
+    span_fault,
+)
 from vflair_tasks.offering import Asking, asked, offer
 from vflair_tasks.prompts import Prompt
-from vflair_tasks.rows import Make, class_names, empty_cells, first_fault, label_numbers
+from vflair_tasks.rows import Make
 from vflair_tasks.tables import Opened, Source, files_of, from_files, open_split
 from vflair_tasks.textvqa import as_picture
 
@@ -74,6 +86,12 @@ class Columns:
     test_split: str = "test"
 
     @property
+    def folder(self) -> Path:
+        """The folder that paths of pictures start from."""
+        place = Path(self.data).expanduser()
+        return place.parent if place.is_file() else place
+
+    @property
     def may_be_empty(self) -> tuple[str, ...]:
         """Columns whose cells may be empty: a question may have no answer."""
         return (self.answer,) if self.kind == "question-answering" else ()
@@ -85,16 +103,21 @@ class Columns:
 
 
 def _own(columns: Columns, choice: Choice, asking: Asking) -> Task:
-    _check(columns)
-    sides = _sides(columns, choice)
-    where = f"{columns.data}, {columns.train_split}"
+    _check(columns, asking)
+    train, test = _sides(columns)
     labels = tuple(columns.labels)
     if columns.kind == "classification" and not labels:
-        labels = class_names(sides[0].table, columns.label, where=where)
-    for side in sides:
-        _check_rows(side, columns)
+        labels = class_names(train.table, columns.label, where=train.where)
+    for side in (train, test):
+        if side is not None:
+            _check_rows(side, columns, labels)
     task = assemble(
-        sides,
+        carved(train, choice)
+        if test is None
+        else (
+            limited(train, choice.limit, choice.seed),
+            limited(test, choice.test_limit, choice.seed),
+        ),
         lambda side: _maker(side, columns, labels),
         choice,
         name="own",
@@ -102,23 +125,23 @@ def _own(columns: Columns, choice: Choice, asking: Asking) -> Task:
         labels=labels,
         source=columns.data,
     )
-    names = {columns.text: "text"} | ({columns.pair: "pair"} if columns.pair else {})
     if asking == Asking():
         return task
-    if columns.kind == "question-answering":
-        raise TaskError("A prompt would move the passage away: question-answering takes none.")
-    if columns.image and asking.shots:
-        raise TaskError("Examples with pictures cannot be shown first. Set shots = 0.")
-    both = "".join(f"{{{name}}}\n" for name in names).rstrip("\n")
-    return asked(task, Prompt(both, names=names), asking, seed=choice.seed)
+    names = {columns.text: "text"} | ({columns.pair: "pair"} if columns.pair else {})
+    plain = "\n".join(f"{{{name}}}" for name in names)
+    return asked(task, Prompt(plain, names=names), asking, seed=choice.seed)
 
 
-def _check(columns: Columns) -> None:
+def _check(columns: Columns, asking: Asking) -> None:
     if columns.kind not in KINDS:
         hint = did_you_mean(columns.kind, KINDS)
         raise TaskError(f"kind={columns.kind!r} is unknown. Possible: {', '.join(KINDS)}.{hint}")
     if columns.empty not in ("error", "drop"):
         raise TaskError(f"empty={columns.empty!r} is unknown. Possible: error, drop.")
+    if columns.kind == "question-answering" and asking != Asking():
+        raise TaskError("A prompt would move the passage away: question-answering takes none.")
+    if columns.image and asking.shots:
+        raise TaskError("Examples with pictures cannot be shown first. Set shots = 0.")
     needed = NEEDED[columns.kind]
     if columns.choices:
         needed = (*(word for word in needed if word != "answer"), "label")
@@ -135,20 +158,20 @@ def _check(columns: Columns) -> None:
             )
 
 
-def _sides(columns: Columns, choice: Choice) -> tuple[Side, Side]:
+def _sides(columns: Columns) -> tuple[Side, Side | None]:
     train, test = _opened(columns)
-    wanted = [(name,) for name in columns.needed.values()]
-    where = f"{columns.data}, {columns.train_split}"
-    _check_empty(train, columns, wanted, where)
-    first = side_of("train", train, wanted, where=where, may_be_empty=columns.may_be_empty)
+    first = _side("train", train, columns, f"{columns.data}, {columns.train_split}")
     if test is None:
-        return carved(first, choice)
-    where = f"{columns.data}, {columns.test_split}"
-    _check_empty(test, columns, wanted, where)
-    second = side_of("test", test, wanted, where=where, may_be_empty=columns.may_be_empty)
-    return limited(first, choice.limit, choice.seed), limited(
-        second, choice.test_limit, choice.seed
-    )
+        return first, None
+    return first, _side("test", test, columns, f"{columns.data}, {columns.test_split}")
+
+
+def _side(name: str, opened: Opened, columns: Columns, where: str) -> Side:
+    wanted = list(columns.needed.values())
+    if columns.empty == "error":
+        _refuse_empty(opened, [n for n in wanted if n not in columns.may_be_empty], where)
+    alternatives = [(column,) for column in wanted]
+    return side_of(name, opened, alternatives, where=where, may_be_empty=columns.may_be_empty)
 
 
 def _opened(columns: Columns) -> tuple[Opened, Opened | None]:
@@ -172,12 +195,10 @@ def _opened(columns: Columns) -> tuple[Opened, Opened | None]:
     return train, open_split(source, (columns.test_split,), None)
 
 
-def _check_empty(
-    opened: Opened, columns: Columns, wanted: Sequence[Sequence[str]], where: str
-) -> None:
-    there = [name for (name,) in wanted if name in opened.table.column_names]
-    lacking = empty_cells(opened.table, [n for n in there if n not in columns.may_be_empty])
-    if lacking and columns.empty == "error":
+def _refuse_empty(opened: Opened, columns: Sequence[str], where: str) -> None:
+    there = [column for column in columns if column in opened.table.column_names]
+    lacking = empty_cells(opened.table, there)
+    if lacking:
         row, column = lacking[0]
         more = f", and {len(lacking) - 1} more cells" if len(lacking) > 1 else ""
         raise TaskError(
@@ -186,56 +207,24 @@ def _check_empty(
         )
 
 
-def _check_rows(side: Side, columns: Columns) -> None:
-    """See that every label is a number, every answer in its passage and every picture there, before anything runs."""
+def _check_rows(side: Side, columns: Columns, labels: Sequence[str]) -> None:
+    """See that every label, answer and picture is one, before anything runs."""
+    checks: list[tuple[list[str], Callable[..., str]]] = []
+    if columns.kind == "classification":
+        label_numbers(side.table, columns.label, labels, where=side.where)
     if columns.kind == "regression":
-        first_fault(
-            side.table, side.numbers, [columns.label], where=side.where, fault=_number_fault
-        )
-    elif columns.kind == "question-answering":
-        first_fault(
-            side.table,
-            side.numbers,
-            [columns.answer, columns.pair],
-            where=side.where,
-            fault=_span_fault,
-        )
+        checks.append(([columns.label], number_fault))
+    if columns.kind == "question-answering":
+        checks.append(([columns.answer, columns.pair], span_fault))
     if columns.choices:
-        first_fault(
-            side.table,
-            side.numbers,
-            [columns.label, columns.choices],
-            where=side.where,
-            fault=_choice_fault,
-        )
-
-
-def _number_fault(value: Any) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return ""
-    return f"{value!r} is not a number"
-
-
-def _span_fault(answer: Any, passage: str) -> str:
-    text, start = _answer_of(answer, passage)
-    if not text or (start >= 0 and passage[start : start + len(text)] == text):
-        return ""
-    return f"the answer {text!r} does not stand in its passage"
-
-
-def _choice_fault(label: Any, choices: Any) -> str:
-    if isinstance(label, int) and 0 <= label < len(choices):
-        return ""
-    return f"{label!r} is no index into {len(choices)} choices"
-
-
-def _answer_of(answer: Any, passage: str) -> tuple[str, int]:
-    """Return the text of an answer and where it starts; SQuAD's form says so, else it is the first place."""
-    if isinstance(answer, Mapping):
-        if not answer["text"]:
-            return "", -1
-        return answer["text"][0], answer["answer_start"][0]
-    return answer or "", passage.find(answer or "")
+        checks.append(([columns.label, columns.choices], choice_fault))
+    if (
+        columns.image
+        and getattr(side.table.features[columns.image], "dtype", "") != "PIL.Image.Image"
+    ):
+        checks.append(([columns.image], partial(picture_fault, folder=columns.folder)))
+    for names, fault in checks:
+        first_fault(side.table, side.numbers, names, where=side.where, fault=fault)
 
 
 def _maker(side: Side, columns: Columns, labels: tuple[str, ...]) -> Make:
@@ -245,8 +234,6 @@ def _maker(side: Side, columns: Columns, labels: tuple[str, ...]) -> Make:
         else None
     )
     secret = columns.private or (columns.text, columns.pair)
-    folder = Path(columns.data).expanduser()
-    folder = folder.parent if folder.is_file() else folder
 
     def make(row: Mapping[str, Any], number: int) -> Example:
         example = Example(
@@ -266,7 +253,7 @@ def _maker(side: Side, columns: Columns, labels: tuple[str, ...]) -> Make:
             example = _answered(example, row[columns.answer], columns.kind)
         if columns.image:
             picture = row[columns.image]
-            picture = str(folder / picture) if isinstance(picture, str) else picture
+            picture = str(columns.folder / picture) if isinstance(picture, str) else picture
             example = evolve(example, images=(as_picture(picture),))
         return example
 
@@ -278,7 +265,7 @@ def _answered(example: Example, answer: Any, kind: str) -> Example:
         if isinstance(answer, (list, tuple)):
             return evolve(example, answer=str(answer[0]), answers=tuple(map(str, answer)))
         return evolve(example, answer=str(answer))
-    text, start = _answer_of(answer, example.pair or "")
+    text, start = placed_answer(answer, example.pair or "")
     span: Span | None = (start, start + len(text)) if text else None
     answers = tuple(answer["text"]) if isinstance(answer, Mapping) else ()
     return evolve(example, answer=text, answers=answers, span=span)

@@ -15,9 +15,10 @@ from attrs import field, frozen
 
 from vflair_core import Example, Task, TaskCard
 from vflair_tasks.assembly import Choice, Side, assemble, open_sides
+from vflair_tasks.checking import label_numbers
 from vflair_tasks.metrics import accuracy
 from vflair_tasks.offering import offer
-from vflair_tasks.rows import Make, label_numbers
+from vflair_tasks.rows import Make
 from vflair_tasks.tables import Original, Row, Source
 
 # The distributed files have no header, and classes from 1.

@@ -143,10 +143,12 @@ def from_files(files: Sequence[Path], csv: Mapping[str, Mapping[str, Any]] | Non
             table = load_dataset(
                 BUILDERS[suffix], data_files=[str(file) for file in files], split="train", **options
             )
-    except (DatasetGenerationError, ValueError) as error:
+    except ValueError as error:
+        raise TaskError(f"{files[0]} has no rows ({error}). Give it at least one.") from error
+    except DatasetGenerationError as error:
+        reason = str(error.__cause__ or error).strip()
         raise TaskError(
-            f"{files[0]} does not parse as {suffix[1:]}: {error.__cause__ or error}. Repair the file; "
-            "nothing of it was kept."
+            f"{files[0]} does not parse as {suffix[1:]}: {reason}. Repair the file; nothing of it was kept."
         ) from error
     return Opened(table, _sha256(files))
 

@@ -8,7 +8,16 @@ from datasets import ClassLabel, Features, Image, Value
 from PIL import Image as Pictures
 
 from vflair_core.errors import TaskError
-from vflair_tasks import instructions, lambada, mathematics, mmlu, reviews, squad, summaries, textvqa
+from vflair_tasks import (
+    instructions,
+    lambada,
+    mathematics,
+    mmlu,
+    reviews,
+    squad,
+    summaries,
+    textvqa,
+)
 
 TEXT = Value("string")
 
@@ -122,7 +131,9 @@ def test_squad_marks_the_characters_of_the_answer_in_both_schemas(hub, files):
 def test_squad_2_has_questions_without_an_answer_and_1_has_not(files):
     paragraph = SQUAD["data"][0]["paragraphs"][0]
     none = {"id": "b", "question": "Why?", "answers": [], "is_impossible": True}
-    both = {"data": [{"title": "", "paragraphs": [{**paragraph, "qas": [*paragraph["qas"], none]}]}]}
+    both = {
+        "data": [{"title": "", "paragraphs": [{**paragraph, "qas": [*paragraph["qas"], none]}]}]
+    }
     there = files({"train-v2.0.json": both, "dev-v2.0.json": both})
     first, second = squad.squad2(data=str(there)).train
     assert first.span is not None
@@ -306,7 +317,11 @@ def test_summaries_are_learnt_from_train_and_written_by_either_kind_of_model(hub
         hub("test", [{"article": "Test news.", "highlights": "More .", "id": "2"}], folder="3.0.0")
     )
     task = summaries.cnn_dailymail(data=there)
-    assert (task.kind, task.train[0].text, task.test[0].answer) == ("seq2seq", "Train news.", "More .")
+    assert (task.kind, task.train[0].text, task.test[0].answer) == (
+        "seq2seq",
+        "Train news.",
+        "More .",
+    )
     assert task.render(task.test[0], tokenizer).text == "summarize: Test news."
     other = summaries.cnn_dailymail(data=there, kind="causal-lm")
     assert other.render(other.test[0], tokenizer).text == "Test news.\n\nTL;DR:"
@@ -359,5 +374,7 @@ def test_a_missing_picture_is_an_error_before_anything_runs(files):
 
 def test_a_file_in_another_layout_is_an_error_that_says_so(files):
     there = files({"train-v1.1.json": {"rows": []}, "dev-v1.1.json": SQUAD})
-    with pytest.raises(TaskError, match=r"train-v1.1.json is not in the layout.*KeyError\('data'\)"):
+    with pytest.raises(
+        TaskError, match=r"train-v1.1.json is not in the layout.*KeyError\('data'\)"
+    ):
         squad.squad1(data=str(there))

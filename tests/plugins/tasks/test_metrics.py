@@ -73,7 +73,9 @@ def test_bleu_is_the_product_of_precisions_and_brevity_by_hand():
     assert metrics.bleu(["one two three four"], ["one two three four five"]) == pytest.approx(
         np.exp(-0.25)
     )
-    assert metrics.bleu(["one two three four five"], ["one two three four five"]) == pytest.approx(1)
+    assert metrics.bleu(["one two three four five"], ["one two three four five"]) == pytest.approx(
+        1
+    )
 
 
 def test_exact_match_ignores_space_around_and_nothing_else():
@@ -83,7 +85,9 @@ def test_exact_match_ignores_space_around_and_nothing_else():
 
 def test_codebleu_without_a_grammar_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tree_sitter_python", None)
-    with pytest.raises(TaskError, match=r"CodeBLEU of 'python'.*tree-sitter-python.*metric = \"bleu\""):
+    with pytest.raises(
+        TaskError, match=r"CodeBLEU of 'python'.*tree-sitter-python.*metric = \"bleu\""
+    ):
         metrics.codebleu("python")
 
 

@@ -65,9 +65,7 @@ def test_examples_shown_first_are_train_examples_and_no_longer_learnt_from():
     train = [Example(f"train {n}", label=0, id=str(n)) for n in range(10)]
     shots, rest = shots_from(train, 3, seed=0)
     view = View(train, rest)
-    assert sorted([e.text for e in shots] + [e.text for e in view]) == sorted(
-        e.text for e in train
-    )
+    assert sorted([e.text for e in shots] + [e.text for e in view]) == sorted(e.text for e in train)
     assert shots_from(train, 3, seed=0)[0] == shots
     assert shots_from(train, 3, seed=1)[0] != shots
     with pytest.raises(TaskError, match="shots=10 of 10 train examples: give 0 to 9"):
@@ -92,7 +90,9 @@ def test_the_chat_template_is_the_tokenizers_own(chatty):
 
 def test_a_chat_template_that_trims_moves_the_spans_along(chatty):
     chatty.chat_template = "{% for m in messages %}[{{ m['content'] | trim }}]{% endfor %}"
-    shown = Prompt("{text}", chat=True)(Example("  Ada is in \n", private=((2, 5), (11, 13))), chatty)
+    shown = Prompt("{text}", chat=True)(
+        Example("  Ada is in \n", private=((2, 5), (11, 13))), chatty
+    )
     assert shown.text == "[Ada is in]"
     assert shown.secrets == ("Ada",)
 
@@ -106,7 +106,10 @@ def test_a_chat_template_that_begins_with_the_begin_token_does_not_double_it(cha
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("{% for m in messages %}[{{ m['content'] | upper }}]{% endfor %}", "changes what the user"),
+        (
+            "{% for m in messages %}[{{ m['content'] | upper }}]{% endfor %}",
+            "changes what the user",
+        ),
         (None, "no chat template.*chat = false"),
     ],
 )
@@ -119,7 +122,10 @@ def test_a_chat_template_that_cannot_be_followed_is_an_error(chatty, template, w
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("{questoin}", r"asks for {questoin} and there is question, passage. Did you mean 'question'"),
+        (
+            "{questoin}",
+            r"asks for {questoin} and there is question, passage. Did you mean 'question'",
+        ),
         ("{question", r"does not parse.*Double a brace"),
     ],
 )

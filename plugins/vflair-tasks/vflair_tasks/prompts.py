@@ -7,6 +7,7 @@ examples that are shown first, which are train examples that every prompt repeat
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from string import Formatter
 from typing import Any
@@ -192,7 +193,7 @@ def with_answer(prompt: str, answer: str) -> str:
 
 def shots_from(
     train: Sequence[Example], count: int, *, seed: int
-) -> tuple[tuple[Example, ...], list[int]]:
+) -> tuple[tuple[Example, ...], Sequence[int]]:
     """Draw `count` train examples to show first; return them and the numbers of the others, to learn from.
 
     Raises:
@@ -204,7 +205,7 @@ def shots_from(
         )
     chosen = random.Random(f"shots {seed}").sample(range(len(train)), count)
     gone = set(chosen)
-    rest = [number for number in range(len(train)) if number not in gone] if count else []
+    rest = array("I", (number for number in range(len(train)) if number not in gone))
     return tuple(train[number] for number in chosen), rest
 
 

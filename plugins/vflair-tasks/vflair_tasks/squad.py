@@ -156,4 +156,4 @@ def _offer(version: str, name: str, sizes: tuple[int, int], about: str) -> Any:
 
 
 squad1 = _offer("1.1", "squad", (87599, 10570), "the span of a passage that answers a question")
-squad2 = _offer("2.0", "squad2", (130319, 11873), "the same, and half the questions have no answer")
+squad2 = _offer("2.0", "squad2", (130319, 11873), "the same, and some questions have no answer")

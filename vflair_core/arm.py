@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +14,19 @@ from attrs import define
 from vflair_core.asking import reader_of
 from vflair_core.attack import wants
 from vflair_core.attacking import Evidence, attack_and_grade
+from vflair_core.auxiliary import auxiliary_of
 from vflair_core.channel import Transcript
 from vflair_core.defense import Defense
 from vflair_core.errors import ExperimentError
-from vflair_core.evaluation import GREEDY, Evaluation, evaluate_party
+from vflair_core.evaluation import Evaluation, evaluate_party
 from vflair_core.experiment import Experiment
 from vflair_core.grading import Grade, Reference
 from vflair_core.message import Message
 from vflair_core.partition import split
-from vflair_core.reading import Reading
+from vflair_core.releases import releases_per_example
 from vflair_core.setting import Clock, Setting, choose_partition, noise_seed
 from vflair_core.slices import Slices
 from vflair_core.standins import public_examples
-from vflair_core.task import Example, Task
 from vflair_core.training import FineTuning
 from vflair_core.tuning import tune
 from vflair_core.victims import Crossed, record_victims, truth_of
@@ -93,10 +93,10 @@ def run_arm(
         model_party=model_party,
         pretrained=setting.pretrained,
         main=main.transcript,
-        bypassed=bypassed and bypassed.transcript,
+        bypassed=None if bypassed is None else bypassed.transcript,
         releases=e.victims.releases,
         task=task,
-        auxiliary=_auxiliary(setting),
+        auxiliary=auxiliary_of(setting.task, e.victims),
         queries=queries,
     )
     truth = truth_of(party, setting.victims, main.rows, setting.victim_length)
@@ -119,7 +119,12 @@ def run_arm(
         )
     for grade in grades:
         setting.tell("vflair_attack_finished", name=grade.attack, grade=grade.to_dict())
-    releases = _releases(setting, party.reading, len(evaluations))
+    releases = releases_per_example(
+        e,
+        task,
+        party.reading,
+        evaluations=len(evaluations),
+    )
     metrics = evaluations[-1]["metrics"]
     numbers = {
         "main_performance": next(iter(metrics.values())),
@@ -237,22 +242,6 @@ def _asked(setting: Setting, name: str) -> bool:
     return any(name in names for launch in setting.launches for names in wants(launch.attack))
 
 
-def _auxiliary(setting: Setting) -> dict[str, Any]:
-    """What may be granted beside messages and weights. In-domain data are examples that are no victims."""
-    v, task = setting.experiment.victims, setting.task
-    first = v.count if v.split == "train" else 0
-    others: Sequence[Example] = [
-        task.train[n] for n in range(first, min(first + 64, len(task.train)))
-    ]
-    auxiliary = {
-        "public_texts": list(task.public),
-        "in_domain": [example.text for example in others],
-        "few_labelled": [_plain(example) for example in others[:16]],
-        "queries": list(task.public[: v.queries]),
-    }
-    return {name: rows for name, rows in auxiliary.items() if rows}
-
-
 def _promise(defense: Defense, releases: int) -> dict[str, Any]:
     promised = defense.guarantee(releases)
     if promised.mechanism is not None:
@@ -260,38 +249,6 @@ def _promise(defense: Defense, releases: int) -> dict[str, Any]:
             promised, randomness="seeded by the experiment and the private text"
         )
     return promised.to_dict()
-
-
-def _plain(example: Example) -> dict[str, Any]:
-    """What a file of JSON can hold of an example: all but its pictures."""
-    return attrs.asdict(attrs.evolve(example, images=()))
-
-
-def _releases(setting: Setting, reading: Reading, evaluations: int) -> int:
-    """Rows of smashed data of the example that crosses most often: its length times its crossings."""
-    e, task = setting.experiment, setting.task
-    length = max(e.train.max_length, setting.victim_length)
-    once = length * (2 if reading.two_stacks else 1)  # both stacks have a cut layer
-    windows = reading.tally.most_rows if task.kind == "question-answering" else 1
-    passes = -(-e.train.steps * e.train.batch_size // len(task.train))
-    rows = {
-        "train": passes * windows * once,
-        "test": evaluations * (windows * once + _generated(task, reading, length)),
-    }
-    rows[e.victims.split] += e.victims.releases * once
-    return max(rows.values())
-
-
-def _generated(task: Task, reading: Reading, length: int) -> int:
-    """Rows that cross beside the forward when one example is answered in an evaluation."""
-    if task.kind not in ("causal-lm", "seq2seq", "image-text") or task.answering == "continue":
-        return 0
-    if task.answering == "choose":
-        return reading.tally.most_rows * length * (2 if reading.two_stacks else 1)
-    options = {**GREEDY, **task.generation}
-    beams = max(int(options.get("num_beams") or 1), 1)
-    new = int(options.get("max_new_tokens") or 0)
-    return beams * (length + new)
 
 
 def _cost(party: DataParty, clock: Clock, grades: list[Grade]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,6 +99,9 @@ def list_(what: str, *, plugin: Plugin = None, json_: Json = False) -> None:
     if what not in shelves:
         raise VflairError(f"Cannot list {what!r}. Possible: {', '.join(shelves)}, models.")
     found = offers(plugin_manager(plugin or ()), what)  # type: ignore[arg-type]
+    if what == "tasks":
+        _list_tasks(found, json_=json_)
+        return
     rows = [(name, offered.source, _summary(offered.load())) for name, offered in found.items()]
     if json_:
         _print(
@@ -110,13 +113,47 @@ def list_(what: str, *, plugin: Plugin = None, json_: Json = False) -> None:
         _table(("name", "from", "what it does"), rows)
 
 
+def _list_tasks(found: Mapping[str, Any], *, json_: bool) -> None:
+    """A task's card says what there is to know without its data; what has none is listed without."""
+    from vflair_core.showing import card_of, size_of
+
+    loaded = {name: (offered, offered.load()) for name, offered in found.items()}
+    if json_:
+        facts = [
+            {"name": name, "from": offered.source, "summary": _summary(thing), **card_of(thing)}
+            for name, (offered, thing) in loaded.items()
+        ]
+        _print(json.dumps(facts, indent=2))
+        return
+    rows = []
+    for name, (_, thing) in loaded.items():
+        card = card_of(thing)
+        told = (card.get("kind", ""), size_of(card), card.get("metric", ""), card.get("source", ""))
+        rows.append((name, *told, card.get("licence", ""), _summary(thing)))
+    columns = ("name", "kind", "size", "metric", "source", "licence", "what it does")
+    _table(columns, rows)
+
+
 @app.command
-def show(name: str, *, plugin: Plugin = None, json_: Json = False) -> None:
-    """Show an attack, a defense or a task: its options with types and defaults, and its source."""
+def show(
+    name: str,
+    *,
+    option: Annotated[
+        list[str] | None,
+        Parameter(name=["--option", "-o"], help="key=value of a task in TOML; repeatable."),
+    ] = None,
+    plugin: Plugin = None,
+    json_: Json = False,
+) -> None:
+    """Show an attack, a defense or a task: options with types and defaults, source; of a task also an example."""
     from vflair_core.catalogue import describe
+    from vflair_core.config import override
     from vflair_core.plugins import plugin_manager
 
-    facts = describe(plugin_manager(plugin or ()), name)
+    options: dict[str, Any] = {}
+    for each in option or ():
+        override(options, each)
+    facts = describe(plugin_manager(plugin or ()), name, options)
     if json_:
         _print(json.dumps(facts, indent=2))
         return
@@ -128,6 +165,10 @@ def show(name: str, *, plugin: Plugin = None, json_: Json = False) -> None:
         ("option", "type", "default"),
         [(o["name"], o["type"], o["default"]) for o in facts["options"]],
     )
+    for part in ("card", "example"):
+        if facts.get(part):
+            _print("")
+            _table((part, ""), [(key, _plain(value)) for key, value in facts[part].items()])
 
 
 @app.command
@@ -205,6 +246,12 @@ def _add_plugin_commands(arguments: list[str]) -> None:
         app.command(command.load(), name=command.name)
 
 
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _summary(thing: Any) -> str:
     import inspect
 
@@ -217,6 +264,7 @@ def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.table import Table
 
     table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+    table.columns[0].no_wrap = True  # a name that is cut off cannot be typed
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     Console(soft_wrap=not sys.stdout.isatty()).print(table)

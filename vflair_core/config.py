@@ -30,8 +30,8 @@ def read_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
         raise ExperimentError(f"There is no experiment file {path}.") from error
     except tomllib.TOMLDecodeError as error:
         raise ExperimentError(f"{path} is not TOML: {error}.") from error
-    for override in overrides:
-        _override(table, override)
+    for each in overrides:
+        override(table, each)
     return experiment_from(table)
 
 
@@ -78,10 +78,15 @@ def _exactly(value: Any, kind: type) -> Any:
     return value
 
 
-def _override(table: Any, override: str) -> None:
-    key, equals, text = override.partition("=")
+def override(table: Any, text: str) -> None:
+    """Set one key of nested tables by ``"train.steps=10"``; the value is TOML, a bare word is text.
+
+    Raises:
+        ExperimentError: It is no such line, or there is no such table.
+    """
+    key, equals, text = text.partition("=")
     if not equals:
-        raise ExperimentError(f"{override!r} is not key=value; write e.g. -o train.steps=10.")
+        raise ExperimentError(f"{key!r} is not key=value; write e.g. -o train.steps=10.")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

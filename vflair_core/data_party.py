@@ -300,9 +300,11 @@ class DataParty:
         self._exchanges += 1
         inputs = self._call.inputs if self._call else {}
         phase = self._phase(_cache_in(inputs))
-        return Exchange(
-            self._exchanges, self.line.step, phase, mask=_mask(inputs, positions), batch=inputs
-        )
+        # A model with two stacks asks for its second after the first, or with what the first gave before.
+        second = self._last is not None or inputs.get("encoder_outputs") is not None
+        of_answer = second and bool(self.model.config.is_encoder_decoder)
+        mask = _answer_mask(inputs, positions) if of_answer else _mask(inputs, positions)
+        return Exchange(self._exchanges, self.line.step, phase, mask=mask, batch=inputs)
 
     def _layers(self, names: Sequence[str]) -> list[int]:
         """Numbers of the cache layers that the modules `names` fill."""
@@ -410,6 +412,15 @@ def _positions(leaves: list[Tensor], roles: tuple[Role, ...]) -> int:
 
 def _mask(inputs: Mapping[str, Any], positions: int) -> Tensor | None:
     mask = inputs.get("attention_mask")
+    return mask[:, -positions:] if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _answer_mask(inputs: Mapping[str, Any], positions: int) -> Tensor | None:
+    """The mask of what a decoder reads: its own, else where there is something to learn, else none."""
+    mask = inputs.get("decoder_attention_mask")
+    labels = inputs.get("labels")
+    if mask is None and isinstance(labels, Tensor) and labels.shape[1:] == (positions,):
+        return (labels != -100).long()
     return mask[:, -positions:] if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 

@@ -59,6 +59,7 @@ class Defenses:
                 name=name,
                 role=role,
                 axes=axes,
+                mask=_mask_of(tensor, name, exchange),
                 generator=self.generator_of(defense),
             )
             tensor = getattr(defense, place)(tensor, there)
@@ -157,6 +158,20 @@ def _generator(seed: int | None, index: int) -> torch.Generator:
     return generator
 
 
+def _mask_of(tensor: Tensor, name: str, exchange: Exchange) -> Tensor | None:
+    """The mask that fits the tensor: what an encoder gave crosses to a decoder too, with its own mask."""
+    own = exchange.mask
+    if (
+        own is None
+        or tensor.dim() < 3
+        or (own.shape[1] in tensor.shape[:2] and not name.startswith("encoder"))
+    ):
+        return own
+    encoder: Tensor | None = exchange.batch.get("attention_mask")
+    fits = encoder is not None and encoder.dim() == 2 and encoder.shape[1] in tensor.shape[:2]
+    return encoder if fits else None
+
+
 def _axes(tensor: Tensor, exchange: Exchange) -> str:
     """Name the dimensions: B and T by the batch at hand, D the last one, ? where nothing fits."""
     ids = exchange.batch.get("input_ids")
@@ -167,7 +182,9 @@ def _axes(tensor: Tensor, exchange: Exchange) -> str:
     batch, positions = ids.shape[:2]
     if not tensor.is_floating_point():  # labels
         return "BT"[: tensor.dim()]
-    if tensor.dim() == 3 and tuple(tensor.shape[:2]) == (batch, positions):
+    answer = [exchange.batch.get(name) for name in ("decoder_input_ids", "labels")]
+    lengths = {positions, *(ids.shape[1] for ids in answer if ids is not None and ids.dim() == 2)}
+    if tensor.dim() == 3 and tensor.shape[0] == batch and tensor.shape[1] in lengths:
         return "BTD"
     if tensor.dim() == 3 and tuple(tensor.shape[:2]) == (positions, batch):
         return "TBD"

@@ -102,10 +102,8 @@ def collate(
     return batch
 
 
-def pack(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int
-) -> tuple[Batch, list[list[Row]]]:
-    """Put several texts into each row of at most `max_length` tokens, in order, and return which.
+def pack(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int) -> Batch:
+    """Put several texts into each row of at most `max_length` tokens, in order.
 
     ``position_ids`` (B, T) begin again with each text; a model that heeds them (`check_packing`) lets no text
     see another. There is no attention_mask: padding is a text of its own, which nothing is learnt from.
@@ -126,7 +124,7 @@ def pack(
         learnt = [[IGNORED, *_learnt(row)[1:]] for row in pack]
         labels.append([token for row in learnt for token in row] + [IGNORED] * gap)
     batch = {"input_ids": ids, "position_ids": positions, "labels": labels}
-    return {name: torch.tensor(value) for name, value in batch.items()}, packs
+    return {name: torch.tensor(value) for name, value in batch.items()}
 
 
 def _learnt(row: Row) -> list[int]:

@@ -166,9 +166,8 @@ def _write(model: Any, task: Task, reader: Reader, examples: Sequence[Example]) 
     new = ids if reader.reading.two_stacks else ids[:, batch["input_ids"].shape[1] :]
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
-    texts = [
-        tokenizer.decode(list(_until(row, ends)), skip_special_tokens=True) for row in new.tolist()
-    ]
+    said = [list(_until(row, ends)) for row in new.tolist()]
+    texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in said]
     return _passed_back(reader, examples, texts)
 
 

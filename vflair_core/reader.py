@@ -64,7 +64,7 @@ class Reader:
             made = read(self.tokenizer, self.reading, shown, self.max_length)
             rows += [attrs.evolve(row, number=number) for row in made[: 1 if first_only else None]]
         if pack_rows:
-            batch, _ = pack(self.tokenizer, rows, self.max_length)
+            batch = pack(self.tokenizer, rows, self.max_length)
         else:
             batch = collate(self.tokenizer, self.reading, rows)
         return self._through(Encoded(batch, rows))

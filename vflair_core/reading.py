@@ -130,7 +130,7 @@ def read(
     Raises:
         TaskError: The answer or the question leaves no room for anything else.
     """
-    if reading.kind == "question-answering" and example.pair is not None:
+    if reading.kind == "question-answering" and example.pair:
         rows = _windows(tokenizer, example, max_length, reading.stride)
     elif reading.continues and (example.answer is not None or reading.kind == "image-text"):
         rows = [_continued(tokenizer, reading, example, max_length)]
@@ -161,26 +161,15 @@ def _tokens(
     tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None, **options: Any
 ) -> list[Row]:
     """Tokenise without saying of which example; several rows only if `options` ask for windows."""
-    fast = tokenizer.is_fast
-    encoded = tokenizer(
-        text, pair, return_offsets_mapping=fast, return_token_type_ids=True, **options
-    )
-    ids = encoded["input_ids"]
-    several = "return_overflowing_tokens" in options
-    rows = []
-    for n, row in enumerate(ids if several else [ids]):
-        types = encoded["token_type_ids"]
-        offsets = encoded["offset_mapping"] if fast else [NOWHERE] * len(row)
-        rows.append(
-            Row(
-                Example(text, pair=pair),
-                list(row),
-                list(types[n] if several else types),
-                [tuple(pair) for pair in (offsets[n] if several else offsets)],
-                list(encoded.sequence_ids(n)) if fast else [None] * len(row),
-            )
-        )
-    return rows
+    encoded: Any = tokenizer(text, pair, return_token_type_ids=True, **options)
+    example = Example(text, pair=pair)
+    if tokenizer.is_fast:
+        return [
+            Row(example, e.ids, e.type_ids, e.offsets, e.sequence_ids) for e in encoded.encodings
+        ]
+    ids = list(encoded["input_ids"])
+    nowhere: list[Span] = [NOWHERE] * len(ids)
+    return [Row(example, ids, list(encoded["token_type_ids"]), nowhere, [None] * len(ids))]
 
 
 def _row(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> Row:
@@ -197,13 +186,14 @@ def _windows(
     tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int, stride: int
 ) -> list[Row]:
     """Read the passage in windows of `max_length` tokens, each after the whole question."""
-    (question,) = _tokens(tokenizer, example.text, "", verbose=False)
-    room = max_length - len(question.ids)
+    question = tokenizer(example.text, add_special_tokens=False, verbose=False)["input_ids"]
+    taken = len(question) + tokenizer.num_special_tokens_to_add(pair=True)
+    room = max_length - taken
     if room <= stride:
         raise TaskError(
             f"Example {example.id or example.text[:40]!r}: of max_length = {max_length} tokens its question "
             f"leaves {room} for the passage, and windows share {stride}. Set train.max_length to "
-            f"{len(question.ids) + stride + 1} or more, or a smaller stride."
+            f"{taken + stride + 1} or more, or a smaller stride."
         )
     if not tokenizer.is_fast:
         raise TaskError(

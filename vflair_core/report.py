@@ -114,7 +114,8 @@ def _remarks(result: Result, arms: list[str]) -> Iterator[str]:
     for arm in arms:
         equal = result.numbers[arm].get("unsplit_losses_equal")
         if equal is not None:
-            word = "equal" if equal else "failed to equal"
+            apart = result.numbers[arm]["unsplit_losses_differ_by"]
+            word = "equal" if equal else f"failed to equal (by up to {apart:.1g})"
             yield f"{arm}: all training losses {word} the unsplit model's."
         for guarantee in result.numbers[arm]["guarantees"]:
             outside = (

@@ -184,7 +184,9 @@ def _compare_unsplit(whole: Any, setting: Setting, arm: Arm) -> None:
         reader.batch(examples, pack_rows=train.packing).batch for examples in setting.batches()
     )
     losses = train_unsplit(whole, batches, train)
+    pairs = zip(losses, arm.numbers["losses"], strict=True)
     arm.numbers["unsplit_losses_equal"] = losses == arm.numbers["losses"]
+    arm.numbers["unsplit_losses_differ_by"] = max((abs(a - b) for a, b in pairs), default=0.0)
 
 
 def _scores(undefended: Arm, defended: Arm) -> dict[str, Any]:

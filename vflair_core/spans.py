@@ -24,9 +24,9 @@ def follow(old: str, new: str, spans: Sequence[Span]) -> tuple[Span, ...]:
     if at >= 0:
         return tuple((at + start, at + end) for start, end in spans)
     before, after = ([match.span() for match in WORD.finditer(text)] for text in (old, new))
-    words = [[text[s:e] for s, e in where] for text, where in ((old, before), (new, after))]
+    ours, theirs = [old[s:e] for s, e in before], [new[s:e] for s, e in after]
     partner: dict[int, int] = {}
-    for block in SequenceMatcher(None, *words, autojunk=False).get_matching_blocks():
+    for block in SequenceMatcher(None, ours, theirs, autojunk=False).get_matching_blocks():
         partner |= {block.a + n: block.b + n for n in range(block.size)}
     found: list[Span] = []
     for start, end in spans:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from vflair_core import Example
@@ -14,6 +14,7 @@ from vflair_core.errors import TaskError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+AT_ONCE = 32  # rows read together when all are gone through; of pictures no more fit
 Make = Callable[[Mapping[str, Any], int], Example]  # (row, its number) -> example
 
 
@@ -43,6 +44,13 @@ class Rows(Sequence[Example]):
             return Rows(self.table, self.make, self.numbers[index])
         number = int(self.numbers[index])
         return self.make(self.table[number], number)
+
+    def __iter__(self) -> Iterator[Example]:
+        for start in range(0, len(self), AT_ONCE):  # one by one takes several times as long
+            numbers = [int(number) for number in self.numbers[start : start + AT_ONCE]]
+            columns = self.table[numbers]
+            for place, number in enumerate(numbers):
+                yield self.make({name: cells[place] for name, cells in columns.items()}, number)
 
 
 class View(Sequence[Example]):

@@ -15,6 +15,8 @@ from cyclopts import App, Parameter
 from vflair_core import __version__
 from vflair_core.errors import VflairError
 
+PIPED = 240  # columns of a table that goes into a file or another program
+
 app = App(name="vflair", version=__version__, help="Split learning of large language models.")
 
 Plugin = Annotated[
@@ -267,7 +269,8 @@ def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     table.columns[0].no_wrap = True  # a name that is cut off cannot be typed
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    piped = not sys.stdout.isatty()
+    Console(soft_wrap=piped, width=PIPED if piped else None).print(table)
 
 
 def _print(text: str) -> None:

@@ -107,15 +107,9 @@ def grade_labels(guess: Guess, truth: Truth, *, name: str, knowledge: str) -> Gr
         raise AttackError(
             f"{name} returned labels of shape {tuple(guessed.shape)} for {len(labels)} victims."
         )
-    hits = [(int(a == b), 1) for a, b in zip(guessed.tolist(), labels.tolist(), strict=True)]
+    hits = _label_hits(guessed, labels)
     rolled = _mean_over_shifts(
-        [
-            [
-                (int(a == b), 1)
-                for a, b in zip(guessed.tolist(), labels.roll(s).tolist(), strict=True)
-            ]
-            for s in range(1, len(labels))
-        ]
+        [_label_hits(guessed, labels.roll(shift)) for shift in range(1, len(labels))]
     )
     largest = max(torch.bincount(labels).tolist()) / len(labels)
     floors = {"constant": largest, "mismatched": rolled}
@@ -192,6 +186,10 @@ def _hits(guessed: Tensor, true: Tensor, private: Tensor) -> tuple[int, int]:
     return int(((guessed == true) & private).sum()), int(private.sum())
 
 
+def _label_hits(guessed: Tensor, labels: Tensor) -> list[tuple[int, int]]:
+    return [(int(hit), 1) for hit in (guessed == labels).tolist()]
+
+
 def _pooled(hits: Sequence[tuple[int, int]]) -> float:
     return sum(h for h, _ in hits) / max(sum(n for _, n in hits), 1)
 
@@ -249,16 +247,16 @@ def interval(hits: Sequence[tuple[int, int]]) -> tuple[float, float]:
 
 
 def _token_details(tokens: list[Tensor], truth: Truth, decode: Any) -> dict[str, float]:
-    """Exact sequences, ROUGE-L over tokens, planted strings found, and VFLAIR-LLM's bag measures."""
-    triples = list(zip(tokens, truth.tokens, truth.private, strict=True))
-    exact = [bool((g[p] == t[p]).all()) for g, t, p in triples]
-    bags = [_bag(g, t) for g, t, _ in triples]
+    """Over private positions: exact sequences, ROUGE-L, VFLAIR-LLM's bag measures. Over all: planted strings found."""
+    triples = zip(tokens, truth.tokens, truth.private, strict=True)
+    pairs = [(g[p], t[p]) for g, t, p in triples if p.any()]
+    count = max(len(pairs), 1)
+    bags = [_bag(g, t) for g, t in pairs]
     details = {
-        "exact_sequences": sum(exact) / len(exact),
-        "rouge_l": sum(rouge_l(g[g >= 0].tolist(), t.tolist()) for g, t, _ in triples)
-        / len(triples),
-        "bag_recall": sum(r for r, _ in bags) / len(bags),
-        "bag_precision": sum(p for _, p in bags) / len(bags),
+        "exact_sequences": sum(bool((g == t).all()) for g, t in pairs) / count,
+        "rouge_l": sum(rouge_l(g[g >= 0].tolist(), t.tolist()) for g, t in pairs) / count,
+        "bag_recall": sum(r for r, _ in bags) / count,
+        "bag_precision": sum(p for _, p in bags) / count,
     }
     planted = [
         (g, secret) for g, secrets in zip(tokens, truth.secrets, strict=False) for secret in secrets

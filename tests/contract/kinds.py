@@ -7,7 +7,7 @@ import random
 import numpy as np
 import torch
 
-from vflair_core import Example, Guess, Task, hookimpl
+from vflair_core import Example, Guess, Task, TaskCard, TaskError, hookimpl
 
 COLOURS = ("red", "green", "blue", "black")
 NAMES = ("Ada", "Bob", "Cleo", "Dan", "Eve", "Finn")
@@ -25,6 +25,7 @@ def vflair_tasks():
         "sentences": sentences,
         "reversed": reversed_,
         "pictures": pictures,
+        "absent": absent,
     }
 
 
@@ -103,6 +104,16 @@ def passages() -> Task:
     return _task("passages", "question-answering", make, stride=4)
 
 
+passages.card = TaskCard(
+    kind="question-answering", metric="exact_match", sizes={"train": 48, "test": 12}, source="here"
+)
+
+
+def absent(*, path: str = "nowhere") -> Task:
+    """A task whose data are not there."""
+    raise TaskError(f"There is no table at {path}.")
+
+
 def _ask(example, tokenizer):
     """Put a text into a prompt; its private spans move along."""
     front = "Read: "
@@ -121,13 +132,14 @@ def _coat(name, place, colour, number, **more):
     return Example(f"{name} wears {colour}.", private=((0, len(name)),), **more)
 
 
-def colours() -> Task:
+def colours(*, template: bool = True) -> Task:
     """Say the colour that a text names."""
 
     def make(name, place, colour, number):
         return _coat(name, place, colour, number, answer=colour)
 
-    return _task("colours", "causal-lm", make, render=_ask, generation={"max_new_tokens": 4})
+    render = _ask if template else None
+    return _task("colours", "causal-lm", make, render=render, generation={"max_new_tokens": 4})
 
 
 def choices() -> Task:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from vflair_core import Partition, split
 from vflair_core.testing import tiny_model
 
-MINE = Path(__file__).with_name("mine.py")
+MINE, KINDS = (Path(__file__).with_name(name) for name in ("mine.py", "kinds.py"))
 EXPERIMENT = """
 [task]
 name = "words"
@@ -113,6 +113,34 @@ def test_list_names_what_plugins_offer_and_which_models_are_verified():
     }
     assert {"words", "two-words"} <= names
     assert "llama · causal-lm" in json.loads(vflair("list", "models", "--json").stdout)
+
+
+def test_a_task_is_listed_by_its_card_and_shown_with_an_example_and_its_private_spans():
+    listed = {
+        row["name"]: row
+        for row in json.loads(vflair("list", "tasks", "--plugin", KINDS, "--json").stdout)
+    }
+    card = listed["passages"]
+    assert card["kind"] == "question-answering"
+    assert card["sizes"] == {"train": 48, "test": 12}
+    assert card["metric"] == "exact_match"
+    assert "kind" not in listed["pairs"]  # it has no card
+    table = vflair("list", "tasks", "--plugin", KINDS).stdout
+    assert "question-answering" in table
+    assert "train 48, test 12" in " ".join(table.split())
+    shown = json.loads(vflair("show", "colours", "--plugin", KINDS, "--json").stdout)["example"]
+    assert shown["text"] == "Read: «Ada» wears red. Colour:"
+    assert shown["answer"] == ["red"]
+    bare = json.loads(
+        vflair("show", "colours", "-o", "template=false", "--plugin", KINDS, "--json").stdout
+    )
+    assert bare["example"]["text"] == "«Ada» wears red."
+    assert bare["options"] == [{"name": "template", "type": "bool", "default": "True"}]
+
+
+def test_a_task_that_cannot_be_made_is_shown_all_the_same_with_the_reason():
+    done = vflair("show", "absent", "--plugin", KINDS)
+    assert "There is no table at nowhere" in " ".join(done.stdout.split())
 
 
 def test_merge_joins_two_folders_and_lists_what_it_wrote(tmp_path):

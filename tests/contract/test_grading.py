@@ -45,6 +45,24 @@ def test_only_private_positions_count_and_each_position_counts_once():
     assert grade.attack_performance == pytest.approx(3 / 5)  # 6 and 8, then 5
 
 
+def test_no_measure_looks_at_what_is_not_private():
+    there = Truth(
+        [torch.tensor([5, 6, 7, 8]), torch.tensor([5, 9])],
+        [torch.tensor([False, True, True, False]), torch.tensor([False, False])],
+    )
+    wrong_elsewhere = torch.tensor([[0, 6, 7, 0], [0, 0, 0, 0]])
+    right_elsewhere = torch.tensor([[5, 0, 0, 8], [5, 9, 0, 0]])
+    ones = {"exact_sequences": 1.0, "rouge_l": 1.0, "bag_recall": 1.0, "bag_precision": 1.0}
+    assert graded(wrong_elsewhere, there).details == ones
+    assert graded(right_elsewhere, there).details == dict.fromkeys(ones, 0.0)
+
+
+def test_a_text_of_which_nothing_private_was_sent_gives_nothing_to_find():
+    there = Truth([torch.tensor([5, 6])] * 2, [torch.zeros(2).bool()] * 2)
+    grade = graded(torch.tensor([[5, 6], [5, 6]]), there)
+    assert (grade.attack_performance, grade.details["exact_sequences"]) == (0.0, 0.0)
+
+
 def test_a_perfect_guess_is_one_and_permuting_the_truth_drops_it_to_the_floor():
     there = truth()
     tokens = torch.stack(there.tokens)

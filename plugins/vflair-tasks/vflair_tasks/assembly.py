@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+SHARE = 0.1
+
+
 @frozen
 class Choice:
     """Which rows of a data set: what every task of this plugin takes as options.
@@ -29,7 +32,7 @@ class Choice:
         limit: Train examples, drawn by `seed`; None takes all.
         test_limit: Test examples, likewise.
         seed: Of the draw.
-        test_share: Share of the rows to test on, where the source has one split only.
+        test_share: Share of the rows to test on, where the source has one split only; None takes 0.1.
         public_characters: Length of the public text (docstrings) to add; 0 adds none.
     """
 
@@ -37,7 +40,7 @@ class Choice:
     limit: int | None = None
     test_limit: int | None = None
     seed: int = 0
-    test_share: float = 0.1
+    test_share: float | None = None
     public_characters: int = 0
 
 
@@ -129,11 +132,10 @@ def side_of(
 
 def carved(side: Side, choice: Choice) -> tuple[Side, Side]:
     """Deal the rows of one side to train and test."""
+    share = SHARE if choice.test_share is None else choice.test_share
     # The first column is the text: rows that only differ in their answers stay together too.
-    train, test = carve(
-        side.table, side.numbers, side.columns[0], share=choice.test_share, seed=choice.seed
-    )
-    facts = {**side.facts, "test_share": choice.test_share}
+    train, test = carve(side.table, side.numbers, side.columns[0], share=share, seed=choice.seed)
+    facts = {**side.facts, "test_share": share}
     return (
         limited(evolve(side, numbers=train, facts=facts), choice.limit, choice.seed),
         limited(evolve(side, name="test", numbers=test, facts={}), choice.test_limit, choice.seed),

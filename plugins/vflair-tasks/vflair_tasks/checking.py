@@ -170,6 +170,11 @@ def choice_fault(label: Any, choices: Sequence[Any]) -> str:
     return f"{label!r} is no index into {len(choices)} choices"
 
 
+def answers_fault(answers: Any) -> str:
+    """Say why a list of answers is none."""
+    return "" if answers else "there is no answer"
+
+
 def picture_fault(picture: Any, *, folder: Path) -> str:
     """Say why there is no picture; one that is in the table itself is not opened."""
     if isinstance(picture, str) and not (folder / picture).is_file():

@@ -23,8 +23,7 @@ from vflair_tasks.tables import Source
 
 HUB = "nyu-mll/glue"
 LICENCE = "of the single corpora, see https://gluebenchmark.com/tasks"
-# The distributed tsv files do not quote, and "null" and "NA" are words.
-TSV: Mapping[str, Any] = {"quoting": 3, "keep_default_na": False, "on_bad_lines": "error"}
+TSV: Mapping[str, Any] = {"quoting": 3}  # the distributed files do not quote
 
 
 @frozen

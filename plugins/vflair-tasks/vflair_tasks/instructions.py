@@ -40,11 +40,12 @@ class Coding:
 
     Args:
         metric: ``bleu``, or ``codebleu`` of one language.
-        language: Of CodeBLEU; the data set has several, and answers in others score low whatever they say.
+        language: Of CodeBLEU, such as ``python``; the data set has several, and answers in others score low whatever
+            they say.
     """
 
     metric: str = "bleu"
-    language: str = "python"
+    language: str = ""
 
 
 @frozen
@@ -118,6 +119,11 @@ def _instructions(name: str, choice: Choice, asking: Asking, coding: Coding | No
 def _score(coding: Coding) -> Score:
     if coding.metric not in ("bleu", "codebleu"):
         raise TaskError(f"metric={coding.metric!r} is unknown. Possible: bleu, codebleu.")
+    if (coding.metric == "codebleu") != bool(coding.language):
+        raise TaskError(
+            f"metric={coding.metric!r} with language={coding.language!r}: CodeBLEU is of one language, e.g. "
+            'metric = "codebleu", language = "python", and bleu is of none.'
+        )
     return codebleu(coding.language) if coding.metric == "codebleu" else texts("bleu")
 
 

@@ -10,6 +10,7 @@ import attrs
 from attrs import NOTHING, evolve, frozen
 
 from vflair_core import Task, TaskCard
+from vflair_core.errors import TaskError
 from vflair_tasks.prompts import Prompt, shots_from
 from vflair_tasks.rows import View
 
@@ -91,6 +92,8 @@ def _default(field: Any) -> Any:
 
 def asked(task: Task, prompt: Prompt, asking: Asking, *, seed: int) -> Task:
     """Return the task with its examples in a prompt: the data set's own, or the user's, with shots from train."""
+    if asking.system and not asking.chat:
+        raise TaskError("system says something in a chat, and this is none. Set chat = true.")
     if asking.prompt is not None:
         prompt = evolve(prompt, template=asking.prompt, alone=None)
     shots, rest = shots_from(task.train, asking.shots, seed=seed)

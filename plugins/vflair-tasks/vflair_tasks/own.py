@@ -21,6 +21,7 @@ from vflair_core.errors import TaskError, did_you_mean
 from vflair_core.task import Kind, Span
 from vflair_tasks.assembly import Choice, Side, assemble, carved, limited, side_of
 from vflair_tasks.checking import (
+    answers_fault,
     choice_fault,
     class_names,
     empty_cells,
@@ -105,6 +106,11 @@ class Columns:
 def _own(columns: Columns, choice: Choice, asking: Asking) -> Task:
     _check(columns, asking)
     train, test = _sides(columns)
+    if test is not None and choice.test_share is not None:
+        raise TaskError(
+            f"{columns.data} has a split {columns.test_split!r}, so nothing is left for test_share="
+            f"{choice.test_share}. Leave one of them out."
+        )
     labels = tuple(columns.labels)
     if columns.kind == "classification" and not labels:
         labels = class_names(train.table, columns.label, where=train.where)
@@ -143,6 +149,10 @@ def _check(columns: Columns, asking: Asking) -> None:
     if columns.image and asking.shots:
         raise TaskError("Examples with pictures cannot be shown first. Set shots = 0.")
     needed = NEEDED[columns.kind]
+    if columns.choices and columns.kind not in ("causal-lm", "seq2seq", "image-text"):
+        raise TaskError(f"kind {columns.kind!r} has no choices. Leave choices out.")
+    if columns.kind == "causal-lm" and columns.answer:
+        needed = (*needed, "answer")
     if columns.choices:
         needed = (*(word for word in needed if word != "answer"), "label")
     for word in needed:
@@ -150,6 +160,14 @@ def _check(columns: Columns, asking: Asking) -> None:
             raise TaskError(
                 f'A task of kind {columns.kind!r} needs the column of its {word}: add {word} = "…" to options.'
             )
+    for word in columns.needed:
+        if word not in (*needed, "pair", "choices"):
+            raise TaskError(
+                f"A task of kind {columns.kind!r} has no use for {word} = {getattr(columns, word)!r}: it reads "
+                f"{', '.join(needed)} and pair. Leave it out, or choose another kind."
+            )
+    if columns.labels and columns.kind != "classification":
+        raise TaskError(f"labels name classes, and kind {columns.kind!r} has none. Leave them out.")
     for name in columns.private:
         if name not in (columns.text, columns.pair):
             raise TaskError(
@@ -177,6 +195,11 @@ def _side(name: str, opened: Opened, columns: Columns, where: str) -> Side:
 def _opened(columns: Columns) -> tuple[Opened, Opened | None]:
     place = Path(columns.data).expanduser()
     if place.is_file():
+        if (columns.config, columns.train_split, columns.test_split) != ("", "train", "test"):
+            raise TaskError(
+                f"{place} is one file and has neither splits nor configurations. Give its folder, or leave "
+                "config, train_split and test_split out."
+            )
         return from_files([place]), None
     source = Source(columns.data, columns.config or None)
     if place.is_dir():
@@ -216,6 +239,8 @@ def _check_rows(side: Side, columns: Columns, labels: Sequence[str]) -> None:
         checks.append(([columns.label], number_fault))
     if columns.kind == "question-answering":
         checks.append(([columns.answer, columns.pair], span_fault))
+    elif columns.answer:
+        checks.append(([columns.answer], answers_fault))
     if columns.choices:
         checks.append(([columns.label, columns.choices], choice_fault))
     if (

@@ -137,7 +137,11 @@ def from_files(files: Sequence[Path], csv: Mapping[str, Mapping[str, Any]] | Non
     for file in files:
         if not file.stat().st_size:
             raise TaskError(f"{file} is empty. Give a file with a header and at least one row.")
-    options = ({"sep": "\t"} if suffix == ".tsv" else {}) | dict((csv or {}).get(suffix, {}))
+    options = dict((csv or {}).get(suffix, {}))
+    if BUILDERS[suffix] == "csv":  # "NA" and "null" are words, only nothing is nothing
+        options = {"keep_default_na": False, "na_values": [""]} | options
+    if suffix == ".tsv":
+        options = {"sep": "\t"} | options
     try:
         with quiet():
             table = load_dataset(

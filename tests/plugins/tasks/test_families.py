@@ -214,6 +214,8 @@ def test_codealpaca_is_scored_by_bleu_or_by_codebleu_of_a_named_language(files):
     assert next(iter(scores)) == "bleu"
     with pytest.raises(TaskError, match=r"metric='code' is unknown. Possible: bleu, codebleu"):
         instructions.codealpaca(data=there, metric="code")
+    with pytest.raises(TaskError, match=r"CodeBLEU is of one language, e.g. metric = \"codebleu\""):
+        instructions.codealpaca(data=there, metric="codebleu")
 
 
 def test_gsm8k_learns_the_solution_without_the_calculators_notes(hub, files, tokenizer):

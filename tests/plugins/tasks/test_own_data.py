@@ -188,6 +188,51 @@ def test_what_cannot_be_used_is_an_error_that_names_row_and_column(text, options
         own(data=str(there), **given)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kind": "classification", "label": "y", "answer": "t"}, "has no use for answer = 't'"),
+        ({"kind": "causal-lm", "label": "y"}, "has no use for label = 'y'"),
+        ({"kind": "regression", "label": "y", "labels": ["a"]}, "labels name classes"),
+        ({"kind": "classification", "label": "y", "choices": "t"}, "has no choices"),
+        ({"kind": "causal-lm", "test_split": "dev"}, "is one file and has neither splits"),
+        ({"kind": "causal-lm", "system": "Be brief."}, "Set chat = true"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(options, words, files):
+    there = files({"my.csv": "t,y\n" + "".join(f"text {n},{n % 2}\n" for n in range(50))})
+    with pytest.raises(TaskError, match=words):
+        own(data=str(there / "my.csv"), text="t", **options)
+
+
+def test_a_share_is_refused_where_there_is_a_test_split(files):
+    there = files({"train.csv": "t\na\n", "test.csv": "t\nb\n"})
+    with pytest.raises(
+        TaskError, match=r"has a split 'test', so nothing is left for test_share=0.2"
+    ):
+        own(data=str(there), kind="causal-lm", text="t", test_share=0.2)
+
+
+def test_the_words_na_and_null_are_text_and_not_empty_cells(files):
+    there = files({"train.csv": "t\nNA\nnull\nNone\n", "test.csv": "t\nnan\n"})
+    task = own(data=str(there), kind="causal-lm", text="t")
+    assert [e.text for e in [*task.train, *task.test]] == ["NA", "null", "None", "nan"]
+
+
+def test_answers_may_be_lists_and_squads_own_form(files):
+    line = '{"q": "Who?", "p": "Ada and Ada.", "a": {"text": ["Ada"], "answer_start": [8]}, "l": ["x", "y"]}\n'
+    there = files({"train.jsonl": line, "test.jsonl": line})
+    (example,) = own(
+        data=str(there), kind="question-answering", text="q", pair="p", answer="a"
+    ).train
+    assert example.span == (8, 11)
+    (example,) = own(data=str(there), kind="seq2seq", text="q", answer="l").train
+    assert (example.answer, example.accepted) == ("x", ("x", "y"))
+    files({"test.jsonl": line.replace('["x", "y"]', "[]")})
+    with pytest.raises(TaskError, match=r"test, row 0 .*column 'l': there is no answer"):
+        own(data=str(there), kind="seq2seq", text="q", answer="l")
+
+
 def test_rows_with_an_empty_cell_are_dropped_on_request_and_counted(files):
     there = files({"my.csv": CSV + ",3\nlast,\n"}) / "my.csv"
     options = {"kind": "classification", "text": "review", "label": "stars", "empty": "drop"}

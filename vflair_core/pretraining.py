@@ -109,7 +109,8 @@ def _pretrain(
         ids = torch.stack([stream[s : s + options.length] for s in starts.tolist()])
         ids[:, 0] = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else ids[:, 0]
         if halves:
-            inputs, labels = ids.tensor_split([options.length // 2], dim=1)
+            first, second = ids.tensor_split([options.length // 2], dim=1)
+            inputs, labels = first.contiguous(), second.contiguous()
         else:
             inputs, labels = _masked(ids, tokenizer, generator) if masks else (ids, ids)
         loss = learner(input_ids=inputs, labels=labels, use_cache=False).loss

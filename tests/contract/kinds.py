@@ -31,13 +31,25 @@ def vflair_tasks():
 
 @hookimpl
 def vflair_attacks():
-    return {"shapes": shapes}
+    return {"shapes": shapes, "everything": everything}
 
 
 def shapes(smashed, mask, returned) -> Guess:
     """Guess token 5 wherever there is a token; say how many positions were seen."""
     positions = {"positions": int(mask.sum()), "longest": smashed.shape[1]}
     return Guess(tokens=torch.full(mask.shape, 5), budget=positions)
+
+
+def everything(smashed, mask, current_head, tokenizer, queries, in_domain, few_labelled) -> Guess:
+    """Count what can be granted, and see that the head makes what was sent of public text."""
+    text, rows = queries[0]
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    end = min(ids.shape[1], len(rows), 40)
+    made = current_head(ids[:, :end]) if len(rows) == ids.shape[1] else None
+    apart = 0.0 if made is None else float((made[0] - rows[:end]).abs().max())
+    budget = {"queries": len(queries), "labelled": len(few_labelled), "head": apart}
+    budget["compared"] = made is not None
+    return Guess(tokens=torch.full(mask.shape, 5), budget=budget)
 
 
 def _draws(count, seed):

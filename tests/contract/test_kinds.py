@@ -10,7 +10,9 @@ import torch
 
 from vflair_core import Partition, plugin_manager, run, split
 from vflair_core.config import experiment_from
+from vflair_core.errors import ExperimentError
 from vflair_core.evaluation import evaluate, evaluate_party
+from vflair_core.explain import explain
 from vflair_core.plugins import find
 from vflair_core.pretraining import prepare_model
 from vflair_core.reader import Reader
@@ -112,3 +114,51 @@ def test_a_split_model_gets_exactly_the_unsplit_models_score(pm, name, cut):
     theirs = evaluate(whole, task, reader, batch_size=5)
     assert evaluate_party(party, task, batch_size=5, max_length=40) == theirs
     assert torch.isfinite(torch.tensor(list(theirs.metrics.values()))).all()
+
+
+@pytest.mark.parametrize("name", ["passages", "reversed", "pictures"])
+def test_public_pretraining_teaches_the_weights_that_the_task_uses(pm, name):
+    told = []
+    task = find(pm, "tasks", name).load()()
+    options = {"pretrain": {"steps": 25, "length": 16, "learning_rate": 0.01}}
+    model, *_ = prepare_model(
+        experiment(name, HBT, **options), task, lambda phase, *_: told.append(phase)
+    )
+    losses = [float(phase.split("loss ")[1]) for phase in told]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    fresh, *_ = prepare_model(experiment(name, HBT), task, lambda *_: None)
+    moved = model.get_input_embeddings().weight != fresh.get_input_embeddings().weight
+    assert moved.any()
+
+
+@pytest.mark.parametrize("name", ["passages", "reversed", "pictures"])
+def test_all_that_can_be_granted_reaches_an_attack_of_every_kind_in_the_worker(pm, name):
+    everything = ["K4", "queries", "in_domain", "few_labelled"]
+    attacks = [{"name": "everything", "knowledge": everything}]
+    changes = {"train": {"steps": 1, "max_length": 40}, "isolation": "process"}
+    arm = run(
+        experiment(name, HBT, attacks=attacks, check_unsplit=False, **changes), plugins=pm
+    ).numbers["undefended"]
+    (grade,) = arm["attacks"]
+    assert grade["budget"]["head"] < 1e-5  # the granted head makes what was seen
+    # In front of a picture's text stand the picture's own positions, which no text has.
+    assert grade["budget"]["compared"] == (name != "pictures")
+    assert grade["budget"]["queries"] == 60
+    assert grade["budget"]["labelled"] == 16
+
+
+def test_packed_training_across_the_cut_takes_the_unsplit_steps(pm):
+    train = {"steps": 6, "batch_size": 8, "max_length": 40, "packing": True}
+    arm = run(experiment("sentences", HBT, train=train), plugins=pm).numbers["undefended"]
+    assert arm["unsplit_losses_equal"]
+
+
+def test_what_cannot_be_packed_is_refused(pm):
+    with pytest.raises(ExperimentError, match="seq2seq cannot learn from"):
+        run(experiment("reversed", HBT, train={"packing": True}), plugins=pm)
+
+
+@pytest.mark.parametrize("name", ["passages", "reversed", "pictures"])
+def test_explain_sends_public_text_in_the_form_of_every_kind(pm, name):
+    facts = explain(experiment(name, HT), pm)
+    assert {"smashed", "returned", "hidden_grad"} <= {row["role"] for row in facts["crossings"]}

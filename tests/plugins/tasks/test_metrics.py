@@ -91,6 +91,14 @@ def test_codebleu_without_a_grammar_says_what_to_install(monkeypatch):
         metrics.codebleu("python")
 
 
+def test_codebleu_is_1_for_the_same_program_and_less_for_another():
+    pytest.importorskip("tree_sitter_python", reason="the extra [code] is not installed")
+    program = "def f(x):\n    return x + 1\n"
+    score = metrics.codebleu("python")
+    assert score([program], answered(program))["codebleu"] == pytest.approx(1)
+    assert score(["def f(x):\n    print(x)\n"], answered(program))["codebleu"] < 0.9
+
+
 # Worked out after the official evaluation of SQuAD: words without case, articles and punctuation.
 @pytest.mark.parametrize(
     ("said", "answers", "f1", "exact"),

@@ -85,6 +85,14 @@ def test_equal_texts_are_on_one_side_and_all_rows_on_some(files):
     assert {e.text for e in again.test} != set(test)
 
 
+def test_rows_lie_in_a_mapped_file_of_the_cache(files, own_cache):
+    there = files({"my.csv": CSV})
+    task = own(data=str(there / "my.csv"), kind="classification", text="review", label="stars")
+    (mapped,) = task.train.table.cache_files
+    assert mapped["filename"].startswith(str(own_cache))
+    assert task.test.table is task.train.table
+
+
 def test_the_share_of_the_test_is_the_one_asked_for(files):
     there = files({"my.csv": "t,y\n" + "".join(f"row {n},{n % 2}\n" for n in range(5000))})
     task = own(

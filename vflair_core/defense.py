@@ -77,7 +77,7 @@ class Defense:
         """Calibrate or train on public text, before anything private is touched."""
 
     def on_text(self, fields: dict[str, str]) -> dict[str, str]:
-        """Change the text fields of one example (never its targets)."""
+        """Change the texts of one example, ``text`` and perhaps ``pair``, before its prompt; never its targets."""
         return fields
 
     def on_tokens(self, batch: Batch) -> Batch:

@@ -85,6 +85,7 @@ def bench(session: nox.Session) -> None:
     install(session, *PLUGINS)
     session.run("python", "benchmarks/speed.py", *session.posargs, env=OFFLINE)
     session.run("python", "benchmarks/memory.py", *session.posargs, env=OFFLINE)
+    session.run("python", "benchmarks/data.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session

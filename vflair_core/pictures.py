@@ -28,8 +28,8 @@ def picture_row(processor: Any, example: Example) -> Row:
     where in the text the other tokens stand.
 
     Raises:
-        TaskError: The model has no processor or no token for pictures, the processor changes the text, or places
-            and pictures differ in number.
+        TaskError: The processor has no token for pictures, changes the text or says more of each token than its id,
+            or places and pictures differ in number.
     """
     token = getattr(processor, "image_token", None)
     if token is None:
@@ -46,6 +46,12 @@ def picture_row(processor: Any, example: Example) -> Row:
     made = dict(processor(images=list(example.images), text=text, return_tensors="pt"))
     ids: list[int] = made.pop("input_ids")[0].tolist()
     made.pop("attention_mask", None)
+    for name, value in made.items():
+        if tuple(value.shape) == (1, len(ids)):
+            raise TaskError(
+                f"{type(processor).__name__} says {name!r} of every token, which cannot follow an answer that is put "
+                "after the prompt. Use a model whose processor gives pixels only, such as llava."
+            )
     alone = processor.tokenizer(text, return_offsets_mapping=True, verbose=False)
     place = processor.tokenizer.convert_tokens_to_ids(token)
     words = [

@@ -6,10 +6,11 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
+from typing import Any
 
-from attrs import evolve
+from attrs import asdict, evolve
 
-from vflair_core import Task
+from vflair_core import Example, Task
 from vflair_core.errors import TaskError
 from vflair_tasks.docstrings import docstrings
 from vflair_tasks.manual import whole_text
@@ -29,11 +30,10 @@ def with_public_text(task: Task, *, characters: int) -> Task:
             "or a limit such as 600000."
         )
     examples = [*task.train, *task.test]
-    private = [example.text for example in examples]
+    private = [text for example in examples for text in _texts(example)]
     apart = apart_from([*whole_text(), *private], docstrings())
     public = _first(apart, characters)
-    rows = [(example.text, example.label, example.private) for example in examples]
-    corpus = json.dumps([rows, len(task.train), public])
+    corpus = json.dumps([list(map(_content, examples)), len(task.train), public])
     return evolve(
         task,
         public=public,
@@ -41,13 +41,22 @@ def with_public_text(task: Task, *, characters: int) -> Task:
         facts={
             "python": platform.python_version(),
             "corpus_sha256": hashlib.sha256(corpus.encode()).hexdigest(),
-            "private_characters": sum(map(len, private)),
+            "private_characters": sum(len(e.text) + len(e.pair or "") for e in examples),
             "public_characters": sum(map(len, public)),
             "public_documents": len(public),
             "public_documents_removed_for_overlap": len(docstrings()) - len(apart),
             **task.facts,
         },
     )
+
+
+def _texts(example: Example) -> list[str]:
+    return [example.text, *filter(None, [example.pair]), *example.accepted, *example.choices]
+
+
+def _content(example: Example) -> list[Any]:
+    pixels = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in example.images]
+    return [*asdict(evolve(example, images=())).values(), pixels]
 
 
 def _first(documents: Sequence[str], characters: int) -> list[str]:

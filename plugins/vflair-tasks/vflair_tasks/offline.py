@@ -9,8 +9,9 @@ import platform
 import random
 from collections import Counter
 
-from vflair_core import Example, Task
+from vflair_core import Example, Task, TaskCard
 from vflair_core.errors import TaskError
+from vflair_core.task import Kind
 from vflair_tasks.corpus import with_public_text
 from vflair_tasks.manual import Paragraph, paragraphs
 from vflair_tasks.records import planted
@@ -155,6 +156,55 @@ def planted_records(
     return with_public_text(task, characters=public_characters)
 
 
+def manual_similarity(
+    *,
+    seed: int = 0,
+    train_examples: int = 300,
+    test_examples: int = 80,
+    min_characters: int = 80,
+    max_characters: int = 600,
+    public_characters: int = 600_000,
+) -> Task:
+    """Tell how much of a private paragraph is left in another, from 0 to 5.
+
+    The other has a share of the words replaced by words of a paragraph that comes nowhere else; the label is 5 times
+    the share that is left, by count.
+    """
+    _check_at_least_one(train_examples=train_examples, test_examples=test_examples)
+    count = train_examples + test_examples
+    prose = _prose(min_characters, max_characters)
+    if 2 * count > len(prose):
+        raise TaskError(
+            f"Cannot make {count} pairs: the manual of Python {platform.python_version()} has {len(prose)} paragraphs "
+            f"of {min_characters} to {max_characters} characters and a pair takes two. Ask for fewer examples "
+            "or other lengths."
+        )
+    rng = random.Random(f"manual-similarity {seed}")
+    drawn = [paragraph.text for paragraph in rng.sample(prose, 2 * count)]
+    halves = zip(drawn[:count], drawn[count:], strict=True)
+    pairs = [_mixed(text, other, rng) for text, other in halves]
+    task = Task(
+        name="manual-similarity",
+        kind="regression",
+        train=pairs[:train_examples],
+        test=pairs[train_examples:],
+        source=MANUAL,
+        licence=LICENCE,
+    )
+    return with_public_text(task, characters=public_characters)
+
+
+def _mixed(text: str, other: str, rng: random.Random) -> Example:
+    """Return `text` beside itself with some of its words replaced by words of `other`."""
+    words, strange = text.split(), other.split()
+    replaced = rng.sample(range(len(words)), rng.randint(0, len(words)))
+    mixed = list(words)
+    for place in replaced:
+        mixed[place] = rng.choice(strange)
+    left = sum(a == b for a, b in zip(words, mixed, strict=True))
+    return Example(text, pair=" ".join(mixed), label=5 * left / len(words))
+
+
 def _check_at_least_one(**counts: int) -> None:
     for option, count in counts.items():
         if count < 1:
@@ -163,3 +213,16 @@ def _check_at_least_one(**counts: int) -> None:
 
 def _prose(shortest: int, longest: int) -> list[Paragraph]:
     return [paragraph for paragraph in paragraphs() if shortest <= len(paragraph.text) <= longest]
+
+
+def _card(kind: Kind, metric: str, source: str, train: int, test: int) -> TaskCard:
+    sizes = {"train": train, "test": test}
+    return TaskCard(kind=kind, metric=metric, source=source, licence=LICENCE, sizes=sizes)
+
+
+python_manual.card = _card(  # type: ignore[attr-defined]
+    "causal-lm", "token_accuracy", f"{MANUAL} and {RECORDS}", 800, 200
+)
+manual_chapters.card = _card("classification", "accuracy", MANUAL, 168, 56)  # type: ignore[attr-defined]
+planted_records.card = _card("causal-lm", "token_accuracy", RECORDS, 800, 200)  # type: ignore[attr-defined]
+manual_similarity.card = _card("regression", "r2", MANUAL, 300, 80)  # type: ignore[attr-defined]

@@ -9,8 +9,11 @@ from __future__ import annotations
 import random
 from string import Formatter
 
+from attrs import frozen
+
 from vflair_core import Example
 from vflair_core.errors import TaskError
+from vflair_core.task import Span
 
 FIRST_NAMES = """
     Adela Alvar Amina Anton Beatriz Bela Bruno Camille Carlos Chiara Dagmar Dalia Declan Edith Elena
@@ -68,8 +71,34 @@ TEMPLATES = (
 )
 
 
+@frozen
+class Record:
+    """A sentence, and where in it which string is planted, in the order of the text."""
+
+    text: str
+    planted: dict[str, Span]  # "name", "email", and "phone" or "account"
+
+    def __getitem__(self, what: str) -> str:
+        start, end = self.planted[what]
+        return self.text[start:end]
+
+    @property
+    def number(self) -> str:
+        """Which of the two numbers it has: ``phone`` or ``account``."""
+        return "phone" if "phone" in self.planted else "account"
+
+
 def planted(count: int, *, seed: int) -> list[Example]:
     """Return `count` records with the spans of what is planted; no name or number comes twice."""
+    return [Example(r.text, private=tuple(r.planted.values())) for r in records(count, seed=seed)]
+
+
+def records(count: int, *, seed: int) -> list[Record]:
+    """Return `count` records; no name or number comes twice.
+
+    Raises:
+        TaskError: There are not that many names.
+    """
     names = [(first, last) for first in FIRST_NAMES for last in LAST_NAMES]
     if count > len(names):
         raise TaskError(
@@ -81,7 +110,7 @@ def planted(count: int, *, seed: int) -> list[Example]:
     return [_record(first, last, number, rng) for (first, last), number in chosen]
 
 
-def _record(first: str, last: str, number: int, rng: random.Random) -> Example:
+def _record(first: str, last: str, number: int, rng: random.Random) -> Record:
     user = rng.choice(ADDRESSES).format(first=first.lower(), last=last.lower())
     digits = f"{number:09d}"
     strings = {
@@ -90,10 +119,10 @@ def _record(first: str, last: str, number: int, rng: random.Random) -> Example:
         "phone": f"{digits[:3]} {digits[3:6]} {digits[6:]}",
         "account": f"{digits[:4]}-{digits[4:]}",
     }
-    text, spans = "", []
+    text, spans = "", {}
     for words, field, _, _ in Formatter().parse(rng.choice(TEMPLATES)):
         text += words
         if field is not None:
-            spans.append((len(text), len(text) + len(strings[field])))
+            spans[field] = (len(text), len(text) + len(strings[field]))
             text += strings[field]
-    return Example(text, private=tuple(spans))
+    return Record(text, spans)

@@ -22,14 +22,14 @@ EMAIL = re.compile(r"[\w.-]+@[\w-]+(?:\.[\w-]+)*\w")
 NUMBER = re.compile(r"\d{3} \d{3} \d{3}|\d{4}-\d{5}")
 
 
-def test_plugin_module_offers_three_tasks_without_importing_torch_datasets_or_the_corpora():
+def test_plugin_module_offers_its_tasks_without_importing_what_is_heavy():
     code = (
-        "import sys, vflair_tasks; print(sorted(vflair_tasks.vflair_tasks()));"
-        "print({'torch', 'datasets', 'pydoc_data', 'vflair_tasks.offline'} & set(sys.modules))"
+        "import sys, vflair_tasks; print('sst2' in vflair_tasks.vflair_tasks());"
+        "print({'torch', 'datasets', 'sklearn', 'pydoc_data', 'vflair_tasks.offline'} & set(sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert out.stdout.splitlines() == [
-        "['manual-chapters', 'planted-records', 'python-manual']",
+        "True",
         "set()",
     ]
 

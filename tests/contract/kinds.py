@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import re
 
 import numpy as np
 import torch
+from attrs import define
 
-from vflair_core import Example, Guess, Task, TaskCard, TaskError, hookimpl
+from vflair_core import Defense, Example, Guess, Task, TaskCard, TaskError, hookimpl
 
 COLOURS = ("red", "green", "blue", "black")
 NAMES = ("Ada", "Bob", "Cleo", "Dan", "Eve", "Finn")
@@ -31,7 +33,27 @@ def vflair_tasks():
 
 @hookimpl
 def vflair_attacks():
-    return {"shapes": shapes, "everything": everything}
+    return {"shapes": shapes, "everything": everything, "nearest": nearest}
+
+
+@hookimpl
+def vflair_defenses():
+    return {"blank": Blank}
+
+
+@define(slots=False)
+class Blank(Defense):
+    """Put another word for every name."""
+
+    covers = frozenset({"prompt"})
+
+    def on_text(self, fields):
+        return {key: re.sub("|".join(NAMES), "somebody", text) for key, text in fields.items()}
+
+
+def nearest(smashed, mask, embeddings) -> Guess:
+    """Guess the token whose embedding is nearest: exact where nothing lies before the cut."""
+    return Guess(tokens=torch.where(mask, torch.cdist(smashed, embeddings).argmin(-1), -1))
 
 
 def shapes(smashed, mask, returned) -> Guess:

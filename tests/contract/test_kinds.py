@@ -162,3 +162,18 @@ def test_what_cannot_be_packed_is_refused(pm):
 def test_explain_sends_public_text_in_the_form_of_every_kind(pm, name):
     facts = explain(experiment(name, HT), pm)
     assert {"smashed", "returned", "hidden_grad"} <= {row["role"] for row in facts["crossings"]}
+
+
+def test_names_that_a_text_defense_takes_out_are_not_recovered_and_with_it_bypassed_they_are(pm):
+    changes = {
+        "partition": {"head": 0, "tail": 1},  # the embeddings themselves cross
+        "attacks": [{"name": "nearest", "knowledge": "K1"}],
+        "defenses": [{"name": "blank"}],
+        "train": {"steps": 1, "learning_rate": 1e-6, "max_length": 40},
+        "check_unsplit": False,
+    }
+    numbers = run(experiment("colours", HBT, **changes), plugins=pm).numbers
+    plain, defended = (numbers[arm]["attacks"][0] for arm in ("undefended", "defended"))
+    assert plain["attack_performance"] == plain["details"]["planted_strings_recovered"] == 1.0
+    assert defended["details"]["planted_strings_recovered"] == 0.0
+    assert defended["positive_control"] == 1.0

@@ -97,6 +97,9 @@ class Recorder:
     def call(self, absent: Absent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record the call of an absent module."""
         named = dict(zip(absent.parameter_names, args, strict=False)) | _checked(absent, kwargs)
+        waits = any(isinstance(t, Deferred) and t.fetched is None for t in tensors_of(named))
+        if not waits and any(stage.allows(tuple(self._called)) for stage in self.stages):
+            self._fetch()  # what was recorded does not feed this module: it is asked for alone
         trees = {key: self._tree(value, key) for key, value in named.items()}
         self.steps.append(("module", absent.name, (), tuple(trees.items())))
         self._called.append(absent.name)

@@ -100,7 +100,7 @@ class GaussianNoise(Defense):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self._bound = float(state["bound"])
 
-    def guarantee(self, releases: int) -> Guarantee:
+    def guarantee(self, releases: int, messages: int = 0, gradients: int = 0) -> Guarantee:
         """One row is one release with Δ₂ = 2C; `releases` of them compose."""
         bound = self._ready()
         if math.isinf(bound) or not self.ratio:

@@ -150,6 +150,8 @@ class Defenses:
     def penalise(self, outputs: Any, exchange: Exchange) -> None:
         """Add the defenses' penalties to the loss of a training forward."""
         for defense in self.at("penalty"):
+            if isinstance(outputs, dict):
+                exchange.memo["loss"] = outputs.get("loss")
             penalty = defense.penalty(self._there(defense, exchange))
             if penalty is None:
                 continue

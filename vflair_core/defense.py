@@ -117,7 +117,10 @@ class Defense:
         return gradient
 
     def penalty(self, exchange: Exchange) -> Tensor | None:
-        """Return a term to add to the training loss, or None; asked once for each exchange of a forward."""
+        """Return a term to add to the training loss, or None; asked once for each exchange of a forward.
+
+        ``exchange.memo["loss"]`` is the loss so far.
+        """
         return None
 
     def after_step(self) -> None:

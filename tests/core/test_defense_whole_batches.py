@@ -105,14 +105,17 @@ def test_a_penalty_is_added_to_the_loss_in_training_only(cut):
     class Two(Defense):
         def penalty(self, exchange):
             assert exchange.phase == "train"
+            seen.append(float(exchange.memo["loss"]))
             return torch.tensor(2.0)
 
+    seen = []
     parties = cut("llama", defenses=[Two()])
     batch = tiny_batch(parties.whole, labels="tokens")
     expected = parties.whole(**batch).loss
     assert torch.equal(parties.data_party.model(**batch).loss, expected)
     parties.data_party.model.train()
     assert torch.equal(parties.data_party.model(**batch).loss, expected + 2.0)
+    assert seen == [float(expected)]
 
 
 def test_a_penalty_sees_the_memo_of_its_exchange_and_trains_what_it_was_made_of(cut):

@@ -13,6 +13,9 @@
 | label-randomised-response | label_randomised_response.py | pure ε-DP per label, once |
 | zero-row-padding | zero_row_padding.py | nothing |
 | decoy-rows | decoy_rows.py | nothing |
+| mid | mid.py | a mean bound of information in nats per token, measured; no DP |
+| adversarial-training | adversarial_training.py | nothing |
+| nopeek | nopeek.py | nothing |
 """
 
 from vflair_core import hookimpl
@@ -29,6 +32,9 @@ OFFERED = {
     "label-randomised-response": "label_randomised_response:LabelRandomisedResponse",
     "zero-row-padding": "zero_row_padding:ZeroRowPadding",
     "decoy-rows": "decoy_rows:DecoyRows",
+    "mid": "mid:Mid",
+    "adversarial-training": "adversarial_training:AdversarialTraining",
+    "nopeek": "nopeek:NoPeek",
 }
 
 

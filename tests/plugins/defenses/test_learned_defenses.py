@@ -74,7 +74,7 @@ def test_the_loss_pays_lambda_times_nats_per_real_token(defended):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Mid, "penalty", spy)
         party.model(**batch, use_cache=False).loss.backward()
-    assert float(parts[0].detach()) == pytest.approx(weight * float(nats), rel=1e-4)
+    assert float(parts[0].detach()) == pytest.approx(weight * float(nats.detach()), rel=1e-4)
     assert all(p.grad is not None for p in party.defenses.each[0].parameters())
 
 

@@ -19,6 +19,11 @@
 | dx-noise | dx_noise.py | metric DP: η times distance, per token embedding |
 | split-and-denoise | split_and_denoise.py | metric DP: η times distance, per row |
 | dp-forward | dp_forward.py | (ε, δ)-DP per message of a whole sequence, composed |
+| santext | santext.py | metric DP: ε times distance, per word |
+| santext-plus | santext.py | nothing: frequent words stay in clear |
+| custext | custext.py | ε within a set of words, no bound across sets |
+| custext-plus | custext.py | nothing: function words stay in clear |
+| rantext | rantext.py | nothing |
 """
 
 from vflair_core import hookimpl
@@ -41,6 +46,11 @@ OFFERED = {
     "dx-noise": "dx_noise:DxNoise",
     "split-and-denoise": "split_and_denoise:SplitAndDenoise",
     "dp-forward": "dp_forward:DpForward",
+    "santext": "santext:SanText",
+    "santext-plus": "santext:SanTextPlus",
+    "custext": "custext:CusText",
+    "custext-plus": "custext:custext_plus",
+    "rantext": "rantext:RanText",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -76,3 +77,17 @@ def exchange():
         return Exchange(1, 0, facts.pop("phase", "eval"), generator=generator, **facts)
 
     return make
+
+
+@pytest.fixture
+def kolmogorov():
+    """Largest distance of the empirical distribution to `cdf`, times √n; above 1.95 with probability 0.001."""
+
+    def statistic(sample, cdf):
+        x = sample.double().sort().values
+        n = len(x)
+        expected, ranks = cdf(x), torch.arange(1, n + 1, dtype=torch.float64) / n
+        gap = torch.maximum((ranks - expected).abs(), (ranks - 1 / n - expected).abs()).max()
+        return float(gap) * math.sqrt(n)
+
+    return statistic

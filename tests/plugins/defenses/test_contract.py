@@ -39,7 +39,7 @@ CASES = {
     "split-and-denoise": ({"steps": 3}, {"eta": math.inf, "clip": math.inf}),
     "dp-forward": ({}, {"epsilon": math.inf, "clip": math.inf}),
 }
-TEXT = set()
+TEXT = {"santext", "santext-plus", "custext", "custext-plus", "rantext"}  # test_text_defenses.py
 BY_EXAMPLE = {"gaussian-noise", "laplace-noise", "norm-matching"}  # they take gradients apart
 PLACES = ("on_embeddings", "on_smashed", "on_returned", "on_gradient")
 CALLS = {

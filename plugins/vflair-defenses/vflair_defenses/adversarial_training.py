@@ -22,7 +22,7 @@ from vflair_defenses.learning import (
     seeded,
     state_of,
 )
-from vflair_defenses.rows import real_rows, width_of
+from vflair_defenses.rows import classes_of, real_rows, width_of
 
 if TYPE_CHECKING:
     from vflair_core.data_party import DataParty
@@ -80,8 +80,8 @@ class AdversarialTraining(Defense):
                 "AdversarialTraining in the tail needs a gradient of the gradient, which fused attention "
                 f'({config._attn_implementation}) may lack: load the model with attn_implementation="eager".'
             )
-        targets = config.vocab_size if self.place == "head" else data_party.model.config.num_labels
-        self._build(width_of(data_party), int(targets))
+        targets = int(config.vocab_size) if self.place == "head" else classes_of(data_party)
+        self._build(width_of(data_party), targets)
         self._parts.to(data_party.model.device)
 
     def _build(self, width: int, targets: int) -> None:

@@ -67,7 +67,7 @@ def epsilon_lower_bound(
     levels = torch.linspace(0.002, 0.998, QUANTILES, dtype=torch.float64)
     tried = torch.cat([left[: half[0]], right[: half[1]]]).double().quantile(levels)  # (Q,)
     a, b = (
-        (scores.double().sort().values.searchsorted(tried) / len(scores)).neg().add(1)
+        1 - torch.searchsorted(scores.double().sort().values, tried) / len(scores)
         for scores in (left[: half[0]], right[: half[1]])
     )
     # Which threshold is judged is free to choose: normal limits do, and take no time.

@@ -28,7 +28,7 @@ STOP_WORDS = frozenset(
     "a an the this that these those and or but if while of at by for with about into through during before after "
     "to from in out on off over under again then once here there all any both each few more most other some such no "
     "not only own same so than too very can will just i me my we our you your he him his she her it its they them "
-    "their what which who whom is am are was were be been being have has had do does did as".split()  # noqa: SIM905
+    "their what which who whom is am are was were be been being have has had do does did as".split()
 )
 
 

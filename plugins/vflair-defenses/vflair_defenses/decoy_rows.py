@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vflair_core import Defense, DefenseError
 from vflair_core.defense import Batch, Exchange
-from vflair_defenses.rows import public_ids
+from vflair_defenses.rows import classes_of, public_ids
 
 if TYPE_CHECKING:
     from vflair_core.data_party import DataParty
@@ -50,7 +50,7 @@ class DecoyRows(Defense):
         if self.count:
             ids = public_ids("DecoyRows", public_texts, data_party)
             self._stream = torch.cat([some.flatten() for some in ids])
-        self._classes = int(data_party.model.config.num_labels)
+        self._classes = classes_of(data_party)
 
     def expand(self, batch: Batch, exchange: Exchange) -> Batch:  # (B, ...) -> (B + count, ...)
         if not self.count:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from attrs import define, field, validators
 import torch
+from attrs import define, field, validators
 from torch import Tensor
 
 from vflair_core import Defense, DefenseError, Guarantee

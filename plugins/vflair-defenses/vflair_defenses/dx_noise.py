@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import define, field, validators
@@ -39,7 +39,7 @@ class DxNoise(Defense):
 
     def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
         """Measure how far apart the token embeddings are."""
-        table = data_party.model.get_input_embeddings()
+        table: Any = data_party.model.get_input_embeddings()
         with torch.no_grad():
             every = torch.arange(table.weight.shape[0], device=table.weight.device)
             self._median, self._largest = spread_of(table(every).cpu())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vflair_core import Defense, DefenseError, Guarantee
 from vflair_core.defense import Exchange
+from vflair_defenses.rows import classes_of
 
 if TYPE_CHECKING:
     from vflair_core.data_party import DataParty
@@ -40,7 +41,7 @@ class LabelRandomisedResponse(Defense):
 
     def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
         """Ask the model how many classes there are."""
-        self._classes = int(data_party.model.config.num_labels)
+        self._classes = classes_of(data_party)
 
     def on_labels(self, labels: Tensor, exchange: Exchange) -> Tensor:  # (B,)
         if labels.dim() != 1 or labels.is_floating_point():

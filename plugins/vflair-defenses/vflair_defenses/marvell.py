@@ -48,7 +48,9 @@ class Marvell(Defense):
         difference = flat[positive].mean(0) - flat[~positive].mean(0)
         distance = float(difference.square().sum())
         share = float(positive.float().mean())
-        along, across = best_variances(distance, spread, flat.shape[1], share, self.power * distance)
+        along, across = best_variances(
+            distance, spread, flat.shape[1], share, self.power * distance
+        )
         own = positive.to(flat.device).long()
         direction = difference / difference.norm().clamp_min(1e-30)
         draw = noise_like(flat, exchange)

@@ -151,7 +151,9 @@ class Mid(Defense):
     def part(self, where: str) -> Bottleneck:
         """The bottleneck at head or tail."""
         if where not in self._parts:
-            raise DefenseError("Mid has no bottleneck yet: call prepare(public_texts, data_party) first.")
+            raise DefenseError(
+                "Mid has no bottleneck yet: call prepare(public_texts, data_party) first."
+            )
         found = self._parts[where]
         assert isinstance(found, Bottleneck)
         return found

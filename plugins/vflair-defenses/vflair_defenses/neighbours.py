@@ -38,7 +38,9 @@ class Vocabulary:
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "index", {word: n for n, word in enumerate(self.words)})
 
-    def distances(self, word: int, among: Tensor | None = None) -> Tensor:  # -> (V,) or (len(among),)
+    def distances(
+        self, word: int, among: Tensor | None = None
+    ) -> Tensor:  # -> (V,) or (len(among),)
         """Return the Euclidean distances of one word to all, or to those `among`; to itself exactly 0."""
         others = self.vectors if among is None else self.vectors[among]
         return (others - self.vectors[word]).norm(dim=1)
@@ -67,9 +69,11 @@ def read_vocabulary(who: str, path: str, party: DataParty) -> Vocabulary:
 def _of_model(who: str, party: DataParty) -> Vocabulary:
     """Tokens that are whole words, as they are written after a space, else at the beginning."""
     if party.tokenizer is None:
-        raise DefenseError(f"{who} changes words, which needs a tokenizer: split(..., tokenizer=...).")
+        raise DefenseError(
+            f"{who} changes words, which needs a tokenizer: split(..., tokenizer=...)."
+        )
     tokenizer: Any = party.tokenizer
-    table = party.model.get_input_embeddings()
+    table: Any = party.model.get_input_embeddings()
     size = min(len(tokenizer), table.weight.shape[0])
     shown = tokenizer.batch_decode([[n] for n in range(size)])
     words = list(dict.fromkeys(w.strip() for w in shown if WORD.fullmatch(w.strip())))
@@ -105,7 +109,10 @@ def _of_file(path: Path) -> Vocabulary:
                 )
             if WORD.fullmatch(word):
                 words.setdefault(word, vector)
-    return Vocabulary(tuple(words), torch.from_numpy(np.stack(list(words.values()))) if words else torch.empty(0, 0))
+    return Vocabulary(
+        tuple(words),
+        torch.from_numpy(np.stack(list(words.values()))) if words else torch.empty(0, 0),
+    )
 
 
 def substitute(text: str, replace: Callable[[str], str | None], *, spacing: bool) -> str:

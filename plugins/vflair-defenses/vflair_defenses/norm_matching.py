@@ -37,5 +37,9 @@ class NormMatching(Defense):
         ratios = (norms.max() / norms.clamp_min(1e-30)).square() - 1
         spread = ratios.clamp_min(0).sqrt().where(norms > 0, 0.0)
         factors = 1 + self.strength * spread * noise_like(norms, exchange)
-        shape = [1, -1, *[1] * (gradient.dim() - 2)] if exchange.axes == "TBD" else [-1] + [1] * (gradient.dim() - 1)
+        shape = (
+            [1, -1, *[1] * (gradient.dim() - 2)]
+            if exchange.axes == "TBD"
+            else [-1] + [1] * (gradient.dim() - 1)
+        )
         return gradient * factors.view(shape).to(gradient.dtype)

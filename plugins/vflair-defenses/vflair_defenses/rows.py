@@ -50,6 +50,11 @@ def public_rows(who: str, texts: Sequence[str], party: DataParty) -> Iterable[Te
             yield party.smashed(input_ids=ids, use_cache=False)
 
 
+def classes_of(party: DataParty) -> int:
+    """C, the number of classes that the model's config says; 2 where it says none."""
+    return int(party.model.config.num_labels or 2)
+
+
 def width_of(party: DataParty) -> int:
     """D, the width of the hidden states."""
     return int(party.model.config.get_text_config().hidden_size)

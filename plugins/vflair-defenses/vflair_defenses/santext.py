@@ -120,10 +120,10 @@ class SanTextPlus(Defense):
     def _replaced(self, word: str) -> str:
         vocabulary, generator = ready(self, self._vocabulary, self._generator)
         number = vocabulary.index.get(word)
-        if number is not None and number not in self._is_rare:
-            if float(torch.rand((), generator=generator)) >= self.replaced:
-                self.tally["kept"] += 1
-                return word
+        common = number is not None and number not in self._is_rare
+        if common and float(torch.rand((), generator=generator)) >= self.replaced:
+            self.tally["kept"] += 1
+            return word
         return nearby(word, vocabulary, self._rare, self.epsilon, generator, self.tally)
 
 

@@ -50,14 +50,19 @@ class SplitAndDenoise(Defense):
     steps: int = field(default=200, validator=validators.ge(0))
     rate: float = field(default=3e-3, validator=validators.gt(0))
     seed: int = 0
-    _facts: Tensor = field(init=False, factory=lambda: torch.zeros(3, dtype=torch.float64), eq=False)
+    _facts: Tensor = field(
+        init=False, factory=lambda: torch.zeros(3, dtype=torch.float64), eq=False
+    )
     _denoiser: nn.Sequential | None = field(init=False, default=None, eq=False)
     _lessons: list[Lesson] | None = field(init=False, default=None, eq=False)
 
     covers = frozenset({"prompt", "response"})
     supports = frozenset(
         {("HT", "classification", "train"), ("HT", "classification", "eval")}
-        | {("HBT", k, "*") for k in ("causal-lm", "classification", "regression", "question-answering")}
+        | {
+            ("HBT", k, "*")
+            for k in ("causal-lm", "classification", "regression", "question-answering")
+        }
     )
 
     def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
@@ -71,12 +76,11 @@ class SplitAndDenoise(Defense):
             self._facts[2] = largest
         if math.isinf(self.eta):
             return
-        clean: list[Tensor] = []
+        texts = public_ids("SplitAndDenoise", public_texts, data_party)
         self._lessons, training = [], data_party.model.training
         data_party.model.eval()
         try:
-            for ids in public_ids("SplitAndDenoise", public_texts, data_party):
-                clean.append(self._asked(data_party, ids))
+            clean = [self._asked(data_party, ids) for ids in texts]
         finally:
             lessons, self._lessons = self._lessons, None
             data_party.model.train(training)
@@ -99,7 +103,10 @@ class SplitAndDenoise(Defense):
     def _learn(self, lessons: list[Lesson], clean: list[Tensor]) -> None:
         seen = torch.cat([_features(*lesson).flatten(0, -2) for lesson in lessons])
         error = torch.cat(
-            [(target - lesson[0]).flatten(0, -2) for target, lesson in zip(clean, lessons, strict=True)]
+            [
+                (target - lesson[0]).flatten(0, -2)
+                for target, lesson in zip(clean, lessons, strict=True)
+            ]
         )
         with seeded(self.seed), torch.enable_grad():
             made = perceptron(seen.shape[1], self.hidden, error.shape[1])
@@ -149,7 +156,9 @@ class SplitAndDenoise(Defense):
                 "SplitAndDenoise has no denoiser yet: call prepare(public_texts, data_party) first."
             )
         features = _features(returned.float(), rows, noise)
-        return returned + frozen_call(self._denoiser.to(returned.device), features).to(returned.dtype)
+        return returned + frozen_call(self._denoiser.to(returned.device), features).to(
+            returned.dtype
+        )
 
     def mechanism(self) -> Mechanism:
         """Clip and η once they are known; the denoiser acts on what comes back, and tells nothing."""

@@ -42,5 +42,7 @@ class ZeroRowPadding(Defense):
             return gradient
         drawn = torch.randint(len(lengths), empty.shape, generator=exchange.generator)
         noise = noise_like(gradient, exchange)
-        noise = noise / noise.norm(dim=-1, keepdim=True) * lengths[drawn.to(lengths.device)][..., None]
+        noise = (
+            noise / noise.norm(dim=-1, keepdim=True) * lengths[drawn.to(lengths.device)][..., None]
+        )
         return torch.where(empty[..., None], self.scale * noise.to(gradient.dtype), gradient)

@@ -45,7 +45,9 @@ def test_the_audit_never_exceeds_a_true_claim(name, seed, exchange):
     assert claim == pytest.approx(epsilon, rel=2e-3)
     found = audited_epsilon(make(1.0), *FAR, exchange(seed), trials=TRIALS, delta=delta)
     assert found <= claim
-    assert found > 0.5 * claim or name == "gaussian"  # and it is not blind; at δ = 1e-5 a Gaussian's tail is rare
+    assert (
+        found > 0.5 * claim or name == "gaussian"
+    )  # and it is not blind; at δ = 1e-5 a Gaussian's tail is rare
 
 
 @pytest.mark.parametrize("name", ["laplace", "d_chi"])
@@ -66,7 +68,9 @@ def test_the_binomial_limits_equal_scipys():
     stats = pytest.importorskip("scipy.stats")
     for successes, trials in ((0, 50), (7, 50), (50, 50), (300, 1000)):
         low = stats.beta.ppf(0.01, successes, trials - successes + 1) if successes else 0.0
-        high = stats.beta.ppf(0.99, successes + 1, trials - successes) if successes < trials else 1.0
+        high = (
+            stats.beta.ppf(0.99, successes + 1, trials - successes) if successes < trials else 1.0
+        )
         assert _least(successes, trials, 0.01) == pytest.approx(low, abs=1e-9)
         assert _most(successes, trials, 0.01) == pytest.approx(high, abs=1e-9)
 
@@ -85,7 +89,10 @@ def test_d_chi_noise_has_gamma_lengths_and_uniform_directions(exchange, kolmogor
     width, eta = 8, 3.0
     noise = distance_noise(torch.zeros(20_000, width), eta, exchange())
     lengths = noise.norm(dim=1)
-    assert kolmogorov(lengths, lambda x: torch.special.gammainc(torch.tensor(8.0).double(), eta * x)) < 1.95
+    assert (
+        kolmogorov(lengths, lambda x: torch.special.gammainc(torch.tensor(8.0).double(), eta * x))
+        < 1.95
+    )
     # The squared first coordinate of a uniform direction is Beta(1/2, (D-1)/2); its sign is even.
     first = noise[:, 0] / lengths
     reference = torch.randn(200_000, width)

@@ -61,7 +61,9 @@ class Watching(Defense):
     seen: dict = field(factory=dict)
 
     def keep(self, place, tensor, exchange):
-        self.seen.setdefault((place, exchange.number, exchange.name), []).append(tensor.detach().clone())
+        self.seen.setdefault((place, exchange.number, exchange.name), []).append(
+            tensor.detach().clone()
+        )
         return tensor
 
     def on_embeddings(self, embeddings, exchange):
@@ -164,7 +166,9 @@ def test_what_a_defense_covers_never_crosses_as_it_was(name, call, kind, head, t
         before = _at("on_gradient", inner)
         assert before
         changed = [not torch.equal(a, b) for a, b in zip(before, sent["hidden_grad"], strict=True)]
-        assert all(changed) or name == "zero-row-padding"  # pooled and encoder gradients have no zero rows
+        assert (
+            all(changed) or name == "zero-row-padding"
+        )  # pooled and encoder gradients have no zero rows
 
 
 def _at(place, watching):

@@ -110,7 +110,9 @@ def test_padding_leaves_no_zero_row_but_those_the_mask_betrays(exchange):
     assert all((lengths - n).abs().min() < 1e-5 for n in sent[0, :2].norm(dim=-1))
 
 
-@pytest.mark.parametrize(("kind", "head", "tail"), [("gpt2", 1, 1), ("llama", 1, 0), ("bert", 1, 1)])
+@pytest.mark.parametrize(
+    ("kind", "head", "tail"), [("gpt2", 1, 1), ("llama", 1, 0), ("bert", 1, 1)]
+)
 def test_decoys_leave_outputs_alone_and_no_gradient_of_theirs_is_zero(kind, head, tail, defended):
     parties = defended([DecoyRows(count=3)], kind, head, tail)
     party = parties.data_party

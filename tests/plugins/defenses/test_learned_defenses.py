@@ -59,7 +59,11 @@ def test_the_loss_pays_lambda_times_nats_per_real_token(defended):
     batch = tiny_batch(parties.whole, padding="right", labels="tokens")
     party = parties.data_party
     rows = party.smashed(**{k: batch[k] for k in ("input_ids", "attention_mask")}, use_cache=False)
-    nats = kl_divergence(Normal(rows, 0.5), Normal(0.0, 1.0)).sum(-1)[batch["attention_mask"] == 1].mean()
+    nats = (
+        kl_divergence(Normal(rows, 0.5), Normal(0.0, 1.0))
+        .sum(-1)[batch["attention_mask"] == 1]
+        .mean()
+    )
     party.model.train()
     for module in party.model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -94,7 +98,9 @@ def test_paying_for_nats_buys_fewer_of_them(defended, public):
 
 
 def test_the_error_bound_equals_fano_by_hand():
-    assert token_error_bound(5.0, 1.0, 1001) == pytest.approx((5 - 1 - math.log(2)) / math.log(1000))
+    assert token_error_bound(5.0, 1.0, 1001) == pytest.approx(
+        (5 - 1 - math.log(2)) / math.log(1000)
+    )
     assert token_error_bound(5.0, 5.0, 1001) == 0.0
 
 
@@ -180,7 +186,9 @@ def test_distance_correlation_equals_the_definition_and_its_laws():
     a, b = centred(x), centred(y)
     expected = ((a * b).mean() / ((a * a).mean() * (b * b).mean()).sqrt()).sqrt()
     assert float(distance_correlation(x, y)) == pytest.approx(float(expected))
-    assert float(distance_correlation(x, 3 * x - 1)) == pytest.approx(1.0)  # Székely et al., Theorem 3
+    assert float(distance_correlation(x, 3 * x - 1)) == pytest.approx(
+        1.0
+    )  # Székely et al., Theorem 3
     many = torch.randn(400, 1), torch.randn(400, 1)
     assert float(distance_correlation(*many)) < 0.2
 

@@ -145,7 +145,9 @@ def test_the_models_vocabulary_is_its_whole_word_tokens(defended):
     vocabulary = read_vocabulary("X", "", party)
     table = party.model.get_input_embeddings().weight
     for word in vocabulary.words:
-        forms = [party.tokenizer(f, add_special_tokens=False)["input_ids"] for f in (f" {word}", word)]
+        forms = [
+            party.tokenizer(f, add_special_tokens=False)["input_ids"] for f in (f" {word}", word)
+        ]
         ids = next(f for f in forms if len(f) == 1)
         assert torch.equal(vocabulary.vectors[vocabulary.index[word]], table[ids[0]])
     assert "the" in vocabulary.words
@@ -225,4 +227,6 @@ def test_the_extractor_reads_the_true_prompt_and_the_draft(tmp_path, defended):
     assert "the true prompt" in text
     assert "a draft" in text
     written = small.generate(asked[0], max_new_tokens=5, do_sample=False, pad_token_id=0)
-    assert answer == plain.tokenizer.decode(written[0, asked[0].shape[1] :], skip_special_tokens=True)
+    assert answer == plain.tokenizer.decode(
+        written[0, asked[0].shape[1] :], skip_special_tokens=True
+    )

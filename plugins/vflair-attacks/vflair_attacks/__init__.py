@@ -5,6 +5,8 @@
 | vocabulary-search | vocabulary_search.py | smashed data, a head |
 | greedy-search | vocabulary_search.py | smashed data, a head |
 | nearest-embedding | nearest_embedding.py | smashed data, the embedding table |
+| vmi | vmi.py | smashed data, a head |
+| patch-inversion | patch_inversion.py | smashed data, a causal head |
 | gradient-sign | gradient_sign.py | the gradient of the logits (HT training) |
 """
 
@@ -18,5 +20,7 @@ def vflair_attacks() -> dict[str, str]:
         "vocabulary-search": "vflair_attacks.vocabulary_search:VocabularySearch",
         "greedy-search": "vflair_attacks.vocabulary_search:GreedySearch",
         "nearest-embedding": "vflair_attacks.nearest_embedding:NearestEmbedding",
+        "vmi": "vflair_attacks.vmi:ModelInversion",
+        "patch-inversion": "vflair_attacks.patch_inversion:PatchInversion",
         "gradient-sign": "vflair_attacks.gradient_sign:GradientSign",
     }

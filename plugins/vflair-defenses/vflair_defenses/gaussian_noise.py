@@ -147,6 +147,10 @@ class GaussianMechanism(Mechanism):
         smallest = 1e-6 * self.bound  # clipping alone still leaves rounding
         return -residual / (2 * max(self.sigma, smallest) ** 2)
 
+    def sample(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(hidden.shape, generator=generator).to(hidden.device)
+        return self.expected(hidden) + self.sigma * noise
+
 
 def clip_rows(rows: Tensor, bound: float) -> Tensor:
     """Scale each row down to L2 norm `bound` where it is longer; in float32, as half precision overshoots."""

@@ -23,7 +23,7 @@ from transformers import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from vflair_core.defense import Defense
     from vflair_core.partition import Partition
@@ -111,6 +111,22 @@ def tiny_batch(
             int(model.config.num_labels or 2), (rows,), generator=generator
         )
     return batch
+
+
+def tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
+    """Build a tokenizer whose words are the numbers of its tokens, for texts as `numbers_as_texts` writes them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {str(number): number for number in range(vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=str(PAD)))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=str(PAD))
+
+
+def numbers_as_texts(rows: Sequence[Tensor] | Tensor) -> list[str]:
+    """Write each row of token ids as a text that `tiny_tokenizer` reads back."""
+    return [" ".join(map(str, row.tolist())) for row in rows]
 
 
 def crossed(

@@ -7,6 +7,7 @@
 | nearest-embedding | nearest_embedding.py | smashed data, the embedding table |
 | vmi | vmi.py | smashed data, a head |
 | patch-inversion | patch_inversion.py | smashed data, a causal head |
+| inverter | inverter.py, learning.py | smashed data; public text and a head, or queries |
 | gradient-sign | gradient_sign.py | the gradient of the logits (HT training) |
 """
 
@@ -22,5 +23,6 @@ def vflair_attacks() -> dict[str, str]:
         "nearest-embedding": "vflair_attacks.nearest_embedding:NearestEmbedding",
         "vmi": "vflair_attacks.vmi:ModelInversion",
         "patch-inversion": "vflair_attacks.patch_inversion:PatchInversion",
+        "inverter": "vflair_attacks.inverter:LearnedInverter",
         "gradient-sign": "vflair_attacks.gradient_sign:GradientSign",
     }

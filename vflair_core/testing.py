@@ -118,10 +118,10 @@ def tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {str(number): number for number in range(vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token=str(PAD)))
+    words = {"<pad>": PAD} | {str(number): number for number in range(1, vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))  # noqa: S106 - a word, not a password
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=str(PAD))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")  # noqa: S106
 
 
 def numbers_as_texts(rows: Sequence[Tensor] | Tensor) -> list[str]:

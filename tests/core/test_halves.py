@@ -8,7 +8,7 @@ import torch
 from vflair_core import Partition
 from vflair_core.defense import Mechanism
 from vflair_core.halves import halves
-from vflair_core.testing import crossed, tiny_model
+from vflair_core.testing import crossed, numbers_as_texts, tiny_model, tiny_tokenizer
 from vflair_core.worker import Chain
 
 
@@ -57,3 +57,9 @@ def test_defenses_in_a_row_draw_in_their_order_with_the_noise_of_each():
     drawn = Chain([Noisy(), Shifted(), Noisy()]).sample(hidden, seeds[0])
     expected = torch.randn(4, generator=seeds[1]) + 1
     assert torch.equal(drawn, expected + torch.randn(4, generator=seeds[1]))
+
+
+def test_numbers_written_as_texts_are_read_back():
+    ids = torch.arange(1, 201).view(10, 20)
+    tokenizer = tiny_tokenizer(201)
+    assert torch.tensor(tokenizer(numbers_as_texts(ids))["input_ids"]).equal(ids)

@@ -12,7 +12,7 @@ from vflair_core.defense import Mechanism
 from vflair_core.testing import crossed, numbers_as_texts, tiny_model, tiny_tokenizer
 
 VOCABULARY, LENGTH = 200, 8
-SMALL = LearnedInverter(network="mlp", hidden=64, steps=500)
+SMALL = LearnedInverter(network="mlp", hidden=64, steps=300)
 
 
 def victims(kind="gpt2", lengths=(LENGTH,) * 6, **options):
@@ -41,7 +41,7 @@ def accuracy(guess, rows) -> float:
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
 def test_text_is_read_off_undefended_hidden_states(kind, network):
     rows, knowledge = victims(kind, lengths=(8, 3, 5, 8, 8))
-    guess = launch(LearnedInverter(network=network, hidden=64, steps=500), knowledge)
+    guess = launch(LearnedInverter(network=network, hidden=64, steps=300), knowledge)
     assert accuracy(guess, rows) >= 0.95
     assert bool((guess.tokens[~knowledge["mask"]] == -1).all())
 
@@ -86,14 +86,14 @@ def test_every_batch_has_fresh_noise():
 
 
 def test_answered_queries_serve_where_the_head_is_unknown():
-    rows, knowledge, mechanism = noisy(0.02)
+    rows, knowledge, mechanism = noisy(0.1)
     stream = torch.Generator().manual_seed(2)
-    public = torch.randint(3, VOCABULARY, (600, LENGTH))
+    public = torch.randint(3, VOCABULARY, (400, LENGTH))
     head = knowledge.pop("head")
     answers = mechanism.sample(head(public), stream)
     knowledge["embeddings"] = head.embeddings  # as in K1
     knowledge["queries"] = list(zip(numbers_as_texts(public), answers, strict=True))
-    assert accuracy(launch(SMALL, knowledge), rows) > 0.8
+    assert accuracy(launch(SMALL, knowledge), rows) > 0.9
 
 
 def test_log_probabilities_of_several_releases_add_up():

@@ -8,6 +8,7 @@
 | vmi | vmi.py | smashed data, a head |
 | patch-inversion | patch_inversion.py | smashed data, a causal head |
 | inverter | inverter.py, learning.py | smashed data; public text and a head, or queries |
+| bisr | bisr.py, noise_experts.py, learning.py | smashed data, a head, public text; gradients of HBT training |
 | gradient-sign | gradient_sign.py | the gradient of the logits (HT training) |
 """
 
@@ -24,5 +25,6 @@ def vflair_attacks() -> dict[str, str]:
         "vmi": "vflair_attacks.vmi:ModelInversion",
         "patch-inversion": "vflair_attacks.patch_inversion:PatchInversion",
         "inverter": "vflair_attacks.inverter:LearnedInverter",
+        "bisr": "vflair_attacks.bisr:BiSR",
         "gradient-sign": "vflair_attacks.gradient_sign:GradientSign",
     }

@@ -9,6 +9,7 @@
 | patch-inversion | patch_inversion.py | smashed data, a causal head |
 | inverter | inverter.py, learning.py | smashed data; public text and a head, or queries |
 | bisr | bisr.py, noise_experts.py, learning.py | smashed data, a head, public text; gradients of HBT training |
+| wbi | wbi.py | smashed data, a head |
 | gradient-sign | gradient_sign.py | the gradient of the logits (HT training) |
 """
 
@@ -26,5 +27,6 @@ def vflair_attacks() -> dict[str, str]:
         "patch-inversion": "vflair_attacks.patch_inversion:PatchInversion",
         "inverter": "vflair_attacks.inverter:LearnedInverter",
         "bisr": "vflair_attacks.bisr:BiSR",
+        "wbi": "vflair_attacks.wbi:WhiteBoxInversion",
         "gradient-sign": "vflair_attacks.gradient_sign:GradientSign",
     }

@@ -10,6 +10,7 @@
 | inverter | inverter.py, learning.py | smashed data; public text and a head, or queries |
 | bisr | bisr.py, noise_experts.py, learning.py | smashed data, a head, public text; gradients of HBT training |
 | wbi | wbi.py | smashed data, a head |
+| coordinate-search | coordinate_search.py, matching.py | smashed data, a head, also an encoder |
 | gradient-sign | gradient_sign.py | the gradient of the logits (HT training) |
 """
 
@@ -28,5 +29,6 @@ def vflair_attacks() -> dict[str, str]:
         "inverter": "vflair_attacks.inverter:LearnedInverter",
         "bisr": "vflair_attacks.bisr:BiSR",
         "wbi": "vflair_attacks.wbi:WhiteBoxInversion",
+        "coordinate-search": "vflair_attacks.coordinate_search:CoordinateSearch",
         "gradient-sign": "vflair_attacks.gradient_sign:GradientSign",
     }

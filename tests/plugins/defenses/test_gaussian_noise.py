@@ -12,7 +12,8 @@ from vflair_core import DefenseError, Partition, Transcript, split
 from vflair_core.defense import Exchange
 from vflair_core.encoding import train_tokenizer
 from vflair_core.testing import tiny_model
-from vflair_defenses.gaussian_noise import GaussianMechanism, GaussianNoise, clip_rows
+from vflair_defenses.gaussian_noise import GaussianMechanism, GaussianNoise
+from vflair_defenses.rows import clip_rows
 
 PUBLIC = ["Public text that anyone may read, long enough for a few rows."] * 4
 

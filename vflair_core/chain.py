@@ -50,21 +50,26 @@ class Chain:
             raise ProtocolError(
                 "What blocks share is sent back only to blocks of the data party that follow; in HT there are none."
             )
+        behind: list[frozenset[int]] = []  # of each step, the steps that what it gives comes of
+        block = None  # the last one that was called
         for number, step in enumerate(program.steps):
             self._check_step(step)
-            if number and not self._is_fed(step, number):
-                raise ProtocolError(
-                    f"Step {number} ({step[1]}) does not use the output of the step before."
-                )
-            if any(source >= number for source in sources(step)):
+            found = sources(step)
+            if any(source >= number for source in found):
                 raise ProtocolError(
                     f"Step {number} ({step[1]}) uses an output that does not exist yet."
                 )
-
-    def _is_fed(self, step: Step, number: int) -> bool:
-        """A block takes what the step before gave; what follows the blocks may reach further back."""
-        found = sources(step)
-        return number - 1 in found if step[1] in self.stage.blocks else bool(found)
+            behind.append(frozenset({number}).union(*(behind[source] for source in found)))
+            if number and not found:
+                raise ProtocolError(
+                    f"Step {number} ({step[1]}) does not use the output of a step before."
+                )
+            if step[0] == "module" and step[1] in self.stage.blocks:
+                if block is not None and block not in behind[number]:
+                    raise ProtocolError(
+                        f"Step {number} ({step[1]}) does not use the output of the block before."
+                    )
+                block = number
 
     def _check_step(self, step: Step) -> None:
         """An operation takes one value and numbers, so that nothing it gives is larger; a call, known names.

@@ -46,7 +46,8 @@ class Mechanism:
 
     `expected` is the deterministic part (clip, mapping); `log_likelihood` scores an observation, up to a
     constant, given the undefended hidden state. `in_nats` says that it really is one: an attack then adds it
-    to other log-likelihoods as it is, and otherwise estimates the scale of the noise.
+    to other log-likelihoods as it is, and otherwise estimates the scale of the noise. `sample` draws noise of the
+    same kind, so that an attacker can train on what the defense would have sent.
     """
 
     in_nats: bool = False
@@ -58,6 +59,10 @@ class Mechanism:
     def log_likelihood(self, observed: Tensor, hidden: Tensor) -> Tensor:  # (..., D) -> (...)
         """Score `observed` given `hidden`; by default minus the squared distance to `expected`."""
         return -(observed - self.expected(hidden)).square().sum(-1)
+
+    def sample(self, hidden: Tensor, generator: torch.Generator) -> Tensor:  # (..., D) -> (..., D)
+        """Draw what could be sent for `hidden`, with fresh randomness; by default there is none."""
+        return self.expected(hidden)
 
 
 class Defense:

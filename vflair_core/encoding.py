@@ -70,10 +70,29 @@ def train_tokenizer(
 
 @frozen(eq=False)
 class Encoded:
-    """A batch as the model takes it, and its rows; those of one example follow each other."""
+    """A batch as the model takes it, and its rows; those of one example follow each other.
+
+    A row stands in the batch by itself, unless `places` says where: (line, first position) of each.
+    """
 
     batch: Batch
     rows: list[Row]
+    places: Sequence[tuple[int, int]] = ()
+
+    @property
+    def private(self) -> Tensor:
+        """Which tokens of ``input_ids`` are private: (B, T), wherever padding or packing put them.
+
+        A token defense that changes the length of rows is not followed.
+        """
+        ids: Tensor = self.batch["input_ids"]
+        found = torch.zeros_like(ids, dtype=torch.bool)
+        mask = self.batch.get("attention_mask")
+        for number, row in enumerate(self.rows):
+            first = 0 if mask is None else int(mask[number].argmax())
+            line, start = self.places[number] if self.places else (number, first)
+            found[line, start : start + len(row.ids)] = torch.tensor(row.private)
+        return found
 
 
 def collate(
@@ -102,18 +121,21 @@ def collate(
     return batch
 
 
-def pack(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int) -> Batch:
+def pack(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int) -> Encoded:
     """Put several texts into each row of at most `max_length` tokens, in order.
 
     ``position_ids`` (B, T) begin again with each text; a model that heeds them (`check_packing`) lets no text
     see another. There is no attention_mask: padding is a text of its own, which nothing is learnt from.
     """
     packs: list[list[Row]] = []
+    places = []
     for row in rows:
         used = sum(len(other.ids) for other in packs[-1]) if packs else max_length
         if used + len(row.ids) > max_length:
             packs.append([])
+            used = 0
         packs[-1].append(row)
+        places.append((len(packs) - 1, used))
     longest = max(sum(len(row.ids) for row in pack) for pack in packs)
     ids, positions, labels = [], [], []
     for pack in packs:
@@ -123,8 +145,9 @@ def pack(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: in
         # The first token of a text is not what the text before it continues with.
         learnt = [[IGNORED, *_learnt(row)[1:]] for row in pack]
         labels.append([token for row in learnt for token in row] + [IGNORED] * gap)
-    batch = {"input_ids": ids, "position_ids": positions, "labels": labels}
-    return {name: torch.tensor(value) for name, value in batch.items()}
+    lists = {"input_ids": ids, "position_ids": positions, "labels": labels}
+    batch = {name: torch.tensor(value) for name, value in lists.items()}
+    return Encoded(batch, list(rows), places)
 
 
 def _learnt(row: Row) -> list[int]:

@@ -26,7 +26,9 @@ class Guarantee:
     epsilon_per_release: float | None = None
     releases: int = 0
     epsilon: float | None = None  # composed over all releases
-    typical: float | None = None  # metric DP: the same for units at the median distance, not the largest
+    typical: float | None = (
+        None  # metric DP: the same for units at the median distance, not the largest
+    )
     randomness: str = ""  # where the noise is drawn from
     excluded: str = "lengths, timing and floating-point sampling"
 

@@ -64,10 +64,8 @@ class Reader:
             made = read(self.tokenizer, self.reading, shown, self.max_length)
             rows += [attrs.evolve(row, number=number) for row in made[: 1 if first_only else None]]
         if pack_rows:
-            batch = pack(self.tokenizer, rows, self.max_length)
-        else:
-            batch = collate(self.tokenizer, self.reading, rows)
-        return self._through(Encoded(batch, rows))
+            return self._through(pack(self.tokenizer, rows, self.max_length))
+        return self._through(Encoded(collate(self.tokenizer, self.reading, rows), rows))
 
     def prompts(self, examples: Sequence[Example]) -> Encoded:
         """Return what answers are generated from; a model of one stack wants padding on the left."""

@@ -18,11 +18,11 @@ from transformers.cache_utils import Cache
 from vflair_core.codec import NAMES
 from vflair_core.deferred import Deferred
 from vflair_core.errors import LeakError, PartitionError, ProtocolError
+from vflair_core.execution import Execution
 from vflair_core.program import (
     ALLOWED,
     MIXING,
     OPERATIONS,
-    Execution,
     Leaf,
     Program,
     Step,

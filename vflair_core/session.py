@@ -19,8 +19,9 @@ from transformers.cache_utils import Cache
 from vflair_core import cache as caches
 from vflair_core.chain import Chain, matching
 from vflair_core.errors import ProtocolError
+from vflair_core.execution import Execution
 from vflair_core.message import Message
-from vflair_core.program import Execution, Program
+from vflair_core.program import Program
 from vflair_core.relay import Relay, Rest, divide_program
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from vflair_core import codec
+from vflair_core import Partition, codec, split
 from vflair_core.cache import cache_argument
 from vflair_core.errors import ProtocolError
 from vflair_core.program import Program
+from vflair_core.testing import tiny_batch, tiny_model
 
 CACHE = cache_argument(GPT2Block)
 
@@ -82,7 +83,7 @@ def bomb(program):
         (after_the_first(op("__class__", out(0))), "'__class__' is not on the list"),
         (
             after_the_first(op("mul", ["leaf", 0], ["value", 2.0])),
-            "does not use the output of the step before",
+            "does not use the output of a step before",
         ),
         (after_the_first(op("mul", out(0), ["leaf", 99])), None),
         (after_the_first(op("mul", out(0), ["leaf", -1])), "not an argument"),
@@ -111,6 +112,21 @@ def bomb(program):
 )
 def test_a_program_that_is_not_the_chain_is_refused(mallory, change, words):
     mallory.refused(mallory.forged("forward", **steps_of(mallory, change)), words)
+
+
+def test_a_block_cannot_be_skipped_by_an_operation_that_reaches_back():
+    data_party, model_party = split(tiny_model("llama", num_hidden_layers=5), Partition(1, 1))
+    with data_party.channel.tap(lambda m, d, _: sent.append(m) if d == "sent" else None):
+        sent = []
+        data_party.model(**tiny_batch(data_party.model), use_cache=False)
+    first, second, third = Program.from_wire(sent[0].meta["program"]).steps
+    leaves = Program.from_wire(sent[0].meta["program"]).leaves
+    back = ("op", "mul", (("out", 0), ("value", 1.0)), ())
+    fed = tuple((key, ("out", 2) if tree[0] == "out" else tree) for key, tree in third[3])
+    with pytest.raises(ProtocolError, match="does not use the output of the block before"):
+        model_party.chains[0].check(Program((first, second, back, (*third[:3], fed)), leaves))
+    through = ("op", "mul", (("out", 1), ("value", 1.0)), ())
+    model_party.chains[0].check(Program((first, second, through, (*third[:3], fed)), leaves))
 
 
 @pytest.mark.parametrize(

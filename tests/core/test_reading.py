@@ -196,6 +196,23 @@ def test_packed_texts_cost_what_they_cost_alone(cut):
     )
 
 
+@pytest.mark.parametrize("arranged", ["packed", "padded right", "padded left"])
+def test_private_spans_are_found_wherever_packing_and_padding_put_them(arranged):
+    names = ["Ada Lovelace", "noon", "she"]
+    examples = [
+        Example(text, private=((text.index(name), text.index(name) + len(name)),))
+        for text, name in zip(TEXTS, names, strict=True)
+    ]
+    reader = Reader(TOKENIZER, max_length=50)
+    if arranged == "padded left":
+        encoded = reader.prompts(examples)
+    else:
+        encoded = reader.batch(examples, pack_rows=arranged == "packed")
+    assert (len(encoded.batch["input_ids"]) < 3) == (arranged == "packed")
+    found = encoded.batch["input_ids"][encoded.private]
+    assert TOKENIZER.decode(found).replace(" ", "") == "".join(names).replace(" ", "")
+
+
 def test_models_that_let_packed_texts_see_each_other_are_refused():
     task = Task("t", kind="causal-lm", train=[Example("a")], test=[Example("b")])
     check_packing(tiny_model("gpt2"), task)

@@ -9,7 +9,7 @@ import torch
 
 from vflair_core import Partition, ProtocolError, Transcript, divide, split
 from vflair_core.errors import PartitionError
-from vflair_core.program import Execution
+from vflair_core.execution import Execution
 from vflair_core.testing import tiny_batch, tiny_model
 from vflair_core.training import FineTuning, Train, train_unsplit
 

@@ -150,6 +150,10 @@ class GaussianMechanism(Mechanism):
         smallest = 1e-6 * self.bound  # clipping alone still leaves rounding
         return -residual / (2 * max(self.sigma, smallest) ** 2)
 
+    def sample(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(hidden.shape, generator=generator).to(hidden.device)
+        return self.expected(hidden) + self.sigma * noise
+
 
 def gradient_cover(defense: Defense, clip: float) -> frozenset[str]:
     """What is covered once gradients are noised too: they carry the labels.

@@ -92,7 +92,11 @@ def test_members_are_told_from_texts_that_were_never_used(pm):
 
 
 def test_the_positive_control_of_a_label_attack_leaves_out_what_was_told(pm):
-    e = told(attacks=[{"name": "label-completion", "knowledge": ["K0", "known_labels"]}], count=16, known=10)
+    e = told(
+        attacks=[{"name": "label-completion", "knowledge": ["K0", "known_labels"]}],
+        count=16,
+        known=10,
+    )
     table = {**e.to_dict(), "defenses": [{"name": "shift", "options": {"by": 0.5}}]}
     (grade,) = grades(run(experiment_from(table), plugins=pm), "defended").values()
     assert grade["positive_control"] is not None

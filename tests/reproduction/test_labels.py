@@ -54,21 +54,27 @@ def messages_after(steps: int, seed: int):
     return {**seen, "tail": tail, "partition": PARTITION, "task_kind": "classification"}, labels
 
 
-@pytest.mark.parametrize("steps", [0, 20, 60])
-def test_enumeration_direction_and_spectral_find_all_labels_while_the_norm_wavers(steps):
-    """Reference: 1.000 each over five seeds, and raw norm AUC from .01 to 1.00 with the stage of training."""
+def test_enumeration_finds_every_label_at_every_stage_and_directions_do_at_the_start():
+    """Reference: 1.000 each, and raw norm AUC from .01 to 1.00 with seed and stage of training.
+
+    Here the tail has a block, so that after training the gradient's direction depends on the text too.
+    """
     norms = []
-    for seed in range(5):
-        knowledge, labels = messages_after(steps, seed)
-        assert torch.equal(launch(LabelEnumeration(), knowledge).labels, labels)
-        positive = int(labels.nonzero()[0])
-        others = torch.arange(COUNT) != positive
-        known = {**knowledge, "known_labels": {positive: 1}}
-        assert auc(launch(DirectionScoring(), known).scores[others], labels[others]) > 0.99
-        assert auc(launch(Spectral(), known).scores, labels) > 0.99
-        norms.append(auc(launch(NormScoring(), knowledge).scores, labels))
-    assert max(norms) - min(norms) > 0 or steps == 0
-    print(steps, norms)
+    for steps in (0, 60):
+        for seed in range(3):
+            knowledge, labels = messages_after(steps, seed)
+            assert torch.equal(launch(LabelEnumeration(), knowledge).labels, labels)
+            norms.append(auc(launch(NormScoring(), knowledge).scores, labels))
+            if steps:
+                continue
+            positive = int(labels.nonzero()[0])
+            others = torch.arange(COUNT) != positive
+            known = {**knowledge, "known_labels": {positive: 1}}
+            assert auc(launch(DirectionScoring(), known).scores[others], labels[others]) == 1.0
+            assert auc(launch(Spectral(), known).scores, labels) == 1.0
+            assert auc(launch(Spectral(), knowledge).scores, labels) == 1.0
+    assert min(norms) < 0.4
+    assert max(norms) > 0.9
 
 
 def test_causal_labels_are_enumerated_backwards_through_two_blocks_sixty_of_sixty():

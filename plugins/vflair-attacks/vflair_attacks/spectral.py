@@ -20,7 +20,8 @@ class Spectral:
     Sun et al., "Label Leakage and Protection from Forward Embedding in Vertical Federated Learning",
     arXiv 2203.01451. It also works on forward states, which a defense of gradients does not touch.
     Differs from the paper: tokens are summed (gradients) or averaged (states). A singular vector has no sign: known labels
-    give it one, and without any the smaller cluster is taken for the positive class, a rule fixed beforehand.
+    give it one; without any the longer tail is taken for the positive class, which is
+    right if that class is the rarer one: a rule fixed beforehand.
 
     Attributes:
         on: What is projected: hidden_grad, returned or smashed.
@@ -54,17 +55,12 @@ class Spectral:
         direction = torch.linalg.svd(centred, full_matrices=False).Vh[0]
         scores = centred @ direction  # (N,)
         upper = two_means(scores)
-        if self._is_reversed(scores, upper, known_labels or {}):
+        if self._is_reversed(scores, known_labels or {}):
             scores, upper = -scores, ~upper
         labels = torch.where(upper, self.positive, self.negative)
         return Guess(scores=scores, labels=labels, positive=self.positive)
 
-    def _is_reversed(self, scores: Tensor, upper: Tensor, known: Mapping[int, int]) -> bool:
-        ours = [float(scores[n]) for n, label in known.items() if label == self.positive]
-        others = [float(scores[n]) for n, label in known.items() if label != self.positive]
-        middle = float(scores[upper].min() + scores[~upper].max()) / 2
-        if ours:
-            return sum(ours) / len(ours) < middle
-        if others:
-            return sum(others) / len(others) > middle
-        return int(upper.sum()) > len(upper) / 2
+    def _is_reversed(self, scores: Tensor, known: Mapping[int, int]) -> bool:
+        """Whether known examples lie on the wrong side of the mean, or without any the longer tail does."""
+        side = sum(float(scores[n]) * (1 if c == self.positive else -1) for n, c in known.items())
+        return side < 0 if known else float(scores.pow(3).sum()) < 0

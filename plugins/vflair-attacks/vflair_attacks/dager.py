@@ -102,7 +102,8 @@ class _Decoder:
         for position in range(length):
             if candidates is None or moves:
                 candidates, fit = self._fitting(position, vocabulary)
-            if not len(candidates):
+            # LayerNorm takes a dimension from the vectors, so a span can hold all tokens before it is everything.
+            if not len(candidates) or len(candidates) > vocabulary // 2:
                 break
             chosen = self._best(prefix, candidates, fit)
             if chosen is None:

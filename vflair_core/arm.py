@@ -24,7 +24,7 @@ from vflair_core.judging import Reference
 from vflair_core.message import Message
 from vflair_core.partition import split
 from vflair_core.recording import crossing_again, let_cross
-from vflair_core.releases import releases_per_example
+from vflair_core.releases import Releases, releases_per_example
 from vflair_core.setting import Clock, Setting, choose_partition, noise_seed
 from vflair_core.slices import Slices
 from vflair_core.training import FineTuning
@@ -144,7 +144,7 @@ def run_arm(
             for spec, defense in zip(e.defenses, defenses, strict=False)
         ],
         "covers": sorted({place for defense in defenses for place in defense.covers}),
-        "releases_per_example": releases,
+        "releases_per_example": releases.rows,
         "read": {"examples": party.reading.tally.examples, "cut": party.reading.tally.cut},
         "trained_weights": trained,
         "partition": attrs.asdict(party.partition),
@@ -222,8 +222,8 @@ def _save(arm: str, party: DataParty, model_party: ModelParty, setting: Setting)
         setting.tell("vflair_checkpoint_saved", path=str(path), step=party.step)
 
 
-def _promise(defense: Defense, releases: int) -> dict[str, Any]:
-    promised = defense.guarantee(releases)
+def _promise(defense: Defense, releases: Releases) -> dict[str, Any]:
+    promised = defense.guarantee(releases.rows, releases.messages, releases.gradients)
     if promised.mechanism is not None:
         promised = attrs.evolve(
             promised, randomness="seeded by the experiment and the private text"

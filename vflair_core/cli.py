@@ -37,6 +37,12 @@ def run(
     out: Annotated[
         Path | None, Parameter(help="Folder for the result; runs/NAME by default.")
     ] = None,
+    heads: Annotated[
+        str | None,
+        Parameter(
+            help="Run once for each of these cuts, e.g. 0,1,2,4, and plot what is recovered."
+        ),
+    ] = None,
     json_: Json = False,
     strict: Annotated[bool, Parameter(help="Stop when a watching plugin raises.")] = False,
     verbose: Annotated[bool, Parameter(help="Log every step.")] = False,
@@ -50,18 +56,27 @@ def run(
 
     experiment = read_experiment(file, override or ())
     folder = out or Path("runs") / file.stem
+    options: dict[str, Any] = {"plugins": plugin_manager(plugin or ()), "strict": strict}
+    if heads is not None:
+        from vflair_core.cuts import run_cuts
+
+        with report.bars(quiet=json_) as progress:
+            rows = run_cuts(experiment, _numbers(heads), folder, report=progress, **options)
+        report.show_cuts(rows, folder, as_json=json_)
+        return
     with report.bars(quiet=json_) as progress:
-        result = run_experiment(
-            experiment,
-            plugins=plugin_manager(plugin or ()),
-            report=progress,
-            out=folder,
-            strict=strict,
-        )
+        result = run_experiment(experiment, report=progress, out=folder, **options)
     if json_:
         _print(result.to_json())
     else:
         report.show_result(result, folder)
+
+
+def _numbers(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise VflairError(f"--heads {text!r} is no list of whole numbers; write --heads 0,1,2.")
+    return [int(part) for part in parts]
 
 
 @app.command

@@ -33,7 +33,7 @@ class Head:
     ) -> Tensor:
         if attention_mask is None:
             shape = input_ids.shape if input_ids is not None else inputs_embeds.shape[:2]  # type: ignore[union-attr]
-            attention_mask = torch.ones(shape, dtype=torch.long)
+            attention_mask = torch.ones(shape, dtype=torch.long, device=self.device)
         given = {
             "input_ids": input_ids,
             "inputs_embeds": inputs_embeds,
@@ -47,6 +47,16 @@ class Head:
         """The token embedding table (V, D)."""
         return self.party.model.get_input_embeddings().weight  # type: ignore[return-value]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the head's weights are; what it is given must be there."""
+        return self.embeddings.device
+
+    def vectors(self) -> Tensor:
+        """What goes into `inputs_embeds` for every token: the table (V, D), scaled where the family scales it."""
+        table = self.party.model.get_input_embeddings()
+        return table(torch.arange(len(self.embeddings), device=self.device)).detach()  # type: ignore[no-any-return]
+
     def cache(self) -> Cache:
         """Return an empty cache for the head's own layers."""
         return DynamicCache(config=self.party.model.config)
@@ -59,8 +69,9 @@ class Head:
         past, (batch, width) = cache.get_seq_length(), tokens.shape
         dtype = self.embeddings.dtype
         lowest = torch.finfo(dtype).min
-        alone = torch.full((width, width), lowest, dtype=dtype).fill_diagonal_(0.0)
-        mask = torch.cat([torch.zeros(width, past, dtype=dtype), alone], dim=1)
+        alone = torch.full((width, width), lowest, dtype=dtype, device=self.device)
+        seen = torch.zeros(width, past, dtype=dtype, device=self.device)
+        mask = torch.cat([seen, alone.fill_diagonal_(0.0)], dim=1)
         # An empty cache would stay bound to this batch size, so it is left untouched.
         scratch = cache if past else self.cache()
         rows = self._extend(
@@ -71,17 +82,16 @@ class Head:
 
     def append(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Add one token to each prefix in the cache: (B, 1) → (B, 1, D)."""
-        everything = torch.ones(
-            len(tokens), cache.get_seq_length() + tokens.shape[1], dtype=torch.long
-        )
+        shape = len(tokens), cache.get_seq_length() + tokens.shape[1]
+        everything = torch.ones(shape, dtype=torch.long, device=self.device)
         return self._extend(tokens, cache, everything, repeated=False)
 
     def _extend(self, tokens: Tensor, cache: Cache, mask: Tensor, *, repeated: bool) -> Tensor:
         past = cache.get_seq_length()
         step = (
-            torch.zeros(tokens.shape[1], dtype=torch.long)
+            torch.zeros(tokens.shape[1], dtype=torch.long, device=self.device)
             if repeated
-            else torch.arange(tokens.shape[1])
+            else torch.arange(tokens.shape[1], device=self.device)
         )
         positions = (past + step).expand(tokens.shape)
         return self.party.smashed(
@@ -94,7 +104,7 @@ class Head:
 
     def is_causal(self) -> bool:
         """Whether a smashed row depends on earlier tokens only, found by trying."""
-        ids = torch.arange(3, 11)[None] % len(self.embeddings)  # (1, 8)
+        ids = torch.arange(3, 11, device=self.device)[None] % len(self.embeddings)  # (1, 8)
         changed = ids.clone()
         changed[0, -1] = (ids[0, -1] + 1) % len(self.embeddings)
         with torch.no_grad():

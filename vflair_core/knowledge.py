@@ -28,7 +28,7 @@ ALWAYS = {
     "task_kind": "The kind of the task, e.g. 'causal-lm'.",
     "partition": "The cut.",
     "generator": "The attack's own random stream: torch.Generator.",
-    "progress": "Call it with (done, total) now and then.",
+    "progress": "Call it with (done, total), or (done, total, objective), now and then.",
 }
 WEIGHTS = {
     "embeddings": "The public token embedding table: (V, D).",

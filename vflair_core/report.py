@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import attrs
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
@@ -14,6 +15,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from vflair_core.cuts import Recovery
 from vflair_core.result import Result
 
 ARMS = ("undefended", "defended")
@@ -51,6 +53,26 @@ def show_result(result: Result, folder: Path) -> None:
     if sentence is not None:
         console.print(sentence)
     console.print(f"Written to {folder}: result.json, transcript.safetensors, experiment.toml.")
+
+
+def show_cuts(rows: Sequence[Recovery], folder: Path, *, as_json: bool) -> None:
+    """Print what was recovered at each cut."""
+    console = Console()
+    if as_json:
+        console.print_json(data=[attrs.asdict(row) for row in rows])
+        return
+    table = Table(box=SIMPLE, title="recovered by cut (AP with its 95 % interval)")
+    for column in ("head", "arm", "attack", "knows", "AP", "floor", "MP"):
+        table.add_column(column)
+    for row in rows:
+        low, high = row.interval
+        reached = f"{row.attack_performance:.3f} [{low:.2f}, {high:.2f}]"
+        floor, main = f"{row.floor:.3f}", f"{row.main_performance:.3f}"
+        table.add_row(
+            str(row.head), row.arm, row.attack, row.knowledge, escape(reached), floor, main
+        )
+    console.print(table)
+    console.print(f"Written to {folder}: cuts.json, cuts.svg, and a folder for each cut.")
 
 
 def _utility(result: Result, arms: list[str]) -> Table:

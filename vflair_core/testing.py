@@ -2,10 +2,12 @@
 
 model = tiny_model("llama")
 batch = tiny_batch(model, padding="left", labels="tokens")
+knowledge = crossed(model, Partition(1, 1), list(batch["input_ids"]))
 """
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,7 +21,12 @@ from transformers import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from vflair_core.defense import Defense
+    from vflair_core.partition import Partition
 
 TASKS = {
     "causal-lm": AutoModelForCausalLM,
@@ -104,3 +111,64 @@ def tiny_batch(
             int(model.config.num_labels or 2), (rows,), generator=generator
         )
     return batch
+
+
+def tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
+    """Build a tokenizer whose words are the numbers of its tokens, for texts as `numbers_as_texts` writes them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": PAD} | {str(number): number for number in range(1, vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))  # noqa: S106 - a word, not a password
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")  # noqa: S106
+
+
+def numbers_as_texts(rows: Sequence[Tensor] | Tensor) -> list[str]:
+    """Write each row of token ids as a text that `tiny_tokenizer` reads back."""
+    return [" ".join(map(str, row.tolist())) for row in rows]
+
+
+def crossed(
+    model: PreTrainedModel,
+    partition: Partition,
+    rows: Sequence[Tensor],
+    *,
+    labels: Sequence[Tensor] | None = None,
+    defenses: Sequence[Defense] = (),
+) -> dict[str, Any]:
+    """Send each row across alone, and return by name what an attack could be granted of it.
+
+    Observables, `head` and `tail` of the undefended model, `body`, `partition`, and a `generator`. `launch(attack,
+    knowledge)` takes it as it is.
+
+    Args:
+        model: Stays as it is; a copy is cut.
+        partition: The cut.
+        rows: Token ids (T,) of each example.
+        labels: Of each example, shaped as the model takes them for a batch of one; with them every crossing is a
+            training round without dropout, so that there are gradients.
+        defenses: Of the data party, with a seed of their own.
+    """
+    from vflair_core.attack import Observables
+    from vflair_core.channel import Transcript
+    from vflair_core.halves import halves
+    from vflair_core.partition import split
+
+    head, tail = halves(model, partition)
+    party, model_party = split(copy.deepcopy(model), partition, defenses=defenses, seed=0)
+    party.model.eval()
+    with party.channel.tap(Transcript()) as transcript, torch.set_grad_enabled(labels is not None):
+        for number, row in enumerate(rows):
+            there = {} if labels is None else {"labels": labels[number][None]}
+            outputs = party.model(input_ids=row[None], use_cache=False, **there)
+            if labels is not None:
+                outputs.loss.backward()
+    knowledge: dict[str, Any] = {
+        **Observables(transcript.messages, is_ht=partition.kind == "HT"),
+        "partition": partition,
+        "body": model_party.model,
+        "head": head,
+        "generator": torch.Generator().manual_seed(0),
+    }
+    return knowledge if tail is None else {**knowledge, "tail": tail}

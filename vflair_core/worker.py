@@ -146,6 +146,11 @@ class Chain(Mechanism):
         last = self.parts[-1] if self.parts else Mechanism()
         return last.log_likelihood(observed, hidden)
 
+    def sample(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        for part in self.parts:
+            hidden = part.sample(hidden, generator)
+        return hidden
+
 
 class Granted(Mapping[str, Any]):
     """Name → knowledge, for one attack in one pass: what was granted, and no more."""
@@ -230,8 +235,11 @@ def work(folder: Path, progress: Progress) -> None:
             label = f"{attack['name']} ({which})"
             start = time.perf_counter()
 
-            def report(done: int, total: int, label: str = label) -> None:
-                progress(label, done, total)
+            def report(
+                done: int, total: int, objective: float | None = None, *, label: str = label
+            ) -> None:
+                shown = label if objective is None else f"{label}, objective {objective:.4g}"
+                progress(shown, done, total)
 
             torch.manual_seed(attack["seed"])
             guess = launch(callable_, Granted(room, attack, which, report))

@@ -5,6 +5,12 @@
 | vocabulary-search | vocabulary_search.py | smashed data, a head |
 | greedy-search | vocabulary_search.py | smashed data, a head |
 | nearest-embedding | nearest_embedding.py | smashed data, the embedding table |
+| vmi | vmi.py | smashed data, a head |
+| patch-inversion | patch_inversion.py | smashed data, a causal head |
+| inverter | inverter.py, learning.py | smashed data; public text and a head, or queries |
+| bisr | bisr.py, noise_experts.py, learning.py | smashed data, a head, public text; gradients of HBT training |
+| wbi | wbi.py | smashed data, a head |
+| coordinate-search | coordinate_search.py, matching.py | smashed data, a head, also an encoder |
 | gradient-sign | gradient_sign.py | the gradient of the logits (HT training) |
 | label-enumeration | label_enumeration.py | the gradient of hidden states (HBT training), a tail |
 | bli | label_reconstruction.py | the same |
@@ -29,6 +35,12 @@ def vflair_attacks() -> dict[str, str]:
         "vocabulary-search": "vflair_attacks.vocabulary_search:VocabularySearch",
         "greedy-search": "vflair_attacks.vocabulary_search:GreedySearch",
         "nearest-embedding": "vflair_attacks.nearest_embedding:NearestEmbedding",
+        "vmi": "vflair_attacks.vmi:ModelInversion",
+        "patch-inversion": "vflair_attacks.patch_inversion:PatchInversion",
+        "inverter": "vflair_attacks.inverter:LearnedInverter",
+        "bisr": "vflair_attacks.bisr:BiSR",
+        "wbi": "vflair_attacks.wbi:WhiteBoxInversion",
+        "coordinate-search": "vflair_attacks.coordinate_search:CoordinateSearch",
         "gradient-sign": "vflair_attacks.gradient_sign:GradientSign",
         "label-enumeration": "vflair_attacks.label_enumeration:LabelEnumeration",
         "bli": "vflair_attacks.label_reconstruction:BatchLabelReconstruction",

@@ -14,6 +14,8 @@ import torch
 from attrs import define, field, frozen, validators
 from torch import Tensor
 
+from vflair_attacks.descent import Budget
+from vflair_attacks.matching import MATCHINGS, NEAREST_L1, Matching, Measure, measure_of
 from vflair_core import AttackError, Guess
 from vflair_core.cache import cache_argument
 
@@ -32,18 +34,24 @@ class VocabularySearch:
     and a likelihood instead of the nearest candidate in L1, all candidates of a position in one pass.
 
     Attributes:
+        matching: likelihood of the known noise; sorted for permuted hidden dimensions; support for sparsified rows.
         beam: Hypotheses kept per example.
         prior: Weight of the language model's log-probability; 0 for none.
         margin: A hypothesis this many nats behind the best is dropped.
         chunk: Candidates tried in one pass.
         group: Examples searched together.
+        forwards: Most candidates tried in all; 0 for no limit.
+        seconds: Most seconds in all; 0 for no limit. Positions not reached have no guess.
     """
 
+    matching: Matching = field(default="likelihood", validator=validators.in_(MATCHINGS))
     beam: int = field(default=8, validator=validators.ge(1))
     prior: float = field(default=1.0, validator=validators.ge(0))
     margin: float = field(default=50.0, validator=validators.gt(0))
-    chunk: int = field(default=256, validator=validators.ge(1))
+    chunk: int = field(default=128, validator=validators.ge(1))
     group: int = field(default=16, validator=validators.ge(1))
+    forwards: int = field(default=0, validator=validators.ge(0))
+    seconds: float = field(default=0.0, validator=validators.ge(0))
 
     def __call__(
         self,
@@ -58,9 +66,7 @@ class VocabularySearch:
         """Return the tokens (N, T) of every example."""
         _refuse_unless_causal(head)
         known = parameters if parameters is not None else mechanism
-        measure = Measure(_squared, in_nats=False)
-        if known is not None:
-            measure = Measure(known.log_likelihood, in_nats=known.in_nats)
+        measure = measure_of(self.matching, known)
         options = (measure, head, pretrained_model if self.prior else None, self)
         return _search_all(releases, lengths, options, progress)
 
@@ -77,7 +83,7 @@ class GreedySearch:
         group: Examples searched together.
     """
 
-    chunk: int = field(default=256, validator=validators.ge(1))
+    chunk: int = field(default=128, validator=validators.ge(1))
     group: int = field(default=16, validator=validators.ge(1))
 
     def __call__(
@@ -90,25 +96,7 @@ class GreedySearch:
         """Return the tokens (N, T) of every example."""
         _refuse_unless_causal(head)
         plan = VocabularySearch(beam=1, prior=0.0, chunk=self.chunk, group=self.group)
-        return _search_all(
-            releases[:1], lengths, (Measure(_nearest_l1, in_nats=True), head, None, plan), progress
-        )
-
-
-@frozen
-class Measure:
-    """How well a hidden state explains an observation; `in_nats` if that is a log-likelihood."""
-
-    score: Callable[[Tensor, Tensor], Tensor]
-    in_nats: bool
-
-
-def _squared(observed: Tensor, hidden: Tensor) -> Tensor:
-    return -(observed - hidden).square().sum(-1)
-
-
-def _nearest_l1(observed: Tensor, hidden: Tensor) -> Tensor:
-    return -(observed - hidden).abs().sum(-1)
+        return _search_all(releases[:1], lengths, (NEAREST_L1, head, None, plan), progress)
 
 
 def _refuse_unless_causal(head: Any) -> None:
@@ -124,20 +112,22 @@ def _search_all(
 ) -> Guess:
     count, longest = releases.shape[1:3]
     tokens = torch.full((count, longest), -1)
-    plan: VocabularySearch = options[3]
-    forwards, done, total = 0, 0, int(lengths.sum())
+    measure, head, model, plan = options
+    budget = Budget(plan.forwards, plan.seconds)
+    done, total = 0, int(lengths.sum())
     order = lengths.argsort(descending=True)  # examples of like length together
     for rows in order.split(plan.group):
-        beam = _Beam(releases[:, rows], lengths[rows], *options)
+        seen, long = releases[:, rows].to(head.device), lengths[rows].to(head.device)
+        beam = _Beam(seen, long, measure, head, model, plan, budget)
         with torch.no_grad():
             for position in range(int(lengths[rows].max())):
-                alive = beam.advance(position)
-                done += alive
+                if budget.spent:
+                    break
+                done += beam.advance(position)
                 progress(done, total)
         for row, sequence in zip(rows.tolist(), beam.finish(), strict=True):
             tokens[row, : len(sequence)] = sequence
-        forwards += beam.forwards
-    return Guess(tokens=tokens, budget={"forwards": forwards})
+    return Guess(tokens=tokens, budget={"forwards": budget.forwards})
 
 
 @define(slots=False)
@@ -150,13 +140,14 @@ class _Beam:
     head: Any
     model: Any
     plan: VocabularySearch
-    forwards: int = 0
+    budget: Budget
 
     def __attrs_post_init__(self) -> None:
         count = len(self.lengths)
-        self.alive = torch.arange(count)
-        self.tokens = torch.zeros(count, 1, 0, dtype=torch.long)
-        self.scores = torch.zeros(count, 1)
+        device = self.lengths.device
+        self.alive = torch.arange(count, device=device)
+        self.tokens = torch.zeros(count, 1, 0, dtype=torch.long, device=device)
+        self.scores = torch.zeros(count, 1, device=device)
         self.cache = self.head.cache()
         self.prior_cache: Any = None
         self.found: dict[int, Tensor] = {}
@@ -177,7 +168,8 @@ class _Beam:
         keep = int((scores > scores[:, :1] - self.plan.margin).sum(1).max())
         scores, flat = scores[:, :keep], flat[:, :keep]
         parents, chosen = flat // vocabulary, flat % vocabulary  # (N, W')
-        rows = (torch.arange(count)[:, None] * width + parents).flatten()
+        starts = torch.arange(count, device=parents.device)[:, None] * width
+        rows = (starts + parents).flatten()
         self._select(rows)
         self.head.append(chosen.reshape(-1, 1), self.cache)
         earlier = self.tokens.gather(1, parents[..., None].expand(-1, -1, self.tokens.shape[2]))
@@ -188,6 +180,8 @@ class _Beam:
     def finish(self) -> list[Tensor]:
         """Return the best sequence of each example, in order."""
         self._retire(int(self.lengths.max()))
+        left = zip(self.alive.tolist(), self.tokens[:, 0], strict=True)
+        self.found |= {n: sequence for n, sequence in left if n not in self.found}
         return [self.found[n] for n in range(len(self.lengths))]
 
     def _likelihoods(self, observed: Tensor) -> Tensor:
@@ -196,21 +190,16 @@ class _Beam:
         vocabulary = len(self.head.embeddings)
         pieces = []
         for start in range(0, vocabulary, self.plan.chunk):
-            candidates = torch.arange(start, min(start + self.plan.chunk, vocabulary))
+            last = min(start + self.plan.chunk, vocabulary)
+            candidates = torch.arange(start, last, device=observed.device)
             hidden = self.head.try_tokens(candidates.expand(count * width, -1), self.cache)
             hidden = hidden.unflatten(0, (count, width))  # (N, W, C, D)
-            self.forwards += count * width * len(candidates)
+            self.budget.forwards += count * width * len(candidates)
             scored = [self.measure.score(seen[:, None, None], hidden) for seen in observed]
             pieces.append(torch.stack(scored).sum(0))
         scores = torch.cat(pieces, dim=2)
-        return scores if self.measure.in_nats else self._in_nats(scores, observed)
-
-    def _in_nats(self, distances: Tensor, observed: Tensor) -> Tensor:
-        """Turn minus squared distances into log-likelihoods, for each example by what its best one leaves."""
-        releases, _, size = observed.shape
-        best = -distances.flatten(1).max(1).values / (releases * size)  # (N,)
-        variance = torch.maximum(best, self.scale[self.alive])
-        return distances / (2 * variance[:, None, None])
+        size = len(observed) * observed.shape[-1]
+        return self.measure.in_nats(scores, size, self.scale[self.alive])
 
     def _prior(self) -> Tensor:
         """Log p_LM of every next token of every hypothesis: (N, W, V)."""
@@ -229,7 +218,7 @@ class _Beam:
             return
         width = self.scores.shape[1]
         slots = going.nonzero().flatten()
-        self._select((slots[:, None] * width + torch.arange(width)).flatten())
+        self._select((slots[:, None] * width + torch.arange(width, device=slots.device)).flatten())
         self.alive, self.tokens, self.scores = (
             self.alive[going],
             self.tokens[going],

@@ -154,3 +154,54 @@ def test_knowing_a_mechanism_without_noise_is_no_handicap():
     options = {"mechanism": Silent(), "pretrained_model": model}
     guess = VocabularySearch()(head(ids)[None], torch.full((4,), 8), head, **options)
     assert torch.equal(guess.tokens, ids)
+
+
+def defended(change, kind="llama", vocabulary=VOCABULARY):
+    """Hidden states of width 64 as `change` leaves them, and the text."""
+    torch.manual_seed(0)
+    model = tiny_model(kind, vocab_size=vocabulary, hidden_size=64, initializer_range=0.02)
+    head, _ = halves(model, Partition(2, 1))
+    ids = torch.randint(3, vocabulary, (4, 8))
+    return change(head(ids))[None], torch.full((4,), 8), head, ids
+
+
+def permuted(hidden):
+    """Each row in an order of its own."""
+    return torch.stack([row[torch.randperm(64)] for row in hidden.view(-1, 64)]).view_as(hidden)
+
+
+def sparsified(hidden):
+    """The largest 5 % of each row."""
+    least = hidden.abs().topk(3, dim=-1).values[..., -1:]
+    return hidden * (hidden.abs() >= least)
+
+
+def four_bits(hidden):
+    """Fifteen levels between the largest magnitudes of each row."""
+    step = hidden.abs().amax(-1, keepdim=True) / 7
+    return (hidden / step).round() * step
+
+
+@pytest.mark.parametrize(
+    ("change", "matching"),
+    [(permuted, "sorted"), (sparsified, "support"), (four_bits, "likelihood")],
+    ids=["permuted", "sparsified", "int4"],
+)
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_what_keeps_values_keeps_the_text(change, matching, kind):
+    *seen, ids = defended(change, kind)
+    assert torch.equal(VocabularySearch(matching=matching, beam=4)(*seen).tokens, ids)
+
+
+@pytest.mark.parametrize("change", [permuted, sparsified])
+def test_the_plain_likelihood_does_not_see_through_a_change_of_coordinates(change):
+    *seen, ids = defended(change)
+    assert accuracy(VocabularySearch(beam=4)(*seen), ids) < 0.5
+
+
+def test_a_limit_on_candidates_leaves_later_positions_without_a_guess():
+    *seen, ids = defended(lambda hidden: hidden)
+    guess = VocabularySearch(beam=1, forwards=4 * VOCABULARY * 3)(*seen)
+    assert torch.equal(guess.tokens[:, :3], ids[:, :3])
+    assert bool((guess.tokens[:, 3:] == -1).all())
+    assert guess.budget["forwards"] == 4 * VOCABULARY * 3

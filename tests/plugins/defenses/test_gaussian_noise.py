@@ -12,7 +12,8 @@ from vflair_core import DefenseError, Partition, Transcript, split
 from vflair_core.defense import Exchange
 from vflair_core.encoding import train_tokenizer
 from vflair_core.testing import tiny_model
-from vflair_defenses.gaussian_noise import GaussianNoise, clip_rows
+from vflair_defenses.gaussian_noise import GaussianMechanism, GaussianNoise
+from vflair_defenses.rows import clip_rows
 
 PUBLIC = ["Public text that anyone may read, long enough for a few rows."] * 4
 
@@ -174,3 +175,12 @@ def test_a_defense_without_clip_or_public_text_says_what_to_do():
         GaussianNoise(noise_multiplier=1.0, clip=math.inf).on_smashed(
             torch.zeros(1, 2, 3), exchange()
         )
+
+
+def test_what_an_attacker_draws_has_the_mean_and_the_spread_of_what_is_sent():
+    mechanism = GaussianMechanism(bound=2.0, sigma=0.5)
+    hidden = torch.full((20_000, 2), 3.0)  # longer than the bound
+    drawn = mechanism.sample(hidden, torch.Generator().manual_seed(0))
+    # Five standard errors: a false alarm in a million.
+    assert float((drawn.mean(0) - 2.0 / 2**0.5).abs().max()) < 5 * 0.5 / 20_000**0.5
+    assert float((drawn.std(0) - 0.5).abs().max()) < 5 * 0.5 / (2 * 20_000) ** 0.5

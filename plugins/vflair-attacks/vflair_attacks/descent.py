@@ -1,0 +1,174 @@
+"""What attacks by optimisation share: what the defense does on purpose, budgets, descent, and decoding."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from attrs import define, field, frozen
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from vflair_core import AttackError
+
+Progress = Callable[..., None]
+Loss = Literal["mse", "cosine"]
+Metric = Literal["cosine", "l2"]
+
+
+@define
+class Budget:
+    """Forwards of one example through the head, and seconds, with a limit on each; 0 is no limit."""
+
+    most_forwards: int = 0
+    most_seconds: float = 0.0
+    forwards: int = 0
+    _start: float = field(factory=time.monotonic)
+
+    @property
+    def spent(self) -> bool:
+        """Whether a limit is reached."""
+        late = time.monotonic() - self._start > self.most_seconds
+        many = self.forwards >= self.most_forwards
+        return bool((self.most_seconds and late) or (self.most_forwards and many))
+
+
+@frozen(eq=False)
+class Target:
+    """Hidden states to explain, and the pipeline that an attacker believes made them.
+
+    Args:
+        observed: (B, T, D), the mean over releases.
+        mask: (B, T), bool; rows that are padding explain nothing and are not looked at.
+        head: The head, from embeddings.
+        defend: The deterministic part of the defense; the identity to who knows of none.
+        loss: Mean squared error in units of the observation's mean square, or 1 − cosine.
+    """
+
+    observed: Tensor
+    mask: Tensor
+    head: Any
+    defend: Callable[[Tensor], Tensor]
+    loss: Loss
+
+    def losses(self, embeds: Tensor, rows: slice = slice(None)) -> Tensor:
+        """How badly embeddings (B, T', D) explain the `rows` of each example: (B,)."""
+        length = embeds.shape[1]
+        hidden = self.head(inputs_embeds=embeds, attention_mask=self.mask[:, :length].long())
+        made, seen = self.defend(hidden)[:, rows], self.observed[:, :length][:, rows]
+        real = self.mask[:, :length][:, rows].to(made.dtype)
+        if self.loss == "cosine":
+            away = (1 - cosine_similarity(made, seen, dim=-1)) * real
+            return away.sum(1) / real.sum(1).clamp_min(1)
+        off = (made - seen).square().sum(-1) * real
+        size = (seen.square().sum(-1) * real).sum(1)
+        return off.sum(1) / size.clamp_min(1e-12)
+
+    def first(self, length: int) -> Target:
+        """The same, of the first positions only."""
+        return Target(
+            self.observed[:, :length], self.mask[:, :length], self.head, self.defend, self.loss
+        )
+
+
+def deterministic_part(mechanism: Any, parameters: Any) -> Callable[[Tensor], Tensor]:
+    """What the defense does to hidden states on purpose, as far as it is known."""
+    known = parameters if parameters is not None else mechanism
+    return (lambda hidden: hidden) if known is None else known.expected
+
+
+def descend(
+    start: Tensor,  # (B, ...)
+    losses: Callable[[Tensor], Tensor],  # -> (B,)
+    *,
+    steps: int,
+    rate: float,
+    budget: Budget,
+    tell: Callable[[int, float], None] = lambda *_: None,
+    decay: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Minimise every example's own loss by Adam, and return the best point of each and its loss.
+
+    The rate falls to zero along half a cosine. Adam works by coordinate, so examples do not touch each other.
+    `tell` hears (step, mean of the lowest losses).
+    """
+    variable = start.detach().clone().requires_grad_()
+    optimizer = torch.optim.AdamW([variable], lr=rate, weight_decay=decay)
+    best = start.detach().clone()
+    lowest = torch.full((len(start),), math.inf, device=start.device)
+    with torch.enable_grad():
+        for step in range(steps + 1):
+            loss = losses(variable)
+            budget.forwards += len(start)
+            better = loss.detach() < lowest
+            best[better], lowest[better] = variable.detach()[better], loss.detach()[better].float()
+            if step == steps or budget.spent:
+                break
+            optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+            (variable.grad,) = torch.autograd.grad(loss.sum(), variable)
+            optimizer.step()
+            if step % 50 == 0:
+                tell(step, float(lowest.mean()))
+    return best, lowest
+
+
+def around_the_mean(
+    table: Tensor, shape: tuple[int, ...], generator: torch.Generator, noise: float = 0.01
+) -> Tensor:
+    """Start at the mean embedding and a little noise; zero would be degenerate under RMSNorm: (*shape, D)."""
+    drawn = torch.randn((*shape, table.shape[1]), generator=generator).to(table)
+    return table.mean(0) + noise * rms(table) * drawn
+
+
+def rms(table: Tensor) -> float:
+    """Root mean square of all entries: the unit in which steps and noise are counted."""
+    return float(table.square().mean().sqrt())
+
+
+def nearest_tokens(
+    vectors: Tensor, table: Tensor, metric: Metric = "cosine", chunk: int = 4096
+) -> Tensor:
+    """Return the token whose embedding is nearest to each vector: (..., D), (V, D) → (...)."""
+    rows = vectors.reshape(-1, vectors.shape[-1]).split(chunk)
+    if metric == "cosine":
+        unit = normalize(table, dim=-1)
+        found = [(normalize(part, dim=-1) @ unit.T).argmax(-1) for part in rows]
+    else:
+        size = table.square().sum(-1) / 2
+        found = [(part @ table.T - size).argmax(-1) for part in rows]
+    return torch.cat(found).view(vectors.shape[:-1])
+
+
+def batches(mask: Tensor, size: int) -> Iterator[Tensor]:
+    """Yield the numbers of examples, those of like length together."""
+    yield from mask.sum(1).argsort(descending=True).split(size)
+
+
+def targets(
+    releases: Tensor,  # (R, N, T, D)
+    mask: Tensor,  # (N, T)
+    head: Any,
+    defend: Callable[[Tensor], Tensor],
+    loss: Loss,
+    size: int,
+) -> Iterator[tuple[Tensor, Target]]:
+    """Yield numbers of examples and what there is to explain of them, padded to their own longest.
+
+    Raises:
+        AttackError: There is nothing to invert.
+    """
+    if not mask.any():
+        raise AttackError("No position of any example is real: there is nothing to invert.")
+    observed = releases.mean(0)
+    for numbers in batches(mask, size):
+        longest = int(mask[numbers].sum(1).max())
+        part = observed[numbers, :longest].to(head.device), mask[numbers, :longest].to(head.device)
+        yield numbers, Target(*part, head, defend, loss)
+
+
+def put(tokens: Tensor, numbers: Tensor, found: Tensor, mask: Tensor) -> None:
+    """Write what was found of some examples (B, T') into all guesses (N, T), -1 where nothing is real."""
+    tokens[numbers, : found.shape[1]] = torch.where(mask, found, -1).to(tokens.device)

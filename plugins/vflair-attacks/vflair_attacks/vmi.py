@@ -1,0 +1,93 @@
+"""Invert the head: look for embeddings that give the hidden states that were seen."""
+
+from __future__ import annotations
+
+import torch
+from attrs import field, frozen, validators
+from torch import Tensor
+
+from vflair_attacks.descent import (
+    Budget,
+    Loss,
+    Metric,
+    Progress,
+    Target,
+    around_the_mean,
+    descend,
+    deterministic_part,
+    nearest_tokens,
+    put,
+    rms,
+    targets,
+)
+from vflair_core import Guess
+from vflair_core.halves import Head
+
+
+@frozen
+class ModelInversion:
+    """Minimise ℓ(D(head(Z)), H) over embeddings Z, and take the nearest token to each row of Z.
+
+    Fredrikson et al., "Model Inversion Attacks", CCS 2015, for the hidden states of a language model, as VMI in
+    VFLAIR-LLM. D is the defense's deterministic part where it is known; several releases are averaged first.
+    Differs from VFLAIR-LLM: the loss is zero where the states agree (theirs takes a cross-entropy of
+    activations, which is not), padding is left out, and the best of several starts counts, by its own loss.
+
+    Attributes:
+        loss: mse, in units of the mean square of what was seen, or cosine.
+        metric: How the nearest token is found: cosine or l2.
+        steps: Steps of Adam in each start.
+        rate: First step length, in units of the rms of the embedding table.
+        restarts: Starts, each at the mean embedding and a little noise.
+        batch: Examples inverted together.
+        forwards: Most forwards of one example in all; 0 for no limit.
+        seconds: Most seconds in all; 0 for no limit.
+    """
+
+    loss: Loss = field(default="mse", validator=validators.in_(("mse", "cosine")))
+    metric: Metric = field(default="cosine", validator=validators.in_(("cosine", "l2")))
+    steps: int = field(default=500, validator=validators.ge(1))
+    rate: float = field(default=0.1, validator=validators.gt(0))
+    restarts: int = field(default=3, validator=validators.ge(1))
+    batch: int = field(default=16, validator=validators.ge(1))
+    forwards: int = field(default=0, validator=validators.ge(0))
+    seconds: float = field(default=0.0, validator=validators.ge(0))
+
+    def __call__(
+        self,
+        releases: Tensor,  # (R, N, T, D)
+        mask: Tensor,  # (N, T)
+        head: Head,
+        generator: torch.Generator,
+        mechanism: object = None,
+        parameters: object = None,
+        progress: Progress = lambda *_: None,
+    ) -> Guess:
+        """Return the tokens (N, T) of every example."""
+        budget, table = Budget(self.forwards, self.seconds), head.vectors()
+        tokens, done = torch.full(mask.shape, -1), 0
+        defend = deterministic_part(mechanism, parameters)
+        for numbers, target in targets(releases, mask, head, defend, self.loss, self.batch):
+            embeds = self._invert(target, table, generator, budget, done, len(mask), progress)
+            put(tokens, numbers, nearest_tokens(embeds, table, self.metric), target.mask)
+            done += len(numbers)
+            progress(done, len(mask))
+        return Guess(tokens=tokens, budget={"forwards": budget.forwards})
+
+    def _invert(
+        self, target: Target, table: Tensor, generator: torch.Generator, budget: Budget,
+        done: int, total: int, progress: Progress,
+    ) -> Tensor:  # fmt: skip
+        best = around_the_mean(table, target.mask.shape, generator)
+        lowest = torch.full((len(best),), torch.inf, device=best.device)
+        for restart in range(self.restarts):
+            start = best if restart == 0 else around_the_mean(table, target.mask.shape, generator)
+            found, loss = descend(
+                start, target.losses, steps=self.steps, rate=self.rate * rms(table), budget=budget,
+                tell=lambda _, objective: progress(done, total, objective),
+            )  # fmt: skip
+            better = loss < lowest
+            best[better], lowest[better] = found[better], loss[better]
+            if budget.spent:
+                break
+        return best

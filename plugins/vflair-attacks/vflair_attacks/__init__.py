@@ -11,6 +11,9 @@
 | bisr | bisr.py, noise_experts.py, learning.py | smashed data, a head, public text; gradients of HBT training |
 | wbi | wbi.py | smashed data, a head |
 | coordinate-search | coordinate_search.py, matching.py | smashed data, a head, also an encoder |
+| beam-clean | beam_clean.py, priors.py | noisy smashed data, a causal head or the embedding table |
+| model-completion | model_completion.py | returned states and a tail, or logits |
+| joint-inversion | model_completion.py, priors.py | smashed data and a causal head; returned states and a tail |
 | gradient-sign | gradient_sign.py | the gradient of the logits (HT training) |
 | label-enumeration | label_enumeration.py | the gradient of hidden states (HBT training), a tail |
 | bli | label_reconstruction.py | the same |
@@ -41,6 +44,9 @@ def vflair_attacks() -> dict[str, str]:
         "bisr": "vflair_attacks.bisr:BiSR",
         "wbi": "vflair_attacks.wbi:WhiteBoxInversion",
         "coordinate-search": "vflair_attacks.coordinate_search:CoordinateSearch",
+        "beam-clean": "vflair_attacks.beam_clean:BeamClean",
+        "model-completion": "vflair_attacks.model_completion:ModelCompletion",
+        "joint-inversion": "vflair_attacks.model_completion:JointInversion",
         "gradient-sign": "vflair_attacks.gradient_sign:GradientSign",
         "label-enumeration": "vflair_attacks.label_enumeration:LabelEnumeration",
         "bli": "vflair_attacks.label_reconstruction:BatchLabelReconstruction",

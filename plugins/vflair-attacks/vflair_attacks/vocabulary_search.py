@@ -8,6 +8,7 @@ Injective and Hence Invertible", arXiv 2510.15511.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from vflair_attacks.descent import Budget
 from vflair_attacks.matching import MATCHINGS, NEAREST_L1, Matching, Measure, measure_of
+from vflair_attacks.priors import ModelPrior, Prior
 from vflair_core import AttackError, Guess
-from vflair_core.cache import cache_argument
 
 Progress = Callable[[int, int], None]
 # Of the variance of the observations: what rounding leaves when there is no noise.
@@ -64,11 +65,10 @@ class VocabularySearch:
         progress: Progress = lambda *_: None,
     ) -> Guess:
         """Return the tokens (N, T) of every example."""
-        _refuse_unless_causal(head)
         known = parameters if parameters is not None else mechanism
         measure = measure_of(self.matching, known)
-        options = (measure, head, pretrained_model if self.prior else None, self)
-        return _search_all(releases, lengths, options, progress)
+        make = None if pretrained_model is None else partial(ModelPrior, pretrained_model)
+        return search(releases, lengths, head, measure, self, make, progress)
 
 
 @frozen
@@ -94,31 +94,39 @@ class GreedySearch:
         progress: Progress = lambda *_: None,
     ) -> Guess:
         """Return the tokens (N, T) of every example."""
-        _refuse_unless_causal(head)
         plan = VocabularySearch(beam=1, prior=0.0, chunk=self.chunk, group=self.group)
-        return _search_all(releases[:1], lengths, (NEAREST_L1, head, None, plan), progress)
+        return search(releases[:1], lengths, head, NEAREST_L1, plan, None, progress)
 
 
-def _refuse_unless_causal(head: Any) -> None:
+def search(
+    releases: Tensor,
+    lengths: Tensor,
+    head: Any,
+    measure: Measure,
+    plan: VocabularySearch,
+    make_prior: Callable[[], Prior] | None = None,
+    progress: Progress = lambda *_: None,
+    budget: Budget | None = None,
+) -> Guess:
+    """Search all examples from left to right, with a prior made anew for each group.
+
+    Raises:
+        AttackError: The head is not causal.
+    """
     if not head.is_causal():
         raise AttackError(
             "Vocabulary search needs a causal head: in this one, a row depends on later tokens too. "
-            "Use nearest-embedding."
+            "Use coordinate-search or nearest-embedding."
         )
-
-
-def _search_all(
-    releases: Tensor, lengths: Tensor, options: tuple[Any, ...], progress: Progress
-) -> Guess:
     count, longest = releases.shape[1:3]
     tokens = torch.full((count, longest), -1)
-    measure, head, model, plan = options
-    budget = Budget(plan.forwards, plan.seconds)
+    budget = budget or Budget(plan.forwards, plan.seconds)
     done, total = 0, int(lengths.sum())
     order = lengths.argsort(descending=True)  # examples of like length together
     for rows in order.split(plan.group):
         seen, long = releases[:, rows].to(head.device), lengths[rows].to(head.device)
-        beam = _Beam(seen, long, measure, head, model, plan, budget)
+        prior = make_prior() if make_prior is not None and plan.prior else None
+        beam = _Beam(seen, long, rows.to(head.device), measure, head, prior, plan, budget)
         with torch.no_grad():
             for position in range(int(lengths[rows].max())):
                 if budget.spent:
@@ -136,9 +144,10 @@ class _Beam:
 
     observed: Tensor  # (R, N, T, D)
     lengths: Tensor
+    numbers: Tensor  # of the examples, among all
     measure: Measure
     head: Any
-    model: Any
+    prior: Prior | None
     plan: VocabularySearch
     budget: Budget
 
@@ -149,7 +158,6 @@ class _Beam:
         self.tokens = torch.zeros(count, 1, 0, dtype=torch.long, device=device)
         self.scores = torch.zeros(count, 1, device=device)
         self.cache = self.head.cache()
-        self.prior_cache: Any = None
         self.found: dict[int, Tensor] = {}
         spread = [self.observed[:, n, :length].var() for n, length in enumerate(self.lengths)]
         self.scale = (torch.stack(spread) * ROUNDING).clamp_min(1e-30)  # (N,)
@@ -160,8 +168,9 @@ class _Beam:
         count, width = self.scores.shape
         observed = self.observed[:, self.alive, position]  # (R, N, D)
         gain = self._likelihoods(observed)  # (N, W, V)
-        if self.model is not None and position:
-            gain += self.plan.prior * self._prior()
+        if self.prior is not None and position:
+            said = self.prior.following(self.tokens, self.numbers[self.alive])
+            gain = gain + self.plan.prior * said
         total = (self.scores[..., None] + gain).flatten(1)  # (N, W·V)
         vocabulary = gain.shape[-1]
         scores, flat = total.topk(min(self.plan.beam, total.shape[1]), dim=1)
@@ -201,14 +210,6 @@ class _Beam:
         size = len(observed) * observed.shape[-1]
         return self.measure.in_nats(scores, size, self.scale[self.alive])
 
-    def _prior(self) -> Tensor:
-        """Log p_LM of every next token of every hypothesis: (N, W, V)."""
-        latest = self.tokens[:, :, -1].reshape(-1, 1)
-        name = cache_argument(self.model)
-        outputs = self.model(input_ids=latest, use_cache=True, **{name: self.prior_cache})
-        self.prior_cache = outputs[name]
-        return outputs.logits[:, -1].log_softmax(-1).unflatten(0, self.scores.shape)
-
     def _retire(self, position: int) -> None:
         """Take finished examples out of the beam."""
         going = self.lengths[self.alive] > position
@@ -227,5 +228,5 @@ class _Beam:
 
     def _select(self, rows: Tensor) -> None:
         self.cache.batch_select_indices(rows)
-        if self.prior_cache is not None:
-            self.prior_cache.batch_select_indices(rows)
+        if self.prior is not None:
+            self.prior.select(rows)

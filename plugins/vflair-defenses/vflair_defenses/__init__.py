@@ -16,6 +16,7 @@
 | mid | mid.py | a mean bound of information in nats per token, measured; no DP |
 | adversarial-training | adversarial_training.py | nothing |
 | nopeek | nopeek.py | nothing |
+| text-obfuscator | text_obfuscator.py | nothing |
 | dx-noise | dx_noise.py | metric DP: η times distance, per token embedding |
 | split-and-denoise | split_and_denoise.py | metric DP: η times distance, per row |
 | dp-forward | dp_forward.py | (ε, δ)-DP per message of a whole sequence, composed |
@@ -43,6 +44,7 @@ OFFERED = {
     "mid": "mid:Mid",
     "adversarial-training": "adversarial_training:AdversarialTraining",
     "nopeek": "nopeek:NoPeek",
+    "text-obfuscator": "text_obfuscator:TextObfuscator",
     "dx-noise": "dx_noise:DxNoise",
     "split-and-denoise": "split_and_denoise:SplitAndDenoise",
     "dp-forward": "dp_forward:DpForward",

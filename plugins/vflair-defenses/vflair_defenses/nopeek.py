@@ -70,8 +70,7 @@ def distance_correlation(x: Tensor, y: Tensor) -> Tensor:  # (N, D), (N, E) -> (
 
 
 def _centred_distances(rows: Tensor) -> Tensor:
-    squares = (rows[:, None] - rows[None]).square().sum(-1)
-    same = squares == 0  # the root has no slope there
-    distances = torch.where(same, 1.0, squares).sqrt() * ~same
+    # By differences: products would leave the diagonal off zero, where the root is steepest.
+    distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
     means = distances.mean(0)
     return distances - means[None] - means[:, None] + means.mean()

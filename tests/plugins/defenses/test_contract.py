@@ -35,6 +35,7 @@ CASES = {
     "mid": ({"decoder": "linear", "code": 4}, {"noise": 0.0}),
     "adversarial-training": ({}, {"weight": 0.0, "distortion": 0.0}),
     "nopeek": ({}, {"weight": 0.0}),
+    "text-obfuscator": ({"clusters": 5}, {"epsilon": math.inf, "close": 0.0, "away": 0.0}),
     "dx-noise": ({}, {"eta": math.inf}),
     "split-and-denoise": ({"steps": 3}, {"eta": math.inf, "clip": math.inf}),
     "dp-forward": ({}, {"epsilon": math.inf, "clip": math.inf}),

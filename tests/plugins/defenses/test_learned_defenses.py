@@ -21,6 +21,7 @@ from vflair_defenses.mid import (
     token_error_bound,
 )
 from vflair_defenses.nopeek import NoPeek, distance_correlation
+from vflair_defenses.text_obfuscator import TextObfuscator, k_means
 
 
 def test_the_divergence_equals_torchs_summed_over_the_code():
@@ -203,6 +204,38 @@ def test_nopeek_lowers_the_distance_correlation_it_charges_for(defended):
             rounds.step(batch)
         rows = party.smashed(input_ids=batch["input_ids"], use_cache=False).flatten(0, 1)
         embedded = party.model.get_input_embeddings()(batch["input_ids"]).detach().flatten(0, 1)
-        return float(distance_correlation(embedded, rows))
+        return float(distance_correlation(embedded, rows.detach()))
 
     assert correlation(20.0) < correlation(0.0) - 0.1
+
+
+def test_k_means_finds_clusters_that_are_there_and_no_step_would_improve():
+    rows = torch.cat([torch.randn(30, 3) * 0.1 + centre for centre in (0.0, 5.0, 10.0)])
+    centres, own = k_means(rows, 3, seed=2)
+    for cluster in range(3):
+        assert torch.allclose(centres[cluster], rows[own == cluster].mean(0), atol=1e-5)
+    assert torch.equal(own, torch.cdist(rows, centres).argmin(1))
+    assert [len(own[n * 30 : n * 30 + 30].unique()) for n in range(3)] == [1, 1, 1]
+
+
+def test_rows_move_to_their_clusters_and_a_frozen_head_is_refused(defended):
+    def distance(close):
+        defense = TextObfuscator(close=close, away=0.0, clusters=4, epsilon=1e3)
+        parties = defended([defense])
+        party = parties.data_party
+        batch = tiny_batch(parties.whole, rows=4, labels="tokens")
+        rounds = FineTuning(party, Train(learning_rate=0.02))
+        for _ in range(30):
+            rounds.step(batch)
+        with torch.no_grad():
+            rows = party.smashed(input_ids=batch["input_ids"], use_cache=False)
+        own = defense._centres[defense._cluster_of[batch["input_ids"]]]
+        return float((rows - own).square().sum(-1).mean())
+
+    assert distance(1.0) < 0.5 * distance(1e-9)
+    parties = defended([TextObfuscator(clusters=4)])
+    for weight in parties.data_party.parameters():
+        weight.requires_grad_(False)
+    parties.data_party.model.train()
+    with pytest.raises(DefenseError, match="nothing in it is trainable"):
+        parties.data_party.model(**tiny_batch(parties.whole, labels="tokens"), use_cache=False)

@@ -106,7 +106,8 @@ def test_a_defense_without_an_adaptive_attack_is_printed_as_not_evaluated(pm, tm
     show_result(result, tmp_path)
     said = " ".join(capsys.readouterr().out.split())
     assert "NOT EVALUATED" not in said
-    assert "strongest is vocabulary-search" in said
+    first = result.numbers["defended"]["strongest"][0]
+    assert f"from {first['knowledge']}: strongest is {first['attack']} with AP" in said
 
 
 def test_victims_set_aside_are_not_in_the_reported_number(pm):

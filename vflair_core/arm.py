@@ -118,6 +118,7 @@ def run_arm(
             prior=setting.prior,
             subset=range(len(crossing_again(setting))),
             control=control,
+            development=e.victims.development,
             references=references if defenses else None,
             isolation=e.isolation,
             progress=lambda label, done, total: setting.report(f"{name}: {label}", done, total),

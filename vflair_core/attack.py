@@ -7,7 +7,7 @@ An attack is a callable; a frozen record when it has options. Its parameters nam
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,23 @@ class Guess:
         """All that is guessed, by name."""
         named = {name: getattr(self, name) for name in GUESSED}
         return {name: value for name, value in named.items() if value is not None}
+
+    def of(self, rows: Sequence[int]) -> Guess:
+        """What is guessed of some victims, in the order of `rows`; candidates stay as they are.
+
+        Raises:
+            AttackError: It has no row for one of them.
+        """
+        for name, value in self.tensors.items():
+            if name != "members" and rows and max(rows) >= len(value):
+                raise AttackError(
+                    f"The attack guessed {name} for {len(value)} victims; victim {max(rows)} is missing."
+                )
+        kept = {
+            name: value if name == "members" else value[list(rows)]
+            for name, value in self.tensors.items()
+        }
+        return Guess(**kept, positive=self.positive, budget=self.budget)
 
 
 def wants(attack: Attack) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vflair_core.attack import check, wants
 from vflair_core.channel import Transcript
 from vflair_core.data_party import DataParty
+from vflair_core.defense import Defense
 from vflair_core.errors import AttackError
 from vflair_core.grading import Grade, Truth
 from vflair_core.judging import Reference, grade, judge, performance
@@ -84,6 +85,7 @@ def attack_and_grade(
     prior: Tensor | None,
     subset: Sequence[int],
     control: Truth | None = None,
+    development: int = 0,
     references: Sequence[Reference] | None = None,
     isolation: Isolation = "process",
     progress: Progress = lambda *_: None,
@@ -98,6 +100,7 @@ def attack_and_grade(
         prior: (T,) the best guess of someone who knows the public text and saw no message.
         subset: Rows of the victims that crossed again with the defense bypassed.
         control: What really was there then; a defense that changes text does not change it.
+        development: Last victims, which choose among attacks and are not reported.
         references: What each attack reached in the undefended arm; None for that arm itself.
         isolation: process for a worker of its own, inline for this process.
         progress: Told (attack, done, total) now and then.
@@ -122,29 +125,37 @@ def attack_and_grade(
                     "guess tokens."
                 )
             decode = getattr(evidence.party.tokenizer, "decode", None)
-            found = grade(guess, truth, prior, decode, name=launch.name, knowledge=launch.label)
+            reported = range(len(truth.tokens) - development)
+            found = grade(
+                guess.of(reported), truth.of(reported), prior, decode, name=launch.name, knowledge=launch.label,
+            )  # fmt: skip
+            found.adaptive = _is_adaptive(launch, evidence)
+            if development:
+                apart = range(len(reported), len(truth.tokens))
+                found.development = performance(guess.of(apart), truth, apart)
             found.seconds = seconds
             bypassed = None
             if evidence.bypassed is not None:
                 again, _ = read_guess(folder / f"guess-{number}-bypassed")
                 bypassed = _accuracy_of(again, truth, subset, control)
-            found.reference = _on_subset(guess, truth, subset)
+            found.reference = performance(guess.of(subset), truth, subset)
             grades.append(judge(found, references[number] if references else None, bypassed))
     return grades
+
+
+def _is_adaptive(launch: Launch, evidence: Evidence) -> bool:
+    """Whether the attack can take the defense into account: told of its mechanism, or of what comes through it."""
+    asked = {name for kind in wants(launch.attack) for name in kind} & launch.granted
+    defenses = evidence.party.defenses.each
+    told = any(type(defense).mechanism is not Defense.mechanism for defense in defenses)
+    used = ("mechanism", "parameters") if told else ()
+    return bool(defenses) and bool(asked & {"queries", *used})
 
 
 def _accuracy_of(guess: Any, truth: Truth, subset: Sequence[int], control: Truth | None) -> float:
     if control is None:
         return performance(guess, truth, subset)
     return performance(guess, control, range(len(subset)))
-
-
-def _on_subset(guess: Any, truth: Truth, subset: Sequence[int]) -> float:
-    rows = {
-        name: value if name == "members" else value[list(subset)]
-        for name, value in guess.tensors.items()
-    }
-    return performance(type(guess)(**rows, positive=guess.positive), truth, subset)
 
 
 def _run(folder: Path, isolation: Isolation, progress: Progress) -> None:

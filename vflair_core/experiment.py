@@ -98,6 +98,7 @@ class Victims:
         bypass: Victims that cross once more with the defense bypassed, for the positive control.
         queries: Public texts sent through the defended pipeline for attacks that ask for `queries`.
         known: First victims whose labels the attacker is told, for attacks that ask for `known_labels`; labels are graded on the others.
+        development: Last victims, on which the strongest attack is chosen; grades are of the others.
         candidates: Texts offered to attacks on membership, one half victims, the other never used.
         share_updates: The attacker also sees the gradients of the data party's weights for each victim, as an aggregator of several data parties would; an assumption that the result states.
     """
@@ -110,6 +111,7 @@ class Victims:
     bypass: int = field(default=4, validator=validators.ge(1))
     queries: int = field(default=64, validator=validators.ge(0))
     known: int = field(default=0, validator=validators.ge(0))
+    development: int = field(default=0, validator=validators.ge(0))
     candidates: int = field(default=0, validator=validators.ge(0))
     share_updates: bool = False
 
@@ -118,9 +120,10 @@ class Victims:
             raise ExperimentError(
                 'victims.share_updates needs victims.phase = "train": at inference there is no gradient.'
             )
-        if self.known >= self.count:
+        if self.known + self.development >= self.count - 1:
             raise ExperimentError(
-                f"victims.known is {self.known} of victims.count = {self.count}: no victim would be left to guess."
+                f"victims.known = {self.known} and victims.development = {self.development} of victims.count = "
+                f"{self.count}: at least two victims must be left to grade."
             )
         if self.candidates % 2 or self.candidates > 2 * self.count:
             raise ExperimentError(
@@ -135,6 +138,7 @@ class Experiment:
 
     Attributes:
         seed: Seed of every random stream.
+        seeds: Run once with each of these seeds instead, at least five; the result adds means and paired intervals over them.
         model: The model.
         pretrain: The public phase.
         task: The private task.
@@ -156,6 +160,7 @@ class Experiment:
     task: Named
     model: Model
     seed: int = 0
+    seeds: tuple[int, ...] = field(default=(), converter=tuple)
     pretrain: Pretrain = Pretrain()
     partition: Partition = Partition()
     train: Train = Train()
@@ -170,6 +175,13 @@ class Experiment:
     save: bool = False
     isolation: Literal["process", "inline"] = "process"
     threads: int = field(default=0, validator=validators.ge(0))
+
+    def __attrs_post_init__(self) -> None:
+        if self.seeds and len(set(self.seeds)) < max(5, len(self.seeds)):
+            raise ExperimentError(
+                f"seeds = {list(self.seeds)}: give five or more, all different, or none. An interval over fewer "
+                "says little."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, in the order of the fields."""

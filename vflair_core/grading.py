@@ -39,6 +39,19 @@ class Truth:
     known: frozenset[int] = frozenset()
     members: Tensor | None = None
 
+    def of(self, rows: Sequence[int]) -> Truth:
+        """The truth about some victims, in the order of `rows`; candidates stay as they are."""
+        return Truth(
+            [self.tokens[n] for n in rows],
+            [self.private[n] for n in rows],
+            [self.texts[n] for n in rows] if self.texts else [],
+            [self.secrets[n] for n in rows] if self.secrets else [],
+            None if self.labels is None else self.labels[list(rows)],
+            [self.answers[n] for n in rows] if self.answers else [],
+            frozenset(at for at, n in enumerate(rows) if n in self.known),
+            self.members,
+        )
+
 
 @define
 class Grade:
@@ -63,11 +76,14 @@ class Grade:
     reference: float = 0.0  # performance on the victims that also cross with the defense bypassed
     seconds: float = 0.0
     informative: bool = True  # above its floor where nothing defends
+    adaptive: bool = False  # it knows the defense, or learned from what came through it
+    development: float | None = None  # performance on the victims that only choose among attacks
     recovered: list[str] = field(factory=list)  # the guesses as text; not among the numbers
+    hits: list[tuple[int, int]] = field(factory=list)  # by victim; not among the numbers
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values for a result file, without the recovered texts."""
-        return attrs.asdict(self, filter=lambda attribute, _: attribute.name != "recovered")
+        """As plain values for a result file, without what is kept of each victim."""
+        return attrs.asdict(self, filter=lambda a, _: a.name not in ("recovered", "hits"))
 
 
 def grade_tokens(
@@ -98,6 +114,7 @@ def grade_tokens(
         negative_control=floors["mismatched"],
         budget=dict(guess.budget or {}),
         recovered=[decode(row[row >= 0].tolist()) for row in tokens],
+        hits=hits,
     )
 
 

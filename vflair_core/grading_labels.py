@@ -156,5 +156,5 @@ def _grade(
 ) -> Grade:
     return Grade(
         name, knowledge, target, pooled(hits), interval(hits), max(floors.values()), floors, details,
-        negative_control=floors["mismatched"], budget=dict(guess.budget or {}),
+        negative_control=floors["mismatched"], budget=dict(guess.budget or {}), hits=list(hits),
     )  # fmt: skip

@@ -45,7 +45,8 @@ def let_cross(
 def crossing_again(setting: Setting) -> list[Example]:
     """The victims that cross once more with the defense bypassed: those whose labels are known do so in addition."""
     v = setting.experiment.victims
-    return setting.victims[: v.known + v.bypass]
+    last = min(v.known + v.bypass, v.count - v.development)
+    return setting.victims[:last]
 
 
 def _asked(setting: Setting, name: str) -> bool:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vflair_core.cuts import Recovery
+from vflair_core.ranking import NOT_EVALUATED
 from vflair_core.result import Result
 
 ARMS = ("undefended", "defended")
@@ -47,8 +48,9 @@ def show_result(result: Result, folder: Path) -> None:
     console = Console()
     arms = [arm for arm in ARMS if arm in result.numbers]
     console.print(_utility(result, arms), _privacy(result, arms), sep="\n")
-    for line in _remarks(result, arms):
-        console.print(line, style="yellow" if "failed" in line else "", highlight=False)
+    for line in (*_remarks(result, arms), *_seeds(result)):
+        warns = "failed" in line or "NOT EVALUATED" in line
+        console.print(line, style="yellow" if warns else "", highlight=False)
     sentence = _sentence(result, arms)
     if sentence is not None:
         console.print(sentence)
@@ -139,6 +141,9 @@ def _remarks(result: Result, arms: list[str]) -> Iterator[str]:
             apart = result.numbers[arm]["unsplit_losses_differ_by"]
             word = "equal" if equal else f"failed to equal (by up to {apart:.1g})"
             yield f"{arm}: all training losses {word} the unsplit model's."
+        if not result.numbers[arm].get("evaluated", True):
+            yield f"{arm}: {NOT_EVALUATED}."
+        yield from _strongest(arm, result.numbers[arm].get("strongest", ()))
         for guarantee in result.numbers[arm]["guarantees"]:
             outside = (
                 f" Outside the claim: {guarantee['excluded']}." if guarantee["mechanism"] else ""
@@ -147,6 +152,36 @@ def _remarks(result: Result, arms: list[str]) -> Iterator[str]:
         for grade in result.numbers[arm]["attacks"]:
             if grade["verdict"] != "ok":
                 yield f"{arm}, {grade['attack']}: {grade['verdict']}."
+
+
+def _strongest(arm: str, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The strongest attack on each target, from the first preset at which it is that."""
+    told: dict[str, str] = {}
+    for row in rows:
+        if told.get(row["target"]) == row["attack"]:
+            continue
+        told[row["target"]] = row["attack"]
+        low, high = row["interval"]
+        yield (
+            f"{arm}, {row['target']} from {row['knowledge']}: strongest is {row['attack']} with AP "
+            f"{row['attack_performance']:.3f} [{low:.2f}, {high:.2f}], floor {row['floor']:.3f}."
+        )
+
+
+def _seeds(result: Result) -> Iterator[str]:
+    """What all seeds say together, where there are several."""
+    found = result.numbers.get("over_seeds")
+    if found is None:
+        return
+    for row in found["attacks"]:
+        if "change" not in row:
+            yield f"{len(found['seeds'])} seeds, {row['attack']}: AP {row['undefended']:.3f} undefended."
+            continue
+        low, high = row["change_interval"]
+        yield (
+            f"{len(found['seeds'])} seeds, {row['attack']}: AP {row['undefended']:.3f} → {row['defended']:.3f}, "
+            f"change {row['change']:+.3f} [{low:+.3f}, {high:+.3f}] (paired, 95 %)."
+        )
 
 
 def _sentence(result: Result, arms: list[str]) -> Panel | None:

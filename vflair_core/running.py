@@ -6,7 +6,7 @@ import copy
 import importlib.metadata
 import platform
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from vflair_core.experiment import AttackSpec, Experiment, Victims
 from vflair_core.metrics import dcs, normalised_dcs
 from vflair_core.plugins import build, find, observe, plugin_manager
 from vflair_core.pretraining import prepare_model, prior_guess
+from vflair_core.ranking import is_evaluated, over_seeds, strongest
 from vflair_core.reader import Reader
 from vflair_core.result import Result
 from vflair_core.setting import Clock, Reporter, Setting
@@ -62,7 +63,7 @@ def run(
         with torch.random.fork_rng():
             if experiment.threads:
                 torch.set_num_threads(experiment.threads)
-            result, transcripts = _go(experiment, plugins, report, folder, strict=strict)
+            result, transcripts = _run_seeds(experiment, plugins, report, folder, strict=strict)
     except BaseException as error:
         observe(plugins, "vflair_run_failed", experiment=experiment, error=error)
         raise
@@ -74,7 +75,7 @@ def run(
     return result
 
 
-def _go(
+def _run_seeds(
     e: Experiment,
     plugins: pluggy.PluginManager,
     report: Reporter,
@@ -82,6 +83,32 @@ def _go(
     *,
     strict: bool,
 ) -> tuple[Result, dict[str, Transcript]]:
+    """Run once, or once with each seed: then the result is the first seed's, with what all of them say."""
+    runs: dict[int, Mapping[str, Arm]] = {}
+    first: Result | None = None
+    for seed in e.seeds or (e.seed,):
+        folder = out / f"seed-{seed}" if out is not None and e.seeds else out
+        result, arms = _go(
+            attrs.evolve(e, seed=seed, seeds=()), plugins, report, folder, strict=strict
+        )
+        first, runs[seed] = first or result, arms
+    assert first is not None  # there is at least one seed
+    transcripts = {name: arm.transcript for name, arm in next(iter(runs.values())).items()}
+    if not e.seeds:
+        return first, transcripts
+    numbers = {**first.numbers, "over_seeds": over_seeds(runs)}
+    whole = attrs.evolve(first, numbers=numbers, experiment=e.to_dict(), config_hash=e.digest)
+    return whole, transcripts
+
+
+def _go(
+    e: Experiment,
+    plugins: pluggy.PluginManager,
+    report: Reporter,
+    out: Path | None,
+    *,
+    strict: bool,
+) -> tuple[Result, dict[str, Arm]]:
     clock = Clock()
     with clock("task"):
         task: Task = build(find(plugins, "tasks", e.task.name), e.task.options)
@@ -116,6 +143,10 @@ def _go(
     numbers: dict[str, Any] = {name: arm.numbers for name, arm in arms.items()}
     if "defended" in arms and arms["defended"].grades:
         numbers["dcs"] = _scores(arms["undefended"], arms["defended"])
+    for name, arm in arms.items():
+        numbers[name]["strongest"] = strongest(arm.grades)
+    if "defended" in arms:
+        numbers["defended"]["evaluated"] = is_evaluated(arms["defended"].grades)
     cost: dict[str, Any] = {name: arm.cost for name, arm in arms.items()}
     cost["seconds"] = clock.seconds
     cost["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -130,7 +161,7 @@ def _go(
         task={**facts, **task.facts},
         samples=[{"arm": name, **row} for name, arm in arms.items() for row in arm.samples],
     )
-    return result, {name: arm.transcript for name, arm in arms.items()}
+    return result, arms
 
 
 def _attack(plugins: pluggy.PluginManager, spec: AttackSpec) -> Callable[..., Any]:

@@ -121,7 +121,7 @@ def test_what_the_experiment_does_not_make_is_missed_before_anything_runs(pm, at
     ("victims", "words"),
     [
         ({"share_updates": True, "phase": "inference"}, "at inference there is no gradient"),
-        ({"known": 12}, "no victim would be left"),
+        ({"known": 12}, "two victims must be left"),
         ({"candidates": 3}, "even number"),
     ],
 )

@@ -23,6 +23,7 @@
 | spectral | spectral.py | a gradient, or forward states |
 | label-completion | label_completion.py | forward states, known labels of two classes |
 | zero-rows | zero_rows.py | a gradient |
+| dlg, tag, lamp | gradient_matching.py | the gradient of hidden states (HBT training), a tail |
 | dager | dager.py | shared updates, a causal head |
 | membership-residual | membership.py | shared updates, a head, candidate texts |
 | attribute-probe | attributes.py | smashed data, a head, labelled texts |
@@ -56,6 +57,9 @@ def vflair_attacks() -> dict[str, str]:
         "spectral": "vflair_attacks.spectral:Spectral",
         "label-completion": "vflair_attacks.label_completion:LabelCompletion",
         "zero-rows": "vflair_attacks.zero_rows:ZeroRows",
+        "dlg": "vflair_attacks.gradient_matching:DeepLeakage",
+        "tag": "vflair_attacks.gradient_matching:Tag",
+        "lamp": "vflair_attacks.gradient_matching:Lamp",
         "dager": "vflair_attacks.dager:Dager",
         "membership-residual": "vflair_attacks.membership:MembershipResidual",
         "attribute-probe": "vflair_attacks.attributes:AttributeProbe",

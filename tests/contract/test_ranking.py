@@ -1,0 +1,178 @@
+"""The strongest attack per preset, defenses that nothing adaptive attacked, and several seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import vflair_defenses
+from vflair_attacks import vflair_attacks as offered
+from vflair_core import AttackError, hookimpl, plugin_manager, run
+from vflair_core.config import experiment_from
+from vflair_core.errors import ExperimentError
+from vflair_core.grading import Grade
+from vflair_core.measures import paired_interval
+from vflair_core.ranking import is_evaluated, strongest
+from vflair_core.report import show_result
+
+HERE = Path(__file__).parent
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def grade(attack, knowledge, performance, *, development=None, **facts) -> Grade:
+    rest = {"interval": (0.0, 1.0), "floor": 0.1, "floors": {}, "details": {}, **facts}
+    made = Grade(attack, knowledge, "tokens", performance, **rest)
+    made.development = development
+    return made
+
+
+def best(grades):
+    return {row["knowledge"]: row["attack"] for row in strongest(grades)}
+
+
+def test_a_stronger_attacker_can_do_all_that_a_weaker_one_can():
+    grades = [grade("a", "K1", 0.6), grade("b", "K3", 0.5), grade("c", "K4", 0.9)]
+    assert best(grades) == {"K1": "a", "K2": "a", "K3": "a", "K4": "c"}
+
+
+def test_the_choice_is_made_on_development_victims_and_the_number_is_of_the_others():
+    grades = [
+        grade("lucky", "K1", 0.9, development=0.2),
+        grade("steady", "K1", 0.5, development=0.6),
+    ]
+    row = strongest(grades)[0]
+    assert (row["attack"], row["attack_performance"]) == ("steady", 0.5)
+    assert row["chosen_on"] == "development"
+
+
+def test_an_attack_whose_control_failed_is_never_the_strongest():
+    broken = grade("broken", "K1", 0.9, verdict="positive control failed: …")
+    assert best([broken, grade("sound", "K1", 0.3)])["K1"] == "sound"
+
+
+def test_only_an_adaptive_attack_that_passed_evaluates_a_defense():
+    blind, knowing = grade("blind", "K3", 0.9), grade("knowing", "K4", 0.2, adaptive=True)
+    assert not is_evaluated([blind])
+    assert is_evaluated([blind, knowing])
+    knowing.verdict = "positive control failed: …"
+    assert not is_evaluated([blind, knowing])
+
+
+@pytest.fixture
+def pm():
+    class Attacks:
+        @hookimpl
+        def vflair_attacks(self):
+            return offered()
+
+    manager = plugin_manager([HERE / "mine.py"], entry_point_group="vflair.none")
+    manager.register(Attacks())
+    manager.register(vflair_defenses)
+    return manager
+
+
+def small(**changes):
+    table = {
+        "task": {"name": "words"},
+        "model": {"config": LLAMA, "vocab_size": 300},
+        "partition": {"head": 1, "tail": 1},
+        "train": {"steps": 2, "batch_size": 4, "max_length": 16},
+        "victims": {"count": 6, "max_length": 12, "bypass": 2},
+        "defenses": [{"name": "gaussian-noise", "options": {"noise_multiplier": 0.01}}],
+        "isolation": "inline",
+        **changes,
+    }
+    return experiment_from(table)
+
+
+def test_a_defense_without_an_adaptive_attack_is_printed_as_not_evaluated(pm, tmp_path, capsys):
+    blind = [{"name": "greedy-search", "knowledge": "K3"}]
+    result = run(small(attacks=blind), plugins=pm)
+    assert result.numbers["defended"]["evaluated"] is False
+    show_result(result, tmp_path)
+    assert "NOT EVALUATED" in capsys.readouterr().out
+    adaptive = [*blind, {"name": "vocabulary-search", "knowledge": "K4"}]
+    result = run(small(attacks=adaptive), plugins=pm)
+    assert result.numbers["defended"]["evaluated"] is True
+    show_result(result, tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "NOT EVALUATED" not in said
+    first = result.numbers["defended"]["strongest"][0]
+    assert f"from {first['knowledge']}: strongest is {first['attack']} with AP" in said
+
+
+def test_victims_set_aside_are_not_in_the_reported_number(pm):
+    """AP of the first four of six equals that of a run that has no others, when nothing is trained."""
+    attacks = [{"name": "nearest-embedding", "knowledge": "K1"}]
+    still = {"steps": 0, "batch_size": 4, "max_length": 16}
+    sizes = {"max_length": 12, "bypass": 2, "phase": "inference"}
+    of_six = small(
+        attacks=attacks, train=still, defenses=[], victims={"count": 6, "development": 2, **sizes}
+    )
+    of_four = small(attacks=attacks, train=still, defenses=[], victims={"count": 4, **sizes})
+    six, four = (run(e, plugins=pm).numbers["undefended"]["attacks"][0] for e in (of_six, of_four))
+    assert six["attack_performance"] == four["attack_performance"]
+    assert six["interval"] == four["interval"]
+    assert (six["development"], four["development"]) != (None, None)
+    assert four["development"] is None
+
+
+def test_several_seeds_give_their_mean_and_the_paired_change(pm, tmp_path, capsys):
+    attacks = [{"name": "nearest-embedding", "knowledge": "K1"}]
+    seeds = (0, 1, 2, 3, 4)
+    noise = [{"name": "gaussian-noise", "options": {"noise_multiplier": 2.0}}]
+    result = run(small(attacks=attacks, seeds=seeds, defenses=noise), plugins=pm)
+    alone = [
+        run(small(attacks=attacks, seed=seed, defenses=noise), plugins=pm).numbers for seed in seeds
+    ]
+    (row,) = result.numbers["over_seeds"]["attacks"]
+    for arm in ("undefended", "defended"):
+        each = [numbers[arm]["attacks"][0]["attack_performance"] for numbers in alone]
+        assert row[arm] == pytest.approx(sum(each) / 5)
+    assert row["change"] == pytest.approx(row["defended"] - row["undefended"])
+    low, high = row["change_interval"]
+    assert low <= row["change"] <= high
+    show_result(result, tmp_path)
+    assert "5 seeds, nearest-embedding" in " ".join(capsys.readouterr().out.split())
+
+
+def test_fewer_than_five_seeds_are_refused():
+    with pytest.raises(ExperimentError, match="five or more, all different"):
+        small(attacks=[], seeds=(1, 2, 3))
+    with pytest.raises(ExperimentError, match="five or more, all different"):
+        small(attacks=[], seeds=(1, 2, 3, 4, 4))
+
+
+def test_a_paired_interval_is_narrower_than_the_spread_between_sentences():
+    """Every sentence loses exactly one of ten tokens: the change is −0.1 however sentences differ."""
+    seeds = [([(n % 8 + 1, 10) for n in range(20)], [(n % 8, 10) for n in range(20)])] * 5
+    assert paired_interval(seeds) == pytest.approx((-0.1, -0.1))
+
+
+def test_a_paired_interval_covers_no_change_when_there_is_none():
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(100):
+        rows = torch.bernoulli(torch.full((5, 2, 16), 0.5), generator=generator).long().tolist()
+        pairs = [([(h, 1) for h in before], [(h, 1) for h in after]) for before, after in rows]
+        low, high = paired_interval(pairs)
+        covered += low <= 0 <= high
+    assert covered >= 88  # 95 expected; binomial standard error 2.2
+
+
+def test_pairs_need_the_same_sentences_on_both_sides():
+    with pytest.raises(AttackError, match="no pairs"):
+        paired_interval([([(1, 1)], [(1, 1), (0, 1)])] * 2)
+    with pytest.raises(AttackError, match="at least two seeds"):
+        paired_interval([([(1, 1)], [(1, 1)])])

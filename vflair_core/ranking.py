@@ -1,0 +1,93 @@
+"""Which attack was the strongest at each preset, and what all of it says over several seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vflair_core.grading import Grade
+from vflair_core.knowledge import PRESETS, granted
+from vflair_core.measures import paired_interval
+
+if TYPE_CHECKING:
+    from vflair_core.arm import Arm
+
+NOT_EVALUATED = (
+    "NOT EVALUATED: no attack of this run knows the defense or learned from what comes through it. A low AP "
+    "shows that the attacks were not made for it"
+)
+
+
+def strongest(grades: Sequence[Grade]) -> list[dict[str, Any]]:
+    """Return the strongest attack of each target at each preset, among attacks that need no more than it grants.
+
+    It is chosen by its performance on the development victims where there are any, and reported on the others.
+    Attacks whose controls failed are left out; a preset without an attack has no row.
+    """
+    rows = []
+    for preset, names in PRESETS.items():
+        for target in sorted({grade.target for grade in grades}):
+            able = [
+                grade
+                for grade in grades
+                if grade.target == target
+                and granted(grade.knowledge.split("+")) <= names
+                and "failed" not in grade.verdict
+            ]
+            if not able:
+                continue
+            best = max(able, key=_chosen_by)
+            rows.append(
+                {
+                    "knowledge": preset,
+                    "target": target,
+                    "attack": best.attack,
+                    "attack_knowledge": best.knowledge,
+                    "attack_performance": best.attack_performance,
+                    "interval": list(best.interval),
+                    "floor": best.floor,
+                    "adaptive": best.adaptive,
+                    "chosen_on": "reported" if best.development is None else "development",
+                }
+            )
+    return rows
+
+
+def _chosen_by(grade: Grade) -> float:
+    return grade.attack_performance if grade.development is None else grade.development
+
+
+def is_evaluated(grades: Sequence[Grade]) -> bool:
+    """Whether an attack that takes the defense into account ran, was informative, and passed its controls."""
+    return any(grade.adaptive and grade.verdict == "ok" for grade in grades)
+
+
+def over_seeds(runs: Mapping[int, Mapping[str, Arm]]) -> dict[str, Any]:
+    """Return means over seeds and, for each attack, the paired change from undefended to defended.
+
+    `runs` holds the arms of each seed. Intervals resample seeds, and sentences in each seed on both sides alike.
+    """
+    arms = list(runs.values())
+    names = list(arms[0])
+    found: dict[str, Any] = {
+        "seeds": list(runs),
+        "main_performance": {
+            name: _mean([run[name].numbers["main_performance"] for run in arms]) for name in names
+        },
+        "attacks": [],
+    }
+    for number, grade in enumerate(arms[0][names[0]].grades):
+        each = {name: [run[name].grades[number] for run in arms] for name in names}
+        row: dict[str, Any] = {"attack": grade.attack, "knowledge": grade.knowledge}
+        row |= {name: _mean([g.attack_performance for g in each[name]]) for name in names}
+        row["floor"] = _mean([g.floor for g in each[names[-1]]])
+        if len(names) > 1:
+            pairs = [(a.hits, b.hits) for a, b in zip(*each.values(), strict=True)]
+            row["change"] = row[names[1]] - row[names[0]]
+            row["change_interval"] = list(paired_interval(pairs))
+        found["attacks"].append(row)
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

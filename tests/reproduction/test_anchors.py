@@ -140,7 +140,7 @@ def test_as_much_noise_as_signal_is_overcome_by_beams_by_language_and_by_repetit
             rows[:, position] = chains[rows[:, position - 1], chosen]
         return rows
 
-    rows, public = language(16), language(1500)
+    rows, public = language(8), language(1500)
     model = tiny_model("gpt2", vocab_size=vocabulary, hidden_size=WIDTH, initializer_range=0.15)
     knowledge = crossed(model, Partition(2, 1), rows)
     sigma = float(knowledge["smashed"].square().mean().sqrt())

@@ -12,24 +12,24 @@ import torch
 from attrs import define
 
 from vflair_core.asking import reader_of
-from vflair_core.attack import wants
 from vflair_core.attacking import Evidence, attack_and_grade
-from vflair_core.auxiliary import auxiliary_of
+from vflair_core.auxiliary import auxiliary_of, candidates_of
 from vflair_core.channel import Transcript
 from vflair_core.defense import Defense
 from vflair_core.errors import ExperimentError
 from vflair_core.evaluation import Evaluation, evaluate_party
 from vflair_core.experiment import Experiment
-from vflair_core.grading import Grade, Reference
+from vflair_core.grading import Grade
+from vflair_core.judging import Reference
 from vflair_core.message import Message
 from vflair_core.partition import split
-from vflair_core.releases import releases_per_example
+from vflair_core.recording import crossing_again, let_cross
+from vflair_core.releases import Releases, releases_per_example
 from vflair_core.setting import Clock, Setting, choose_partition, noise_seed
 from vflair_core.slices import Slices
-from vflair_core.standins import public_examples
 from vflair_core.training import FineTuning
 from vflair_core.tuning import tune
-from vflair_core.victims import Crossed, record_victims, truth_of
+from vflair_core.victims import truth_of
 from vflair_core.worker import stream_seed
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def run_arm(
         if e.save:
             _save(name, party, model_party, setting)
         with clock("victims"):
-            main, bypassed, queries = _record(party, setting, defended=bool(defenses))
+            main, bypassed, queries = let_cross(party, setting, defended=bool(defenses))
     evidence = Evidence(
         party=party,
         model_party=model_party,
@@ -96,21 +96,27 @@ def run_arm(
         bypassed=None if bypassed is None else bypassed.transcript,
         releases=e.victims.releases,
         task=task,
-        auxiliary=auxiliary_of(setting.task, e.victims),
+        auxiliary=auxiliary_of(setting.task, e.victims, e.seed),
         queries=queries,
+        updates={"main": main.updates} | ({"bypassed": bypassed.updates} if bypassed else {}),
     )
-    truth = truth_of(party, setting.victims, main.rows, setting.victim_length)
+    told: dict[str, Any] = {
+        "known": e.victims.known,
+        "members": candidates_of(task, e.victims, e.seed)[1],
+    }
+    truth = truth_of(party, setting.victims, main.rows, setting.victim_length, **told)
     control = None
     if bypassed is not None:
-        some = setting.victims[: e.victims.bypass]
-        control = truth_of(party, some, bypassed.rows, setting.victim_length)
+        control = truth_of(
+            party, crossing_again(setting), bypassed.rows, setting.victim_length, **told
+        )
     with clock("attacks"):
         grades = attack_and_grade(
             setting.launches,
             evidence,
             truth,
             prior=setting.prior,
-            subset=range(min(e.victims.bypass, len(setting.victims))),
+            subset=range(len(crossing_again(setting))),
             control=control,
             references=references if defenses else None,
             isolation=e.isolation,
@@ -138,13 +144,14 @@ def run_arm(
             for spec, defense in zip(e.defenses, defenses, strict=False)
         ],
         "covers": sorted({place for defense in defenses for place in defense.covers}),
-        "releases_per_example": releases,
+        "releases_per_example": releases.rows,
         "read": {"examples": party.reading.tally.examples, "cut": party.reading.tally.cut},
         "trained_weights": trained,
         "partition": attrs.asdict(party.partition),
         "untied": list(party.untied),
         "disclosed": sorted(party.disclosed),
         "isolation": e.isolation,
+        "assumes_shared_updates": e.victims.share_updates,
     }
     samples = [
         {"attack": grade.attack, "private": truth.texts[n], "recovered": text}
@@ -215,35 +222,8 @@ def _save(arm: str, party: DataParty, model_party: ModelParty, setting: Setting)
         setting.tell("vflair_checkpoint_saved", path=str(path), step=party.step)
 
 
-def _record(
-    party: DataParty, setting: Setting, *, defended: bool
-) -> tuple[Crossed, Crossed | None, dict[str, Transcript]]:
-    """Let the victims cross, some of them once more with the defense bypassed, and public queries."""
-    v, length = setting.experiment.victims, setting.victim_length
-    gradients = v.phase == "train"
-    options: dict[str, Any] = {"max_length": length, "gradients": gradients}
-    main = record_victims(party, setting.victims, releases=v.releases, **options)
-    bypassed = None
-    if defended:
-        some = setting.victims[: v.bypass]
-        bypassed = record_victims(party, some, releases=v.releases, bypass=True, **options)
-    queries: dict[str, Transcript] = {}
-    if _asked(setting, "queries") and v.queries and setting.task.public:
-        publics = public_examples(setting.task, v.queries)
-        for which in ("main", "bypassed") if defended else ("main",):
-            queries[which] = record_victims(
-                party, publics, max_length=length, gradients=False, bypass=which == "bypassed",
-                in_prompt=False,
-            ).transcript  # fmt: skip
-    return main, bypassed, queries
-
-
-def _asked(setting: Setting, name: str) -> bool:
-    return any(name in names for launch in setting.launches for names in wants(launch.attack))
-
-
-def _promise(defense: Defense, releases: int) -> dict[str, Any]:
-    promised = defense.guarantee(releases)
+def _promise(defense: Defense, releases: Releases) -> dict[str, Any]:
+    promised = defense.guarantee(releases.rows, releases.messages, releases.gradients)
     if promised.mechanism is not None:
         promised = attrs.evolve(
             promised, randomness="seeded by the experiment and the private text"

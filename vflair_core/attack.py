@@ -19,6 +19,7 @@ from vflair_core.errors import AttackError, did_you_mean
 from vflair_core.knowledge import VOCABULARY
 
 Attack = Callable[..., "Guess"]
+GUESSED = ("tokens", "labels", "scores", "answers", "members")
 
 
 @frozen(eq=False)
@@ -28,23 +29,35 @@ class Guess:
     Args:
         tokens: (N, T) token ids; -1 where the attack has no guess.
         labels: (N,) class indices.
-        scores: (N,) higher means more likely to be class 1; orientation fixed by the attack.
+        scores: (N,) higher means more likely to be class `positive`; orientation fixed by the attack.
+        positive: The class that `scores` speak of, against all others.
+        answers: (N, T) bool: which positions hold an answer that the model learns.
+        members: (M,) one number per candidate, above 0 if it is taken for one of the victims.
         budget: What it spent, e.g. ``{"forwards": 1200}``.
     """
 
     tokens: Tensor | None = None
     labels: Tensor | None = None
     scores: Tensor | None = None
+    positive: int = 1
+    answers: Tensor | None = None
+    members: Tensor | None = None
     budget: Mapping[str, float] | None = None
 
     def __attrs_post_init__(self) -> None:
-        if self.tokens is None and self.labels is None and self.scores is None:
-            raise AttackError("A Guess must hold tokens, labels or scores.")
+        if not self.tensors:
+            raise AttackError("A Guess must hold tokens, labels, scores, answers or members.")
         if self.tokens is not None and (self.tokens.dim() != 2 or self.tokens.is_floating_point()):
             raise AttackError(
                 f"Guess.tokens must be whole numbers of shape (N, T), not {self.tokens.dtype} of shape "
                 f"{tuple(self.tokens.shape)}."
             )
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is guessed, by name."""
+        named = {name: getattr(self, name) for name in GUESSED}
+        return {name: value for name, value in named.items() if value is not None}
 
 
 def wants(attack: Attack) -> tuple[tuple[str, ...], tuple[str, ...]]:

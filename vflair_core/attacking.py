@@ -23,15 +23,8 @@ from vflair_core.attack import check, wants
 from vflair_core.channel import Transcript
 from vflair_core.data_party import DataParty
 from vflair_core.errors import AttackError
-from vflair_core.grading import (
-    Grade,
-    Reference,
-    Truth,
-    grade_labels,
-    grade_tokens,
-    judge,
-    subset_accuracy,
-)
+from vflair_core.grading import Grade, Truth
+from vflair_core.judging import Reference, grade, judge, performance
 from vflair_core.knowledge import granted
 from vflair_core.model_party import ModelParty
 from vflair_core.plugins import target_of
@@ -80,6 +73,7 @@ class Evidence:
     task: Task
     auxiliary: dict[str, Any] = field(factory=dict)
     queries: Mapping[str, Transcript] = field(factory=dict)  # by pass: main, bypassed
+    updates: Mapping[str, list[dict[str, Tensor]]] = field(factory=dict)  # by pass
 
 
 def attack_and_grade(
@@ -122,36 +116,35 @@ def attack_and_grade(
         grades = []
         for number, launch in enumerate(launches):
             guess, seconds = read_guess(folder / f"guess-{number}-main")
-            if guess.tokens is not None:
-                decode = evidence.party.tokenizer.decode  # type: ignore[union-attr]
-                grade = grade_tokens(
-                    guess, truth, prior, decode, name=launch.name, knowledge=launch.label
+            if guess.tokens is not None and "candidates" in sum(wants(launch.attack), ()):
+                raise AttackError(
+                    f"{launch.name} was offered candidates, among which are the victims' texts, so it may not "
+                    "guess tokens."
                 )
-            else:
-                grade = grade_labels(guess, truth, name=launch.name, knowledge=launch.label)
-            grade.seconds = seconds
+            decode = getattr(evidence.party.tokenizer, "decode", None)
+            found = grade(guess, truth, prior, decode, name=launch.name, knowledge=launch.label)
+            found.seconds = seconds
             bypassed = None
             if evidence.bypassed is not None:
                 again, _ = read_guess(folder / f"guess-{number}-bypassed")
                 bypassed = _accuracy_of(again, truth, subset, control)
-            grade.reference = _on_subset(guess, truth, subset)
-            grades.append(judge(grade, references[number] if references else None, bypassed))
+            found.reference = _on_subset(guess, truth, subset)
+            grades.append(judge(found, references[number] if references else None, bypassed))
     return grades
 
 
 def _accuracy_of(guess: Any, truth: Truth, subset: Sequence[int], control: Truth | None) -> float:
     if control is None:
-        return subset_accuracy(guess, truth, subset)
-    return subset_accuracy(guess, control, range(len(subset)))
+        return performance(guess, truth, subset)
+    return performance(guess, control, range(len(subset)))
 
 
 def _on_subset(guess: Any, truth: Truth, subset: Sequence[int]) -> float:
     rows = {
-        name: value[list(subset)]
-        for name in ("tokens", "labels", "scores")
-        if (value := getattr(guess, name)) is not None
+        name: value if name == "members" else value[list(subset)]
+        for name, value in guess.tensors.items()
     }
-    return subset_accuracy(type(guess)(**rows), truth, subset)
+    return performance(type(guess)(**rows, positive=guess.positive), truth, subset)
 
 
 def _run(folder: Path, isolation: Isolation, progress: Progress) -> None:
@@ -243,6 +236,10 @@ def _furnish(
         _save_weights(folder / "defenses.safetensors", state)
     for which, transcript in evidence.queries.items():
         transcript.save(folder / f"queries-{which}.safetensors")
+    for which, each in evidence.updates.items():
+        flat = {f"{n}.{name}": grad for n, row in enumerate(each) for name, grad in row.items()}
+        if flat:
+            _save_weights(folder / f"updates-{which}.safetensors", flat)
     job = {
         "attacks": [_describe(n, launch, evidence) for n, launch in enumerate(launches)],
         "releases": releases,

@@ -89,6 +89,7 @@ class DataParty:
         self._exchanges = 0
         self._call: Call | None = None
         self._last: Exchange | None = None
+        self._done: list[Exchange] = []  # all of the call at hand
         self._begun: Exchange | None = None
         self._asking = False
         self.model = hand_over_forward(model, self)
@@ -151,11 +152,8 @@ class DataParty:
             return forward(**inputs)
         self.defenses.check(self._phase(cache_in(inputs)))
         self._refuse_raw_text(inputs)
-        for defense in self.defenses.at("expand"):
-            inputs = {
-                **inputs,
-                **defense.expand({k: v for k, v in inputs.items() if torch.is_tensor(v)}),
-            }
+        around = Exchange(self._exchanges + 1, self.line.step, self._phase(cache_in(inputs)))
+        inputs = self.defenses.expand(inputs, around)
         trains = self.model.training and torch.is_grad_enabled()
         if trains:
             check_trainable(self.model)
@@ -168,13 +166,13 @@ class DataParty:
                 inputs = only_scored(self.model, self.partition, inputs)
                 self._call.inputs = inputs
             outputs = forward(**inputs)
-            if trains and self._last is not None:
-                self.defenses.penalise(outputs, self._last)
+            if trains:
+                for exchange in self._done:
+                    self.defenses.penalise(outputs, exchange)
         finally:
             self._call = self._last = self._begun = None
-        for defense in reversed(self.defenses.at("contract")):
-            outputs = defense.contract(outputs)
-        return outputs
+            self._done = []
+        return self.defenses.contract(outputs, around)
 
     def run_part(self, forward: Any, inputs: dict[str, Any]) -> Any:
         """Run an inner model that was cut: within a call of the whole as it is; alone, as a call of its own.
@@ -197,6 +195,7 @@ class DataParty:
             return forward(**inputs)
         finally:
             self._call = self._last = self._begun = None
+            self._done = []
 
     def _defended_labels(self, labels: Tensor) -> Tensor:
         if self.defenses.at("on_labels"):
@@ -237,6 +236,7 @@ class DataParty:
         positions = positions_of(leaves, roles)
         exchange, self._begun = self._begun or self._begin(positions), None
         self._last = exchange
+        self._done.append(exchange)
         spec = None
         if cache is not None:
             remote = caches.attach(

@@ -131,11 +131,28 @@ class Defenses:
             answer = defense.on_answer(prompt, answer)
         return answer
 
+    def expand(self, inputs: dict[str, Any], around: Exchange) -> dict[str, Any]:
+        """Let defenses add rows to the tensors of a call."""
+        for defense in self.at("expand"):
+            tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+            inputs = {**inputs, **defense.expand(tensors, self._there(defense, around))}
+        return inputs
+
+    def contract(self, outputs: Any, around: Exchange) -> Any:
+        """Let them drop the rows that they added."""
+        for defense in reversed(self.at("contract")):
+            outputs = defense.contract(outputs, self._there(defense, around))
+        return outputs
+
+    def _there(self, defense: Defense, exchange: Exchange) -> Exchange:
+        return attrs.evolve(exchange, generator=self.generator_of(defense))
+
     def penalise(self, outputs: Any, exchange: Exchange) -> None:
         """Add the defenses' penalties to the loss of a training forward."""
         for defense in self.at("penalty"):
-            there = attrs.evolve(exchange, generator=self.generator_of(defense))
-            penalty = defense.penalty(there)
+            if isinstance(outputs, dict):
+                exchange.memo["loss"] = outputs.get("loss")
+            penalty = defense.penalty(self._there(defense, exchange))
             if penalty is None:
                 continue
             if not isinstance(outputs, dict):

@@ -93,11 +93,11 @@ class Defense:
         """Change labels before the loss, in training only."""
         return labels
 
-    def expand(self, batch: Batch) -> Batch:
-        """Add rows to all tensors of a batch together (decoys, padding)."""
+    def expand(self, batch: Batch, exchange: Exchange) -> Batch:
+        """Add rows to all tensors of a batch together (decoys). `exchange.memo` is the call's, for `contract`."""
         return batch
 
-    def contract(self, outputs: Any) -> Any:
+    def contract(self, outputs: Any, exchange: Exchange) -> Any:
         """Drop from the model's outputs the rows that `expand` added."""
         return outputs
 
@@ -122,7 +122,10 @@ class Defense:
         return gradient
 
     def penalty(self, exchange: Exchange) -> Tensor | None:
-        """Return a term to add to the training loss, or None."""
+        """Return a term to add to the training loss, or None; asked once for each exchange of a forward.
+
+        ``exchange.memo["loss"]`` is the loss so far.
+        """
         return None
 
     def after_step(self) -> None:
@@ -151,6 +154,12 @@ class Defense:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take the values that `state` of an equally built defense returned."""
 
-    def guarantee(self, releases: int) -> Guarantee:
-        """State what is promised after `releases` rows of smashed data have crossed."""
+    def guarantee(self, releases: int, messages: int = 0, gradients: int = 0) -> Guarantee:
+        """State what is promised of one example.
+
+        Args:
+            releases: Its rows of smashed data that have crossed.
+            messages: The messages that they came in; 0 if that is not known: no more than rows, then.
+            gradients: The messages of its gradient.
+        """
         return EMPIRICAL

@@ -97,6 +97,9 @@ class Victims:
         max_length: Tokens kept of each victim; 0 takes train.max_length.
         bypass: Victims that cross once more with the defense bypassed, for the positive control.
         queries: Public texts sent through the defended pipeline for attacks that ask for `queries`.
+        known: First victims whose labels the attacker is told, for attacks that ask for `known_labels`; labels are graded on the others.
+        candidates: Texts offered to attacks on membership, one half victims, the other never used.
+        share_updates: The attacker also sees the gradients of the data party's weights for each victim, as an aggregator of several data parties would; an assumption that the result states.
     """
 
     count: int = field(default=16, validator=validators.ge(2))
@@ -106,6 +109,24 @@ class Victims:
     max_length: int = field(default=0, validator=validators.ge(0))
     bypass: int = field(default=4, validator=validators.ge(1))
     queries: int = field(default=64, validator=validators.ge(0))
+    known: int = field(default=0, validator=validators.ge(0))
+    candidates: int = field(default=0, validator=validators.ge(0))
+    share_updates: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        if self.share_updates and self.phase != "train":
+            raise ExperimentError(
+                'victims.share_updates needs victims.phase = "train": at inference there is no gradient.'
+            )
+        if self.known >= self.count:
+            raise ExperimentError(
+                f"victims.known is {self.known} of victims.count = {self.count}: no victim would be left to guess."
+            )
+        if self.candidates % 2 or self.candidates > 2 * self.count:
+            raise ExperimentError(
+                f"victims.candidates is {self.candidates}: give an even number up to {2 * self.count}, twice "
+                "victims.count, since half of them are victims."
+            )
 
 
 @frozen

@@ -118,9 +118,13 @@ class Tail:
     party: DataParty
 
     def __call__(self, returned: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
-        ids = torch.zeros(returned.shape[:2], dtype=torch.long, device=returned.device)
         if attention_mask is None:
-            attention_mask = torch.ones_like(ids)
+            attention_mask = torch.ones(
+                returned.shape[:2], dtype=torch.long, device=returned.device
+            )
+        # Decoder classifiers look for the last token that is no padding.
+        pad = self.party.model.config.get_text_config().pad_token_id or 0
+        ids = torch.where(attention_mask.bool(), int(pad == 0), pad)
         outputs = self.party.complete(
             returned, input_ids=ids, attention_mask=attention_mask, use_cache=False
         )

@@ -21,6 +21,7 @@ OBSERVABLES = {
     "lengths": "Number of positions of each example: (N,).",
     "rounds": "All records of the transcript as they are, in order.",
     "releases": "The smashed data of each repetition of the same example: (R, N, T, D).",
+    "updates": "Raw gradients of the data party's weights, one dict per example, as an aggregator of several data parties sees them; only with `victims.share_updates`.",
 }
 ALWAYS = {
     "body": "The model party's own modules, as they are: nn.Module.",
@@ -48,6 +49,8 @@ AUXILIARY = {
     "public_texts": "Text of the kind anyone can get: list of str.",
     "in_domain": "Text like the private one, but other text: list of str.",
     "few_labelled": "A few examples of the task with their labels: list of Example.",
+    "known_labels": "Labels that the attacker was told of some victims: dict of int to int; only with `victims.known`.",
+    "candidates": "Texts of which some are victims, for attacks on membership: list of str; only with `victims.candidates`.",
     "queries": "Public texts and the smashed data they gave in the defended pipeline: list of (str, (T, D)).",
 }
 VOCABULARY = OBSERVABLES | ALWAYS | WEIGHTS | DEFENSE | AUXILIARY

@@ -1,6 +1,9 @@
-"""How many rows of smashed data cross of one example: what a guarantee has to count."""
+"""How much crosses of one example: what a guarantee has to count."""
 
 from __future__ import annotations
+
+import attrs
+from attrs import frozen
 
 from vflair_core.evaluation import GREEDY
 from vflair_core.experiment import Experiment
@@ -8,30 +11,58 @@ from vflair_core.reading import Reading
 from vflair_core.task import Task
 
 
-def releases_per_example(e: Experiment, task: Task, reading: Reading, *, evaluations: int) -> int:
-    """Return the rows of the example that crosses most often: its length times its crossings.
+@frozen
+class Releases:
+    """What crosses of one example: rows of smashed data, the messages they came in, messages of its gradient."""
+
+    rows: int = 0
+    messages: int = 0
+    gradients: int = 0
+
+    def __add__(self, other: Releases) -> Releases:
+        return Releases(
+            self.rows + other.rows,
+            self.messages + other.messages,
+            self.gradients + other.gradients,
+        )
+
+    def times(self, count: int) -> Releases:
+        """The same, `count` times over."""
+        return Releases(self.rows * count, self.messages * count, self.gradients * count)
+
+
+def releases_per_example(
+    e: Experiment, task: Task, reading: Reading, *, evaluations: int
+) -> Releases:
+    """Return the most that crosses of any example: its length times its crossings.
 
     A passage crosses in as many windows as the longest one took; a model with two stacks has a cut layer in each; an
     evaluation that generates or tries choices crosses for each of them again.
     """
     length = max(e.train.max_length, e.victims.max_length)
-    once = length * (2 if reading.two_stacks else 1)
+    stacks = 2 if reading.two_stacks else 1
+    forward = Releases(length * stacks, stacks)
+    backward = attrs.evolve(forward, gradients=stacks)
     windows = reading.tally.most_rows if task.kind == "question-answering" else 1
     passes = -(-e.train.steps * e.train.batch_size // len(task.train))
-    rows = {
-        "train": passes * windows * once,
-        "test": evaluations * (windows * once + _answering(task, reading, length)),
-    }
-    rows[e.victims.split] += e.victims.releases * once
-    return max(rows.values())
+    once = forward.times(windows) + _answering(task, reading, length)
+    crossed = {"train": backward.times(passes * windows), "test": once.times(evaluations)}
+    victim = backward if e.victims.phase == "train" else forward
+    crossed[e.victims.split] += victim.times(e.victims.releases)
+    found = crossed.values()
+    return Releases(
+        max(r.rows for r in found), max(r.messages for r in found), max(r.gradients for r in found)
+    )
 
 
-def _answering(task: Task, reading: Reading, length: int) -> int:
-    """Rows that cross beside the forward when one example is answered in an evaluation."""
+def _answering(task: Task, reading: Reading, length: int) -> Releases:
+    """What crosses beside the forward when one example is answered in an evaluation."""
     if task.kind not in ("causal-lm", "seq2seq", "image-text") or task.answering == "continue":
-        return 0
+        return Releases()
     if task.answering == "choose":
-        return reading.tally.most_rows * length * (2 if reading.two_stacks else 1)
+        stacks = 2 if reading.two_stacks else 1
+        return Releases(length * stacks, stacks).times(reading.tally.most_rows)
     options = {**GREEDY, **task.generation}
     beams = max(int(options.get("num_beams") or 1), 1)
-    return beams * (length + int(options.get("max_new_tokens") or 0))
+    new = int(options.get("max_new_tokens") or 0)
+    return Releases(length + new, 1 + new).times(beams)

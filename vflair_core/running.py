@@ -14,11 +14,12 @@ import attrs
 import torch
 
 from vflair_core.arm import Arm, choose, run_arm
+from vflair_core.attack import wants
 from vflair_core.attacking import Launch
 from vflair_core.channel import Transcript
 from vflair_core.defense import Defense
 from vflair_core.errors import ExperimentError
-from vflair_core.experiment import AttackSpec, Experiment
+from vflair_core.experiment import AttackSpec, Experiment, Victims
 from vflair_core.metrics import dcs, normalised_dcs
 from vflair_core.plugins import build, find, observe, plugin_manager
 from vflair_core.pretraining import prepare_model, prior_guess
@@ -87,6 +88,7 @@ def _go(
     launches = [Launch(a.name, _attack(plugins, a), a.knowledge, e.seed) for a in e.attacks]
     for launch in launches:
         launch.check()
+        _check_offered(launch, e.victims)
     defenses = _defenses(e, plugins)
     with clock("pretraining"):
         model, tokenizer, processor = prepare_model(e, task, report)
@@ -142,6 +144,22 @@ def _attack(plugins: pluggy.PluginManager, spec: AttackSpec) -> Callable[..., An
             f"Attack {spec.name!r} is a function and has no options; {', '.join(spec.options)} given."
         )
     return thing
+
+
+def _check_offered(launch: Launch, victims: Victims) -> None:
+    """Some knowledge exists only if the experiment makes it."""
+    made = {
+        "updates": (victims.share_updates, "victims.share_updates = true"),
+        "known_labels": (victims.known, "victims.known = 8"),
+        "candidates": (victims.candidates, "victims.candidates = 8"),
+    }
+    for name in wants(launch.attack)[0]:
+        there, how = made.get(name, (True, ""))
+        if not there:
+            raise ExperimentError(
+                f"{launch.name} needs {name}, which this experiment does not make. Set {how} (an assumption that "
+                "the result states), or leave the attack out."
+            )
 
 
 def _defenses(e: Experiment, plugins: pluggy.PluginManager) -> list[Defense]:

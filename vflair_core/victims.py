@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import attrs
 import torch
-from attrs import frozen
+from attrs import field, frozen
+from torch import Tensor
 
 from vflair_core.asking import reader_of
 from vflair_core.channel import Transcript
@@ -20,10 +21,14 @@ from vflair_core.task import Example
 
 @frozen(eq=False)
 class Crossed:
-    """What crossed of the victims, and the row of each as it was sent (the first time)."""
+    """What crossed of the victims, and the row of each as it was sent (the first time).
+
+    `updates` are the gradients of the data party's weights, by name, for each victim.
+    """
 
     transcript: Transcript
     rows: list[Row]
+    updates: list[dict[str, Tensor]] = field(factory=list)
 
 
 def record_victims(
@@ -35,16 +40,18 @@ def record_victims(
     gradients: bool,
     bypass: bool = False,
     in_prompt: bool = True,
+    updates: bool = False,
 ) -> Crossed:
     """Send each example across alone, `releases` times over, and return what crossed.
 
     An example crosses as one row: of a passage in several windows the first crosses. With `gradients` each is a
     training round whose step is skipped on both sides; without, an inference. Without `in_prompt` texts cross as
-    they are, not in the task's prompt.
+    they are, not in the task's prompt. With `updates` the gradients of the data party's weights are kept.
     """
     party.defenses.bypassed, was_training = bypass, party.model.training
     party.model.train(gradients)
     reader, rows = reader_of(party, max_length), []
+    kept: list[dict[str, Tensor]] = []
     if not in_prompt:
         reader = attrs.evolve(reader, reading=attrs.evolve(reader.reading, render=None))
     try:
@@ -53,26 +60,38 @@ def record_victims(
                 for example in examples:
                     encoded = reader.batch([example], first_only=True)
                     rows += encoded.rows
-                    _send(party, encoded.batch, gradients=gradients)
+                    _send(party, encoded.batch, gradients=gradients, keep=kept if updates else None)
     finally:
         party.defenses.bypassed = False
         party.model.train(was_training)
         party.model.zero_grad(set_to_none=True)
-    return Crossed(transcript, rows[: len(examples)])
+    return Crossed(transcript, rows[: len(examples)], kept[: len(examples)])
 
 
-def _send(party: DataParty, batch: Batch, *, gradients: bool) -> None:
+def _send(
+    party: DataParty, batch: Batch, *, gradients: bool, keep: list[dict[str, Tensor]] | None
+) -> None:
     if not gradients:
         with torch.no_grad():
             party.model(**batch, use_cache=False)
         return
+    party.model.zero_grad(set_to_none=True)
     party.model(**batch, use_cache=False).loss.backward()
+    if keep is not None:
+        weights = party.model.named_parameters()
+        keep.append({n: w.grad.clone() for n, w in weights if w.grad is not None})
     # A round whose step is skipped: both parties drop its gradients.
     party.line.commit(scale=None, rate=0.0, skip=True)
 
 
 def truth_of(
-    party: DataParty, examples: Sequence[Example], rows: Sequence[Row], max_length: int
+    party: DataParty,
+    examples: Sequence[Example],
+    rows: Sequence[Row],
+    max_length: int,
+    *,
+    known: int = 0,
+    members: Tensor | None = None,
 ) -> Truth:
     """Return what really was there, for grading only; it never leaves this process.
 
@@ -90,7 +109,18 @@ def truth_of(
         [_text(example) for example in examples],
         [_kept_secrets(row) for row in untouched],
         torch.tensor(labels) if whole else None,
+        answers=[_answer(row) for row in rows],
+        known=frozenset(range(known)),
+        members=members,
     )
+
+
+def _answer(row: Row) -> Tensor:
+    """Which positions of a row hold the answer that it continues with: its last ones, or none."""
+    continues = bool(row.target) and row.ids[-len(row.target) :] == row.target
+    there = torch.zeros(len(row.ids), dtype=torch.bool)
+    there[len(row.ids) - len(row.target) * continues :] = True
+    return there
 
 
 def _text(example: Example) -> str:

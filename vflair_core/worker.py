@@ -54,6 +54,14 @@ class Room:
             victims=self.job["victims"][which],
         )
 
+    def updates(self, which: str) -> list[dict[str, Tensor]]:
+        """The gradients of the data party's weights, by name, for each victim of a pass."""
+        rows: list[dict[str, Tensor]] = [{} for _ in range(self.job["victims"][which])]
+        for key, value in load_file(self.folder / f"updates-{which}.safetensors").items():
+            number, name = key.split(".", 1)
+            rows[int(number)][name] = value
+        return rows
+
     def model(self, weights: str) -> Any:
         """Build the model with one of the two sets of weights: ``"pretrained"`` or ``"current"``."""
         import transformers
@@ -159,6 +167,8 @@ class Granted(Mapping[str, Any]):
             names -= {"mechanism", "parameters"}
         if room.partition.kind == "HT":
             names -= {"tail", "pretrained_tail", "current_tail"}
+        if not (room.folder / f"updates-{which}.safetensors").exists():
+            names -= {"updates"}
         absent = set(AUXILIARY) - set(room.job["auxiliary"])  # the task has none
         self.names = [n for n in sorted(names - absent) if n not in _SEEN or n in self.seen]
 
@@ -195,6 +205,10 @@ class Granted(Mapping[str, Any]):
                 return (held or room.pretrained)[1]
             case "mechanism" | "parameters":
                 return room.mechanism(with_parameters="parameters" in self.attack["granted"])
+            case "updates":
+                return room.updates(self.which)
+            case "known_labels":
+                return dict(room.job["auxiliary"]["known_labels"])
             case "few_labelled":
                 return [Example(**row) for row in room.job["auxiliary"]["few_labelled"]]
             case "queries":
@@ -233,13 +247,9 @@ def work(folder: Path, progress: Progress) -> None:
 
 
 def _write(path: Path, guess: Guess, seconds: float) -> None:
-    tensors = {
-        name: value.contiguous()
-        for name in ("tokens", "labels", "scores")
-        if (value := getattr(guess, name)) is not None
-    }
+    tensors = {name: value.contiguous() for name, value in guess.tensors.items()}
     budget = {key: float(value) for key, value in dict(guess.budget or {}).items()}
-    facts = json.dumps({"budget": budget, "seconds": seconds})
+    facts = json.dumps({"budget": budget, "positive": guess.positive, "seconds": seconds})
     save_file(tensors, path.with_suffix(".safetensors"), metadata={"vflair_guess": facts})
 
 
@@ -251,7 +261,8 @@ def read_guess(path: Path) -> tuple[Guess, float]:
         facts = json.loads(file.metadata()["vflair_guess"])
         names = file.keys()
         tensors = {name: file.get_tensor(name) for name in names}
-    return Guess(**tensors, budget=facts["budget"]), facts["seconds"]
+    guess = Guess(**tensors, positive=facts["positive"], budget=facts["budget"])
+    return guess, facts["seconds"]
 
 
 def stream_seed(seed: int, name: str) -> int:

@@ -95,7 +95,7 @@ def test_fields_are_options_and_arguments_are_needs():
 def test_anything_but_a_guess_is_refused():
     with pytest.raises(AttackError, match="must return a Guess"):
         launch(lambda smashed: smashed, {"smashed": torch.zeros(1)})
-    with pytest.raises(AttackError, match="must hold tokens, labels or scores"):
+    with pytest.raises(AttackError, match="must hold tokens, labels, scores, answers or members"):
         Guess()
     with pytest.raises(AttackError, match="whole numbers of shape"):
         Guess(tokens=torch.zeros(2, 3))

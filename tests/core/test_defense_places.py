@@ -66,10 +66,10 @@ class Identity(Defense):
     def on_smashed_grad(self, gradient, exchange):
         return gradient * 1
 
-    def expand(self, batch):
+    def expand(self, batch, exchange):
         return dict(batch)
 
-    def contract(self, outputs):
+    def contract(self, outputs, exchange):
         return outputs
 
     def penalty(self, exchange):

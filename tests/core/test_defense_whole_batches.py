@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from vflair_core.defense import Defense
 from vflair_core.errors import DefenseError
+from vflair_core.partition import Partition, split
 from vflair_core.testing import tiny_batch
 
 
@@ -102,14 +105,17 @@ def test_a_penalty_is_added_to_the_loss_in_training_only(cut):
     class Two(Defense):
         def penalty(self, exchange):
             assert exchange.phase == "train"
+            seen.append(float(exchange.memo["loss"]))
             return torch.tensor(2.0)
 
+    seen = []
     parties = cut("llama", defenses=[Two()])
     batch = tiny_batch(parties.whole, labels="tokens")
     expected = parties.whole(**batch).loss
     assert torch.equal(parties.data_party.model(**batch).loss, expected)
     parties.data_party.model.train()
     assert torch.equal(parties.data_party.model(**batch).loss, expected + 2.0)
+    assert seen == [float(expected)]
 
 
 def test_a_penalty_sees_the_memo_of_its_exchange_and_trains_what_it_was_made_of(cut):
@@ -134,12 +140,32 @@ def test_a_penalty_sees_the_memo_of_its_exchange_and_trains_what_it_was_made_of(
         assert (weight.grad - gradient).abs().max() <= 1e-6 * gradient.abs().max(), name
 
 
+def test_every_exchange_of_a_forward_is_asked_for_its_penalty():
+    class One(Defense):
+        def penalty(self, exchange):
+            seen.append(exchange.number)
+            return torch.ones(())
+
+    seen = []
+    options = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 3, "num_heads": 2}
+    config = AutoConfig.for_model("t5", vocab_size=64, decoder_start_token_id=0, **options)
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    party, _ = split(copy.deepcopy(model), Partition(1, 1), defenses=[One()])
+    ids = torch.randint(3, 60, (2, 5))
+    torch.manual_seed(0)
+    ours = party.model.train()(input_ids=ids, labels=ids).loss
+    torch.manual_seed(0)
+    expected = model.train()(input_ids=ids, labels=ids).loss
+    assert len(seen) == len(set(seen)) == 2  # the encoder's and the decoder's
+    assert torch.equal(ours, expected + 2.0)
+
+
 def test_rows_that_are_added_cross_and_are_dropped_again(cut):
     class Decoys(Defense):
-        def expand(self, batch):
+        def expand(self, batch, exchange):
             return {key: torch.cat([value, value.flip(0)]) for key, value in batch.items()}
 
-        def contract(self, outputs):
+        def contract(self, outputs, exchange):
             outputs["logits"] = outputs["logits"].chunk(2)[0]
             return outputs
 

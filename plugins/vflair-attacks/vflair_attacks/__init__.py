@@ -15,6 +15,17 @@
 | model-completion | model_completion.py | returned states and a tail, or logits |
 | joint-inversion | model_completion.py, priors.py | smashed data and a causal head; returned states and a tail |
 | gradient-sign | gradient_sign.py | the gradient of the logits (HT training) |
+| label-enumeration | label_enumeration.py | the gradient of hidden states (HBT training), a tail |
+| bli | label_reconstruction.py | the same |
+| label-least-squares | label_least_squares.py | shared updates, a tail |
+| norm-scoring | norm_scoring.py | a gradient |
+| direction-scoring | direction.py | a gradient, one known label |
+| spectral | spectral.py | a gradient, or forward states |
+| label-completion | label_completion.py | forward states, known labels of two classes |
+| zero-rows | zero_rows.py | a gradient |
+| dager | dager.py | shared updates, a causal head |
+| membership-residual | membership.py | shared updates, a head, candidate texts |
+| attribute-probe | attributes.py | smashed data, a head, labelled texts |
 """
 
 from vflair_core import hookimpl
@@ -37,4 +48,15 @@ def vflair_attacks() -> dict[str, str]:
         "model-completion": "vflair_attacks.model_completion:ModelCompletion",
         "joint-inversion": "vflair_attacks.model_completion:JointInversion",
         "gradient-sign": "vflair_attacks.gradient_sign:GradientSign",
+        "label-enumeration": "vflair_attacks.label_enumeration:LabelEnumeration",
+        "bli": "vflair_attacks.label_reconstruction:BatchLabelReconstruction",
+        "label-least-squares": "vflair_attacks.label_least_squares:LabelLeastSquares",
+        "norm-scoring": "vflair_attacks.norm_scoring:NormScoring",
+        "direction-scoring": "vflair_attacks.direction:DirectionScoring",
+        "spectral": "vflair_attacks.spectral:Spectral",
+        "label-completion": "vflair_attacks.label_completion:LabelCompletion",
+        "zero-rows": "vflair_attacks.zero_rows:ZeroRows",
+        "dager": "vflair_attacks.dager:Dager",
+        "membership-residual": "vflair_attacks.membership:MembershipResidual",
+        "attribute-probe": "vflair_attacks.attributes:AttributeProbe",
     }

@@ -7,6 +7,7 @@ Balle & Wang, "Improving the Gaussian Mechanism for Differential Privacy", ICML 
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -38,6 +39,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     return high
 
 
+@functools.cache
 def gaussian_sigma(epsilon: float, delta: float) -> float:
     """Smallest σ/Δ for which one release is (ε, δ)-DP.
 

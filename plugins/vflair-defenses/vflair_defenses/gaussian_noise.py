@@ -1,4 +1,4 @@
-"""Row-clipped Gaussian noise on the smashed data, with the guarantee it really gives."""
+"""Clipped Gaussian noise on smashed data and gradients, with the guarantee it really gives."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from vflair_core import Defense, DefenseError, Guarantee
 from vflair_core.defense import Exchange, Mechanism
 from vflair_defenses.accounting import gaussian_epsilon, gaussian_sigma
+from vflair_defenses.rows import clip_examples, clip_rows, is_off, noise_like, public_rows
 
 if TYPE_CHECKING:
     from vflair_core.data_party import DataParty
@@ -33,6 +34,8 @@ class GaussianNoise(Defense):
         delta: δ of the whole run.
         clip: C, the largest L2 norm of a row; 0 takes it from public text; inf does not clip.
         quantile: Share of public rows that are not clipped when `clip` is 0.
+        gradient_multiplier: σ / C of the gradient that is sent; 0 leaves it as it is.
+        gradient_clip: C of the gradient of one example (all its rows together); needed with its multiplier.
     """
 
     noise_multiplier: float = field(default=0.1, validator=validators.ge(0))
@@ -40,6 +43,8 @@ class GaussianNoise(Defense):
     delta: float = field(default=1e-5, validator=[validators.gt(0), validators.lt(1)])
     clip: float = field(default=0.0, validator=validators.ge(0))
     quantile: float = field(default=0.95, validator=[validators.gt(0), validators.le(1)])
+    gradient_multiplier: float = field(default=0.0, validator=validators.ge(0))
+    gradient_clip: float = field(default=0.0, validator=validators.ge(0))
     _bound: float = field(init=False, default=0.0)
 
     covers = frozenset({"prompt", "response"})
@@ -47,6 +52,8 @@ class GaussianNoise(Defense):
 
     def __attrs_post_init__(self) -> None:
         self._bound = self.clip
+        if self.gradient_multiplier:
+            self.covers = gradient_cover(self, self.gradient_clip)
 
     @property
     def ratio(self) -> float:
@@ -57,36 +64,27 @@ class GaussianNoise(Defense):
 
     def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
         """Take the clip from the row norms of public text, if none was given."""
-        if self.clip:
-            return
-        if not public_texts or data_party.tokenizer is None:
-            raise DefenseError(
-                "GaussianNoise takes its clip from public text, and there is none (or no tokenizer). Give the "
-                "task public text, or set clip to a number."
-            )
-        norms = []
-        with torch.no_grad():
-            for text in public_texts[:128]:
-                encoded = data_party.tokenizer(
-                    text, truncation=True, max_length=64, return_tensors="pt"
-                )
-                rows = data_party.smashed(input_ids=encoded["input_ids"], use_cache=False)
-                norms.append(rows.norm(dim=-1).flatten())
-        self._bound = float(torch.cat(norms).quantile(self.quantile))
+        if not self.clip:
+            rows = public_rows(type(self).__name__, public_texts, data_party)
+            norms = torch.cat([some.norm(dim=-1).flatten() for some in rows])
+            self._bound = float(norms.quantile(self.quantile))
 
     def on_smashed(self, smashed: Tensor, exchange: Exchange) -> Tensor:  # (..., D)
         bound = self._ready()
-        if math.isinf(bound):
-            if self.ratio:
-                raise DefenseError(
-                    "Noise is set as a multiple of the clip, so clip = inf needs noise 0."
-                )
+        if is_off(bound, self.ratio):
             return smashed
         clipped = clip_rows(smashed, bound)
         if not self.ratio:
             return clipped.to(smashed.dtype)
-        noise = torch.randn(smashed.shape, generator=exchange.generator)
-        return (clipped + self.ratio * bound * noise.to(smashed.device)).to(smashed.dtype)
+        noise = noise_like(smashed, exchange)
+        return (clipped + self.ratio * bound * noise).to(smashed.dtype)
+
+    def on_gradient(self, gradient: Tensor, exchange: Exchange) -> Tensor:  # (B, ...)
+        if not self.gradient_multiplier:
+            return gradient
+        clipped = clip_examples(gradient, self.gradient_clip, exchange)
+        noise = self.gradient_multiplier * self.gradient_clip * noise_like(gradient, exchange)
+        return (clipped + noise).to(gradient.dtype)
 
     def mechanism(self) -> Mechanism | None:
         """Clip and noise scale, when they are known; else that there is Gaussian noise, which is the default."""
@@ -100,14 +98,22 @@ class GaussianNoise(Defense):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self._bound = float(state["bound"])
 
-    def guarantee(self, releases: int) -> Guarantee:
-        """One row is one release with Δ₂ = 2C; `releases` of them compose."""
+    def guarantee(self, releases: int, messages: int = 0, gradients: int = 0) -> Guarantee:
+        """One row is one release with Δ₂ = 2C and so is one gradient of an example; all of them compose."""
         bound = self._ready()
         if math.isinf(bound) or not self.ratio:
             return Guarantee()
         mu = 2 / self.ratio
+        squares = releases * mu**2
+        outside = "what training on an example changes in later rows of others, lengths, timing and floating-point sampling"
+        if self.gradient_multiplier:
+            squares += gradients * (2 / self.gradient_multiplier) ** 2
+            releases += gradients
+        else:
+            outside = f"gradients sent in training, {outside}"
         return Guarantee(
-            mechanism="row-clipped Gaussian on smashed data",
+            mechanism="row-clipped Gaussian on smashed data"
+            + (" and clipped Gaussian on gradients" if self.gradient_multiplier else ""),
             adjacency="replace the text of one example; each of its rows is one release",
             clip=bound,
             sensitivity=2 * bound,
@@ -115,11 +121,8 @@ class GaussianNoise(Defense):
             delta=self.delta,
             epsilon_per_release=gaussian_epsilon(mu, self.delta),
             releases=releases,
-            epsilon=gaussian_epsilon(mu * math.sqrt(releases), self.delta),
-            excluded=(
-                "gradients sent in training, what training on an example changes in later rows of others, "
-                "lengths, timing and floating-point sampling"
-            ),
+            epsilon=gaussian_epsilon(math.sqrt(squares), self.delta),
+            excluded=outside,
             randomness="the data party's torch generator: from the operating system unless seeded",
         )
 
@@ -152,8 +155,15 @@ class GaussianMechanism(Mechanism):
         return self.expected(hidden) + self.sigma * noise
 
 
-def clip_rows(rows: Tensor, bound: float) -> Tensor:
-    """Scale each row down to L2 norm `bound` where it is longer; in float32, as half precision overshoots."""
-    exact = rows.float()
-    norms = exact.norm(dim=-1, keepdim=True)
-    return exact * (bound / norms.clamp_min(1e-12)).clamp(max=1.0)
+def gradient_cover(defense: Defense, clip: float) -> frozenset[str]:
+    """What is covered once gradients are noised too: they carry the labels.
+
+    Raises:
+        DefenseError: There is no clip, hence no sensitivity.
+    """
+    if not 0 < clip < math.inf:
+        raise DefenseError(
+            f"{type(defense).__name__} cannot noise gradients without a sensitivity: gradient_clip is {clip}. "
+            "Set it to a norm that public text rarely exceeds."
+        )
+    return type(defense).covers | {"gradients", "labels"}

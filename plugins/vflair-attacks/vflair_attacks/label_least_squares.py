@@ -1,0 +1,84 @@
+"""Solve for the labels behind the summed gradient of the output layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from vflair_core import AttackError, Guess
+
+
+@frozen
+class LabelLeastSquares:
+    """From ∇W = Σ_b (p_b − y_b) h_bᵀ and known states h_b, take argmax_c of p − ∇W·pinv(h) for each row b.
+
+    The analytic form of label recovery from the last layer's gradient; Zhao et al., "iDLG", arXiv 2001.02610, for
+    one row. Observable only where parties share the gradients of their tails (`updates`): vflair itself sends
+    none. Rows are the T positions of one example, so it ends where T reaches the rank of the states (LayerNorm
+    takes one off the width).
+
+    The output layer is found by its name in the model; its input is what the tail computes from `returned`.
+    """
+
+    def __call__(
+        self,
+        updates: Sequence[Mapping[str, Tensor]],
+        returned: Tensor,  # (N, T, D)
+        lengths: Tensor,  # (N,)
+        partition: Any,
+        task_kind: str,
+        tail: Any,
+    ) -> Guess:
+        """Return tokens (N, T) of a causal language model, or labels (N,)."""
+        name, layer = _output_layer(tail.party.model)
+        tokens = torch.full(returned.shape[:2], -1)
+        labels = torch.zeros(len(returned), dtype=torch.long)
+        for n, (update, length) in enumerate(zip(updates, lengths.tolist(), strict=True)):
+            if f"{name}.weight" not in update:
+                raise AttackError(
+                    f"label-least-squares needs the gradient of {name}.weight, which is not among the updates: "
+                    "train the task head itself (train.trainable), not adapters elsewhere."
+                )
+            states, scores = _around(layer, tail, returned[n : n + 1, :length])
+            gradient = update[f"{name}.weight"]  # (V, D)
+            if task_kind == "causal-lm":
+                tokens[n, 1:length] = _solve(gradient, states[:-1], scores[:-1]).argmax(-1)
+            else:
+                labels[n] = _solve(gradient, states[-1:], scores[-1:]).argmax(-1)[0]
+        return Guess(tokens=tokens) if task_kind == "causal-lm" else Guess(labels=labels)
+
+
+def _solve(gradient: Tensor, states: Tensor, scores: Tensor) -> Tensor:  # (V, D), (B, D), (B, V)
+    """Return what is left for the one-hot labels, (B, V); the loss is the mean over the B rows."""
+    found = gradient.double() @ torch.linalg.pinv(states.double()) * len(states)  # (V, B), p − y
+    return scores.double().softmax(-1) - found.T
+
+
+def _around(layer: torch.nn.Module, tail: Any, returned: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what goes into the output layer and what comes out: (B, D) and (B, V)."""
+    caught: list[tuple[Tensor, Tensor]] = []
+    handle = layer.register_forward_hook(
+        lambda _, inputs, output: caught.append((inputs[0], output))
+    )
+    try:
+        with torch.no_grad():
+            tail(returned)
+    finally:
+        handle.remove()
+    states, scores = caught[-1]
+    return states.flatten(0, -2), scores.flatten(0, -2)
+
+
+def _output_layer(model: torch.nn.Module) -> tuple[str, torch.nn.Module]:
+    """The last linear layer outside the blocks: the language-model head or the classifier."""
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    for name, module in reversed(layers):
+        if name.rpartition(".")[2] in ("lm_head", "score", "classifier", "decoder", "out_proj"):
+            return name, module
+    raise AttackError(
+        f"{type(model).__name__} has no output layer of a known name (lm_head, score, classifier, …)."
+    )

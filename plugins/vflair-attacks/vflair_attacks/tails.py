@@ -1,0 +1,61 @@
+"""What the attacks on labels share: the gradient that the local tail would send for a label it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from vflair_core import AttackError
+
+
+def each_example(
+    returned: Tensor, hidden_grad: Tensor, lengths: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what came back, (1, T, D), and the gradient that was sent, (T, D), of each example, unpadded."""
+    for row, gradient, length in zip(returned, hidden_grad, lengths.tolist(), strict=True):
+        yield row[None, :length].detach(), gradient[:length]
+
+
+def need_hidden_states(partition: Any, attack: str) -> None:
+    """Refuse HT, where the gradient is of logits and shows the label by itself.
+
+    Raises:
+        AttackError: The partition is HT.
+    """
+    if partition.kind == "HT":
+        raise AttackError(
+            f"{attack} matches the gradient of hidden states, which crosses in HBT only. In HT the gradient of "
+            "the logits crosses: use gradient-sign."
+        )
+
+
+def class_gradients(tail: Any, states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return ∂CE(tail(O), c)/∂O for each class c, (C, T, D), and the tail's log-probabilities, (C,).
+
+    `states` are O of one example, (1, T, D). The loss is linear in the label, so the gradient for a label
+    distribution q is Σ_c q_c times that for c.
+    """
+    with torch.no_grad():
+        scores = tail(states, attention_mask=mask)[0]
+    if scores.dim() != 1:
+        raise AttackError(
+            "The tail gives logits at every position, so there is no one class per example."
+        )
+    classes = len(scores)
+    copies = states.expand(classes, -1, -1).clone().requires_grad_()
+    wide = None if mask is None else mask.expand(classes, -1)
+    loss = cross_entropy(tail(copies, attention_mask=wide), torch.arange(classes), reduction="sum")
+    (gradients,) = torch.autograd.grad(loss, copies)
+    return gradients, scores.log_softmax(-1)
+
+
+def token_gradients(tail: Any, states: Tensor, tokens: Tensor) -> Tensor:
+    """Return ∂CE(tail(O) at the last position, v)/∂O for each of `tokens` (K,): (K, T, D)."""
+    copies = states.expand(len(tokens), -1, -1).clone().requires_grad_()
+    loss = cross_entropy(tail(copies)[:, -1], tokens, reduction="sum")
+    (gradients,) = torch.autograd.grad(loss, copies)
+    return gradients

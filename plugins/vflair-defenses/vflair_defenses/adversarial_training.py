@@ -1,0 +1,179 @@
+"""Train a mapping at the cut against an adversary that is trained against it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import attrs
+import torch
+from attrs import define, field, validators
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from vflair_core import Defense, DefenseError
+from vflair_core.defense import Exchange, Mechanism
+from vflair_defenses.learning import (
+    frozen_call,
+    parameters_of,
+    perceptron,
+    read_state,
+    seeded,
+    state_of,
+)
+from vflair_defenses.rows import classes_of, real_rows, width_of
+
+if TYPE_CHECKING:
+    from vflair_core.data_party import DataParty
+
+KINDS = ("causal-lm", "classification", "regression", "question-answering")
+PHASES = ("train", "eval", "prefill", "decode")
+
+
+@define(slots=False)
+class AdversarialTraining(Defense):
+    """Map h to h' = h + MLP(h), trained so that an adversary cannot tell the token (head) or the label (tail).
+
+    After Liu et al., "Privacy Adversarial Network", arXiv 1812.07386, and VFLAIR-LLM's "AT". Head: the adversary A
+    minimises the cross-entropy of A(h') with the tokens; mapping and head minimise
+    L + distortion · mean‖h' − h‖² − weight · min(CE, ln V): beyond chance there is nothing to win. Tail (HBT,
+    classification): A reads the label from the gradient that is sent, and the mapping is trained through it.
+    Differs from VFLAIR-LLM: the mapping starts as the identity and is not squashed, A trains by turns and not in the
+    main optimizer, and in the tail the gradient is differentiable, so that something is trained. Deterministic and
+    in general injective: only empirical, against this adversary; one who knows the mapping inverts it.
+
+    Attributes:
+        weight: Of the adversary's loss.
+        distortion: λ, of the mean squared change.
+        place: head or tail.
+        hidden: Width of the layers between, of mapping and adversary.
+        rate: The adversary's learning rate (Adam).
+        turns: Steps of the adversary for each step of the model.
+        seed: Seed of the first weights.
+    """
+
+    weight: float = field(default=1.0, validator=validators.ge(0))
+    distortion: float = field(default=0.1, validator=validators.ge(0))
+    place: Literal["head", "tail"] = field(
+        default="head", validator=validators.in_(("head", "tail"))
+    )
+    hidden: int = field(default=64, validator=validators.ge(1))
+    rate: float = field(default=1e-3, validator=validators.gt(0))
+    turns: int = field(default=1, validator=validators.ge(1))
+    seed: int = 0
+    _parts: nn.ModuleDict = field(init=False, factory=nn.ModuleDict, eq=False)
+    _optimizer: torch.optim.Optimizer | None = field(init=False, default=None, eq=False)
+
+    supports = frozenset({("*", kind, phase) for kind in KINDS for phase in PHASES})
+
+    def __attrs_post_init__(self) -> None:
+        self.covers = frozenset({"labels"} if self.place == "tail" else {"prompt", "response"})
+        if self.place == "tail":
+            self.supports = frozenset({("HBT", "classification", phase) for phase in PHASES})
+
+    def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
+        """Build mapping and adversary for the model's width, vocabulary and classes."""
+        config = data_party.model.config.get_text_config()
+        if self.place == "tail" and config._attn_implementation != "eager":
+            raise DefenseError(
+                "AdversarialTraining in the tail needs a gradient of the gradient, which fused attention "
+                f'({config._attn_implementation}) may lack: load the model with attn_implementation="eager".'
+            )
+        targets = int(config.vocab_size) if self.place == "head" else classes_of(data_party)
+        self._build(width_of(data_party), targets)
+        self._parts.to(data_party.model.device)
+
+    def _build(self, width: int, targets: int) -> None:
+        with seeded(self.seed):
+            mapping = perceptron(width, self.hidden, width)
+            adversary = perceptron(width, self.hidden, targets)
+        last = mapping[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self._parts = nn.ModuleDict({"mapping": mapping, "adversary": adversary})
+        self._optimizer = torch.optim.Adam(adversary.parameters(), self.rate)
+
+    def on_smashed(self, smashed: Tensor, exchange: Exchange) -> Tensor:  # (B, T, D)
+        return self._mapped(smashed, exchange) if self.place == "head" else smashed
+
+    def on_returned(self, returned: Tensor, exchange: Exchange) -> Tensor:  # (B, T, D)
+        if self.place == "head":
+            return returned
+        exchange.memo[f"returned {id(self)}"] = returned
+        return self._mapped(returned, exchange)
+
+    def _mapped(self, hidden: Tensor, exchange: Exchange) -> Tensor:
+        if not len(self._parts):
+            raise DefenseError(
+                "AdversarialTraining has no mapping yet: call prepare(public_texts, data_party) first."
+            )
+        change = self._parts["mapping"](hidden.float()).to(hidden.dtype)
+        if exchange.phase == "train":
+            exchange.memo[f"mapped {id(self)}"] = (hidden + change, change)
+        return hidden + change
+
+    def penalty(self, exchange: Exchange) -> Tensor | None:
+        """Let the adversary take its turns, then return what mapping and model pay."""
+        if not (self.weight or self.distortion):
+            return None
+        mapped, change = exchange.memo[f"mapped {id(self)}"]
+        if self.place == "head":
+            seen = real_rows(mapped, exchange)
+            targets = real_rows(exchange.batch["input_ids"][..., None], exchange).flatten()
+        else:
+            seen, targets = self._label_view(exchange), exchange.batch["labels"]
+        return self.distortion * change.square().sum(-1).mean() - self.weight * self._contest(
+            seen, targets
+        )
+
+    def _contest(self, seen: Tensor, targets: Tensor) -> Tensor:
+        """Train the adversary on `seen` (N, D), then return its loss, at most that of chance."""
+        adversary = self._parts["adversary"]
+        assert self._optimizer is not None
+        with torch.enable_grad():
+            for _ in range(self.turns):
+                self._optimizer.zero_grad()
+                cross_entropy(adversary(seen.detach().float()), targets).backward()
+                self._optimizer.step()
+        scores = frozen_call(adversary, seen.float())
+        return cross_entropy(scores, targets).clamp(max=math.log(scores.shape[-1]))
+
+    def _label_view(self, exchange: Exchange) -> Tensor:
+        """The gradient that will be sent, summed over positions (B, D), at unit scale, differentiable."""
+        loss, returned = exchange.memo["loss"], exchange.memo[f"returned {id(self)}"]
+        (gradient,) = torch.autograd.grad(loss, returned, create_graph=True)
+        view: Tensor = gradient.sum(1) if gradient.dim() == 3 else gradient
+        return view / view.detach().square().mean().sqrt().clamp_min(1e-30)
+
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """The mapping only: the adversary has an optimizer of its own."""
+        return parameters_of(self._parts["mapping"]) if len(self._parts) else ()
+
+    def mechanism(self) -> Mechanism | None:
+        """The mapping, once it is known; what is done in the tail does not change smashed data."""
+        if self.place == "tail" or not len(self._parts):
+            return None if self.place == "tail" else Mechanism()
+        return MappingMechanism(self._parts["mapping"])
+
+    def state(self) -> dict[str, Tensor]:
+        """Mapping and adversary; the adversary's optimizer starts again."""
+        return state_of(self._parts)
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        if not len(self._parts):
+            self._build(state["mapping.0.weight"].shape[1], len(state["adversary.2.bias"]))
+        read_state(self._parts, state)
+
+
+@attrs.frozen(eq=False)
+class MappingMechanism(Mechanism):
+    """A known function: an attacker applies it to what she tries."""
+
+    mapping: nn.Module
+
+    @torch.no_grad()
+    def expected(self, hidden: Tensor) -> Tensor:
+        found: Tensor = hidden + self.mapping(hidden.float()).to(hidden.dtype)
+        return found

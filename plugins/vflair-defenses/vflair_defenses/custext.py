@@ -1,0 +1,117 @@
+"""Replace words within small sets of similar words."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from attrs import define, field, validators
+from torch import Tensor
+
+from vflair_core import Defense, Guarantee
+from vflair_defenses.neighbours import (
+    Vocabulary,
+    draw,
+    partition_by_distance,
+    read_vocabulary,
+    substitute,
+)
+from vflair_defenses.santext import SUPPORTED, ready
+
+if TYPE_CHECKING:
+    from vflair_core.data_party import DataParty
+
+STOP_WORDS = frozenset(
+    "a an the this that these those and or but if while of at by for with about into through during before after "
+    "to from in out on off over under again then once here there all any both each few more most other some such no "
+    "not only own same so than too very can will just i me my we our you your he him his she her it its they them "
+    "their what which who whom is am are was were be been being have has had do does did as".split()
+)
+
+
+@define(slots=False)
+class CusText(Defense):
+    """Part the vocabulary into sets of K similar words and replace each word within its set, ∝ exp(ε·u/2).
+
+    Chen et al., "A Customized Text Sanitization Mechanism with Differential Privacy", Findings of ACL 2023, arXiv
+    2207.01193; u ∈ [0, 1] is the similarity to the word, scaled to the set's own range. Sets are made greedily, the
+    most frequent words of public text first. ε holds between words of one set; between sets it is infinite: the
+    set itself is told. A word outside the vocabulary stays in clear, and is counted. Differs from VFLAIR-LLM, which
+    trains its word vectors on the private text.
+
+    Attributes:
+        epsilon: ε of one word, within its set; inf changes nothing.
+        size: K, words of a set.
+        vectors: File of public word vectors; empty takes the model's embeddings.
+        spacing: Keep the characters between words.
+        stop_words: Leave English function words as they are (CusText+).
+    """
+
+    epsilon: float = field(default=1.0, validator=validators.ge(0))
+    size: int = field(default=20, validator=validators.ge(2))
+    vectors: str = ""
+    spacing: bool = False
+    stop_words: bool = False
+    tally: Counter[str] = field(init=False, factory=Counter, eq=False)
+    _vocabulary: Vocabulary | None = field(init=False, default=None, eq=False)
+    _generator: torch.Generator | None = field(init=False, default=None, eq=False)
+    _sets: Tensor = field(init=False, factory=lambda: torch.empty(0, dtype=torch.int64), eq=False)
+
+    covers = frozenset({"prompt"})
+    supports = SUPPORTED
+
+    def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
+        """Read the words and part them into sets."""
+        self._vocabulary = read_vocabulary("CusText", self.vectors, data_party)
+        self._generator = data_party.defenses.generator_of(self)
+        order = self._vocabulary.by_frequency(public_texts)
+        self._sets = partition_by_distance(self._vocabulary, order, self.size)
+
+    def on_text(self, fields: dict[str, str]) -> dict[str, str]:
+        if math.isinf(self.epsilon):
+            return fields
+        return {k: substitute(v, self._replaced, spacing=self.spacing) for k, v in fields.items()}
+
+    def _replaced(self, word: str) -> str:
+        vocabulary, generator = ready(self, self._vocabulary, self._generator)
+        number = vocabulary.index.get(word)
+        self.tally["words"] += 1
+        if self.stop_words and word.lower() in STOP_WORDS:
+            self.tally["stop words kept"] += 1
+            return word
+        if number is None:
+            self.tally["unknown"] += 1
+            return word
+        among = (self._sets == self._sets[number]).nonzero().flatten()
+        nearness = -vocabulary.distances(number, among)
+        low, high = nearness.min(), nearness.max()
+        scaled = (nearness - low) / (high - low) if high > low else torch.ones_like(nearness)
+        return vocabulary.words[int(among[draw(0.5 * self.epsilon * scaled, generator)])]
+
+    def guarantee(self, releases: int, messages: int = 0, gradients: int = 0) -> Guarantee:
+        """ε between words of one set, infinite between sets: nothing for a text as a whole."""
+        if math.isinf(self.epsilon) or self.spacing or self.stop_words:
+            return Guarantee()
+        return Guarantee(
+            mechanism="exponential mechanism within sets of words",
+            adjacency="replace words of one example; a replacement within a set costs epsilon_per_release, others have no bound",
+            delta=0.0,
+            epsilon_per_release=self.epsilon,
+            releases=releases,
+            epsilon=math.inf,
+            excluded="the set of each word, words outside the vocabulary (in clear), answers, labels and gradients",
+            randomness="the data party's torch generator: from the operating system unless seeded",
+        )
+
+
+def custext_plus(
+    *, epsilon: float = 1.0, size: int = 20, vectors: str = "", spacing: bool = True
+) -> CusText:
+    """CusText+: English function words stay as they are, in clear, for better text; no guarantee.
+
+    The same paper, §3.3. See `CusText` for the options.
+    """
+    return CusText(epsilon, size, vectors, spacing, stop_words=True)

@@ -1,0 +1,156 @@
+"""Words with vectors, and how far they are from each other: what the defenses on text choose from.
+
+A unit is a pre-token: a run of letters and digits, or a single sign. By default the vocabulary is the model's own
+tokens that are whole words, with its own embeddings, both of which the model party has anyway; a file of public
+word vectors does as well. No table of all pairs is kept: 50,000 words would take 10 GB.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from attrs import field, frozen
+from torch import Tensor
+
+from vflair_core import DefenseError
+
+if TYPE_CHECKING:
+    from vflair_core.data_party import DataParty
+
+WORD = re.compile(r"\w+|[^\w\s]")
+
+
+@frozen(eq=False)
+class Vocabulary:
+    """Words and their vectors (V, D)."""
+
+    words: tuple[str, ...]
+    vectors: Tensor
+    index: dict[str, int] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "index", {word: n for n, word in enumerate(self.words)})
+
+    def distances(
+        self, word: int, among: Tensor | None = None
+    ) -> Tensor:  # -> (V,) or (len(among),)
+        """Return the Euclidean distances of one word to all, or to those `among`; to itself exactly 0."""
+        others = self.vectors if among is None else self.vectors[among]
+        return (others - self.vectors[word]).norm(dim=1)
+
+    def by_frequency(self, texts: Sequence[str]) -> Tensor:  # -> (V,)
+        """Return the numbers of all words, the most frequent in public text first; ties keep their order."""
+        counts = Counter(word for text in texts for word in WORD.findall(text))
+        return torch.tensor([-counts[word] for word in self.words]).argsort(stable=True)
+
+
+def read_vocabulary(who: str, path: str, party: DataParty) -> Vocabulary:
+    """Return the words of a file, or of the model if `path` is empty.
+
+    Raises:
+        DefenseError: There is no tokenizer, or no two words are left.
+    """
+    found = _of_file(Path(path)) if path else _of_model(who, party)
+    if len(found.words) < 2:
+        raise DefenseError(
+            f"{who} needs words to choose from, and {path or 'the tokenizer'} has {len(found.words)} whole ones. "
+            "Give a file of word vectors: vectors = PATH, one word and its numbers a line."
+        )
+    return found
+
+
+def _of_model(who: str, party: DataParty) -> Vocabulary:
+    """Tokens that are whole words, as they are written after a space, else at the beginning."""
+    if party.tokenizer is None:
+        raise DefenseError(
+            f"{who} changes words, which needs a tokenizer: split(..., tokenizer=...)."
+        )
+    tokenizer: Any = party.tokenizer
+    table: Any = party.model.get_input_embeddings()
+    size = min(len(tokenizer), table.weight.shape[0])
+    shown = tokenizer.batch_decode([[n] for n in range(size)])
+    words = list(dict.fromkeys(w.strip() for w in shown if WORD.fullmatch(w.strip())))
+    numbers: dict[str, int] = {}
+    for form in (" {}", "{}"):
+        left = [word for word in words if word not in numbers]
+        if left:
+            ids = tokenizer([form.format(w) for w in left], add_special_tokens=False)["input_ids"]
+            numbers |= {w: i[0] for w, i in zip(left, ids, strict=True) if len(i) == 1}
+    kept = [word for word in words if word in numbers]
+    with torch.no_grad():
+        chosen = torch.tensor([numbers[w] for w in kept], device=table.weight.device)
+        vectors = table.weight[chosen].float().cpu().clone()
+    return Vocabulary(tuple(kept), vectors)
+
+
+def _of_file(path: Path) -> Vocabulary:
+    """Read the text form of word2vec and GloVe: a word and its numbers a line; a first line of sizes is skipped."""
+    words: dict[str, Any] = {}
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            word, *values = line.rstrip().split(" ")
+            if number == 1 and len(values) == 1:
+                continue
+            try:
+                vector = np.array(values, dtype=np.float32)
+            except ValueError as error:
+                raise DefenseError(f"{path}, line {number}: {error}.") from error
+            first = next(iter(words.values()), vector)
+            if vector.shape != first.shape:
+                raise DefenseError(
+                    f"{path}, line {number}: {len(vector)} numbers, where the first word has {len(first)}."
+                )
+            if WORD.fullmatch(word):
+                words.setdefault(word, vector)
+    return Vocabulary(
+        tuple(words),
+        torch.from_numpy(np.stack(list(words.values()))) if words else torch.empty(0, 0),
+    )
+
+
+def substitute(text: str, replace: Callable[[str], str | None], *, spacing: bool) -> str:
+    """Replace each unit of `text`; None drops it.
+
+    With `spacing` the characters between units stay as they are, which tells more than the promise covers; without,
+    units are parted by one space.
+    """
+    if not spacing:
+        found = (replace(word) for word in WORD.findall(text))
+        return " ".join(word for word in found if word is not None)
+    return WORD.sub(lambda match: replace(match.group()) or "", text)
+
+
+def draw(scores: Tensor, generator: torch.Generator) -> int:
+    """Draw a number with probability ∝ exp(score): the Gumbel trick, which does not underflow."""
+    noise = torch.empty(scores.shape).exponential_(generator=generator)
+    return int((scores - noise.log()).argmax())
+
+
+def partition_by_distance(vocabulary: Vocabulary, order: Tensor, size: int) -> Tensor:
+    """Part all words into sets: the first of `order` that is left, with its `size` − 1 nearest that are left.
+
+    Returns:
+        The number of each word's set, (V,).
+    """
+    sets = torch.full((len(vocabulary.words),), -1)
+    left, vectors = order, vocabulary.vectors[order]
+    free = torch.ones(len(left), dtype=torch.bool)
+    squares, start = vectors.square().sum(1), 0
+    for number in range(math.ceil(len(order) / size)):
+        start += int(free[start:].int().argmax())
+        scores = squares - 2 * (vectors @ vectors[start])
+        scores[~free], scores[start] = math.inf, -math.inf
+        chosen = scores.topk(min(size, int(free.sum())), largest=False).indices
+        sets[left[chosen]] = number
+        free[chosen] = False
+        if int(free.sum()) * 2 < len(left):  # look no more at what is gone
+            left, vectors, squares = left[free], vectors[free], squares[free]
+            free, start = torch.ones(len(left), dtype=torch.bool), 0
+    return sets

@@ -1,0 +1,122 @@
+"""What defenses do to rows alike: norms of public text, clipping, and a view of one example at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vflair_core import DefenseError
+from vflair_core.defense import Exchange
+
+if TYPE_CHECKING:
+    from vflair_core.data_party import DataParty
+
+
+def public_ids(
+    who: str, texts: Sequence[str], party: DataParty, *, length: int = 64, instead: str = ""
+) -> list[Tensor]:
+    """Return the token ids (1, T) of at most 128 public texts.
+
+    Args:
+        who: The defense that needs them, for the error.
+        texts: The public text.
+        party: Has the tokenizer.
+        length: Most tokens of a text.
+        instead: What else can be done, for the error.
+
+    Raises:
+        DefenseError: There is no public text or no tokenizer.
+    """
+    if not texts or party.tokenizer is None:
+        raise DefenseError(
+            f"{who} is calibrated on public text, and there is none (or no tokenizer). Give the task "
+            f"public text{instead}."
+        )
+    encode = party.tokenizer
+    return [
+        encode(text, truncation=True, max_length=length, return_tensors="pt")["input_ids"]
+        for text in texts[:128]
+    ]
+
+
+def public_rows(who: str, texts: Sequence[str], party: DataParty) -> Iterable[Tensor]:
+    """Yield the undefended smashed data (1, T, D) of public texts; nothing crosses."""
+    for ids in public_ids(who, texts, party, instead=", or set clip to a number"):
+        with torch.no_grad():
+            yield party.smashed(input_ids=ids, use_cache=False)
+
+
+def classes_of(party: DataParty) -> int:
+    """C, the number of classes that the model's config says; 2 where it says none."""
+    return int(party.model.config.num_labels or 2)
+
+
+def width_of(party: DataParty) -> int:
+    """D, the width of the hidden states."""
+    return int(party.model.config.get_text_config().hidden_size)
+
+
+def clip_rows(rows: Tensor, bound: float, order: float = 2) -> Tensor:
+    """Scale each row down to norm `bound` where it is longer; in float32, as half precision overshoots."""
+    exact = rows.float()
+    norms = exact.norm(p=order, dim=-1, keepdim=True)
+    return exact * (bound / norms.clamp_min(1e-12)).clamp(max=1.0)
+
+
+def clip_examples(tensor: Tensor, bound: float, exchange: Exchange, order: float = 2) -> Tensor:
+    """Scale all that a tensor holds of one example down to norm `bound` together."""
+    rows = examples_first(tensor, exchange)
+    clipped = clip_rows(rows.flatten(1), bound, order).view(rows.shape)
+    return clipped.transpose(0, 1) if exchange.axes == "TBD" else clipped
+
+
+def examples_first(tensor: Tensor, exchange: Exchange) -> Tensor:
+    """Return the tensor with the batch as its first dimension.
+
+    Raises:
+        DefenseError: Nobody knows which dimension is the batch.
+    """
+    if exchange.axes == "TBD":
+        return tensor.transpose(0, 1)
+    if exchange.axes.startswith("B"):
+        return tensor
+    raise DefenseError(
+        f"A tensor of shape {tuple(tensor.shape)} ({exchange.name!r}) cannot be parted into examples. Use "
+        "another cut, or a defense that needs no examples."
+    )
+
+
+def noise_like(tensor: Tensor, exchange: Exchange) -> Tensor:
+    """Draw N(0, 1) for each coordinate, fresh, from the defense's own stream."""
+    drawn = torch.randn(tensor.shape, generator=exchange.generator)
+    return drawn.to(tensor.device)
+
+
+def laplace_like(tensor: Tensor, exchange: Exchange) -> Tensor:
+    """Draw Laplace(0, 1) for each coordinate: a random sign times an exponential."""
+    size = torch.empty(tensor.shape).exponential_(generator=exchange.generator)
+    signs = torch.randint(0, 2, tensor.shape, generator=exchange.generator) * 2 - 1
+    return (size * signs).to(tensor.device)
+
+
+def real_rows(tensor: Tensor, exchange: Exchange) -> Tensor:
+    """Return the rows (N, D) that are no padding."""
+    rows = examples_first(tensor, exchange)
+    if exchange.mask is None or rows.dim() < 3:
+        return rows.reshape(-1, rows.shape[-1])
+    return rows[exchange.mask.bool().to(rows.device)]
+
+
+def is_off(bound: float, noise: float) -> bool:
+    """Whether nothing is clipped and nothing added.
+
+    Raises:
+        DefenseError: Noise is to be a multiple of a clip that does not exist.
+    """
+    if math.isinf(bound) and noise:
+        raise DefenseError("Noise is set as a multiple of the clip, so clip = inf needs noise 0.")
+    return math.isinf(bound)

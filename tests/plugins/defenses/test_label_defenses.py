@@ -1,0 +1,146 @@
+"""Defenses of labels and gradients: against brute force, stated frequencies, and what they hide."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from vflair_core import DefenseError, Transcript
+from vflair_core.testing import tiny_batch
+from vflair_defenses.decoy_rows import DecoyRows
+from vflair_defenses.label_randomised_response import LabelRandomisedResponse
+from vflair_defenses.marvell import Marvell, best_variances, detection_error, sum_kl
+from vflair_defenses.norm_matching import NormMatching
+from vflair_defenses.zero_row_padding import ZeroRowPadding
+
+
+def test_norms_match_in_the_mean_of_their_squares(exchange):
+    """4,000 draws: E‖g̃‖² = max‖g‖² within 10 % (6 standard errors of a shifted chi-square)."""
+    gradient = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 1.0]])
+    there = exchange(axes="BD")
+    squares = torch.stack(
+        [NormMatching().on_gradient(gradient, there).square().sum(1) for _ in range(4000)]
+    )
+    assert torch.allclose(squares.mean(0), torch.full((3,), 25.0), rtol=0.14)
+    assert float(squares[:, 0].std()) < 1e-3  # the longest stays as it is
+
+
+def test_marvell_finds_variances_as_good_as_a_grid_search():
+    distance, spread, width, share, power = 2.0, [0.3, 0.1], 5, 0.3, 6.0
+    found = sum_kl(*best_variances(distance, spread, width, share, power), distance, spread, width)
+    weights = torch.tensor([1 - share, share])
+    grid, best = torch.linspace(0, 1, 21), math.inf
+    for a in grid:
+        for b in grid[grid <= 1 - a + 1e-6]:
+            for c in grid[grid <= 1 - a - b + 1e-6]:
+                parts = power * torch.stack([a, b, c, (1 - a - b - c).clamp_min(0)])
+                along, across = parts[:2] / weights, parts[2:] / weights / (width - 1)
+                best = min(best, float(sum_kl(along, across, distance, spread, width)))
+    assert float(found) <= best + 0.01
+    assert detection_error(float(found)) > detection_error(
+        float(sum_kl(torch.zeros(2), torch.zeros(2), distance, spread, width))
+    )
+
+
+def test_the_divergence_of_two_gaussians_equals_torchs():
+    along, across = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.25])
+    variances = [torch.cat([along[k : k + 1], across[k].expand(3)]) + 0.1 for k in range(2)]
+    means = [torch.zeros(4), torch.tensor([1.5, 0, 0, 0])]
+    p, q = (
+        torch.distributions.Independent(torch.distributions.Normal(m, v.sqrt()), 1)
+        for m, v in zip(means, variances, strict=True)
+    )
+    kl = torch.distributions.kl_divergence
+    expected = float(kl(p, q) + kl(q, p))
+    assert float(sum_kl(along, across, 1.5**2, [0.1, 0.1], 4)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_marvell_refuses_labels_it_cannot_tell_apart(exchange):
+    there = exchange(axes="BD", batch={"labels": torch.tensor([0, 2])})
+    with pytest.raises(DefenseError, match="labels of shape"):
+        Marvell().on_gradient(torch.ones(2, 3), there)
+    there = exchange(axes="BD", batch={"labels": torch.tensor([1, 1])})
+    with pytest.raises(DefenseError, match="both classes in every batch"):
+        Marvell().on_gradient(torch.ones(2, 3), there)
+
+
+def test_marvell_makes_the_mean_difference_hard_to_see(exchange):
+    """The direction that tells the classes apart perfectly before is near chance after much noise."""
+    labels = torch.tensor([0, 1] * 200)
+    gradient = torch.randn(400, 6) * 0.01
+    gradient[:, 0] += labels
+    there = exchange(axes="BD", batch={"labels": labels})
+    score = Marvell(power=50.0).on_gradient(gradient, there)[:, 0]
+    right = ((score > score.median()) == labels.bool()).float().mean()
+    assert float(right) < 0.7
+
+
+def test_randomised_response_keeps_and_flips_as_often_as_it_says(exchange):
+    """Chi-square with 2 degrees of freedom on 30,000 labels of 3 classes; false alarm once in 1,000 seeds."""
+    count, epsilon = 30_000, 1.0
+    defense = LabelRandomisedResponse(epsilon)
+    defense.load_state({"classes": torch.tensor(3)})
+    batch = {"input_ids": torch.arange(count)[:, None]}
+    labels = torch.zeros(count, dtype=torch.int64)
+    said = defense.on_labels(labels, exchange(batch=batch))
+    keep = math.exp(epsilon) / (math.exp(epsilon) + 2)
+    expected = torch.tensor([keep, (1 - keep) / 2, (1 - keep) / 2]) * count
+    chi2 = ((said.bincount(minlength=3) - expected) ** 2 / expected).sum()
+    assert float(chi2) < 13.8
+    assert torch.equal(defense.on_labels(labels, exchange(1, batch=batch)), said)  # permanent
+    assert defense.guarantee(64, 9, 9).epsilon == epsilon
+
+
+def test_randomised_response_refuses_the_labels_of_a_language_model(exchange):
+    with pytest.raises(DefenseError, match="class labels of shape"):
+        LabelRandomisedResponse().on_labels(torch.zeros(2, 3, dtype=torch.int64), exchange())
+
+
+def test_padding_leaves_no_zero_row_but_those_the_mask_betrays(exchange):
+    gradient = torch.randn(2, 5, 4)
+    gradient[:, :2] = 0
+    mask = torch.ones(2, 5, dtype=torch.int64)
+    mask[1, 0] = 0
+    sent = ZeroRowPadding().on_gradient(gradient, exchange(mask=mask))
+    assert (sent.norm(dim=-1) == 0).nonzero().tolist() == [[1, 0]]
+    assert torch.equal(sent[:, 2:], gradient[:, 2:])
+    lengths = gradient[:, 2:].norm(dim=-1).flatten()
+    assert all((lengths - n).abs().min() < 1e-5 for n in sent[0, :2].norm(dim=-1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "tail"), [("gpt2", 1, 1), ("llama", 1, 0), ("bert", 1, 1)]
+)
+def test_decoys_leave_outputs_alone_and_no_gradient_of_theirs_is_zero(kind, head, tail, defended):
+    parties = defended([DecoyRows(count=3)], kind, head, tail)
+    party = parties.data_party
+    labels = "classes" if kind == "bert" else "tokens"
+    batch = tiny_batch(parties.whole, rows=3, padding="right", labels=labels)
+    party.model.eval()
+    out = party.model(**batch, **({} if kind == "bert" else {"use_cache": False}))
+    assert torch.allclose(out.logits, parties.whole(**batch).logits, atol=1e-5)
+    with party.channel.tap(Transcript()) as transcript:
+        party.model.train()
+        out = party.model(**batch, **({} if kind == "bert" else {"use_cache": False}))
+        out.loss.backward()
+    rows = {r.role: r.tensor for r in transcript.messages if r.direction == "sent"}
+    assert len(rows["smashed"]) == len(rows["hidden_grad"]) == 6
+    assert (rows["hidden_grad"].flatten(1).norm(dim=1) > 0).all()
+
+
+def test_decoys_stand_anywhere_in_the_batch(defended):
+    """The chance that three decoys are last ten times running is 20^-10."""
+    defense = DecoyRows(count=3)
+    parties = defended([defense])
+    batch = tiny_batch(parties.whole, rows=3)
+    seen = set()
+    for _ in range(10):
+        with parties.data_party.channel.tap(Transcript()) as transcript:
+            parties.data_party.model(**batch, use_cache=False)
+        (sent,) = [r.tensor for r in transcript.messages if r.role == "smashed"]
+        own = parties.data_party.smashed(input_ids=batch["input_ids"], use_cache=False)
+        places = [int((sent - row).flatten(1).norm(dim=1).argmin()) for row in own]
+        seen.add(tuple(sorted(places)))
+    assert len(seen) > 1

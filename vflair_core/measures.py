@@ -1,0 +1,123 @@
+"""The measures that grades are made of: rates with their intervals, AUC, sequences, bags."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vflair_core.errors import AttackError
+
+LEVEL = 0.95  # of all intervals
+RESAMPLES = 2000
+Hits = Sequence[tuple[int, int]]  # (right, of how many), for each sentence
+
+
+def pooled(hits: Hits) -> float:
+    """Return the rate over all sentences together."""
+    return sum(h for h, _ in hits) / max(sum(n for _, n in hits), 1)
+
+
+def mean_over_shifts(shifts: list[list[tuple[int, int]]]) -> float:
+    """Return the rate over all pairings of guesses with other examples."""
+    return pooled([pair for pairs in shifts for pair in pairs]) if shifts else 0.0
+
+
+def interval(hits: Hits) -> tuple[float, float]:
+    """Return the 95 % interval of the pooled accuracy: bootstrap over sentences, exact binomial at 0 and 1."""
+    total, count = sum(h for h, _ in hits), sum(n for _, n in hits)
+    if not count:
+        return 0.0, 1.0
+    tail = (1 - LEVEL) / 2
+    sentences = len(hits)
+    if total == 0:
+        return 0.0, 1 - tail ** (1 / sentences)
+    if total == count:
+        return tail ** (1 / sentences), 1.0
+    draws = torch.randint(
+        sentences, (RESAMPLES, sentences), generator=torch.Generator().manual_seed(0)
+    )
+    return _middle(_rates(hits, draws))
+
+
+def _rates(hits: Hits, drawn: Tensor) -> Tensor:
+    """The rate in each resample (R,) of the sentences `drawn` (R, N)."""
+    sums = torch.tensor(hits, dtype=torch.float64)[drawn].sum(1)  # (R, 2)
+    return sums[:, 0] / sums[:, 1].clamp_min(1)
+
+
+def _middle(draws: Tensor) -> tuple[float, float]:
+    """The bounds between which 95 % of `draws` lie."""
+    ranked, tail = draws.sort().values, (1 - LEVEL) / 2
+    low, high = round(tail * RESAMPLES), round((1 - tail) * RESAMPLES) - 1
+    return float(ranked[low]), float(ranked[high])
+
+
+def bag(guessed: Tensor, true: Tensor) -> tuple[float, float]:
+    """Order ignored, as VFLAIR-LLM measures: recall over true tokens, precision over guessed ones."""
+    there, said = set(true.tolist()), set(guessed.tolist())
+    recall = sum(t in said for t in true.tolist()) / max(len(true), 1)
+    precision = sum(g in there for g in guessed.tolist()) / max(len(guessed), 1)
+    return recall, precision
+
+
+def rouge_l(guessed: Sequence[int], true: Sequence[int]) -> float:
+    """F1 of the longest common subsequence of two token sequences (Lin, 2004)."""
+    if not guessed or not true:
+        return 0.0
+    row = [0] * (len(true) + 1)
+    for g in guessed:
+        diagonal = 0
+        for n, t in enumerate(true, start=1):
+            above = row[n]
+            row[n] = diagonal + 1 if g == t else max(row[n - 1], above)
+            diagonal = above
+    common = row[-1]
+    return 2 * common / (len(guessed) + len(true))
+
+
+def auc(scores: Tensor, labels: Tensor) -> float:
+    """Probability that an example of class 1 scores above one of class 0; ties count half."""
+    positive, negative = scores[labels == 1], scores[labels == 0]
+    if not len(positive) or not len(negative):
+        raise AttackError("AUC needs victims of both classes.")
+    above = (positive[:, None] > negative).double() + 0.5 * (positive[:, None] == negative).double()
+    return float(above.mean())
+
+
+def auc_either(scores: Tensor, labels: Tensor, permutations: int = 1000) -> tuple[float, float]:
+    """Return max(AUC, 1 − AUC), and what 95 % of label permutations stay below: more than a half."""
+    generator = torch.Generator().manual_seed(0)
+    observed = auc(scores, labels)
+    drawn = [
+        auc(scores, labels[torch.randperm(len(labels), generator=generator)])
+        for _ in range(permutations)
+    ]
+    null = torch.tensor([max(a, 1 - a) for a in drawn])
+    return max(observed, 1 - observed), float(null.quantile(LEVEL))
+
+
+def paired_interval(seeds: Sequence[tuple[Hits, Hits]]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean change of a rate: bootstrap over seeds and, in each, sentences.
+
+    `seeds` holds for each seed the hits before and after, sentence by sentence in the same order; a sentence that
+    is drawn is drawn on both sides.
+
+    Raises:
+        AttackError: There are fewer than two seeds, or the sentences of a pair do not match.
+    """
+    if len(seeds) < 2:
+        raise AttackError("A paired interval needs at least two seeds.")
+    generator = torch.Generator().manual_seed(0)
+    changes = []  # S times (resamples,)
+    for before, after in seeds:
+        if len(before) != len(after):
+            raise AttackError(
+                f"{len(before)} sentences before and {len(after)} after are no pairs."
+            )
+        drawn = torch.randint(len(before), (RESAMPLES, len(before)), generator=generator)
+        rates = [_rates(hits, drawn) for hits in (before, after)]
+        changes.append(rates[1] - rates[0])
+    drawn = torch.randint(len(seeds), (RESAMPLES, len(seeds)), generator=generator)
+    return _middle(torch.stack(changes, dim=1).gather(1, drawn).mean(1))

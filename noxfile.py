@@ -86,6 +86,7 @@ def bench(session: nox.Session) -> None:
     session.run("python", "benchmarks/speed.py", *session.posargs, env=OFFLINE)
     session.run("python", "benchmarks/memory.py", *session.posargs, env=OFFLINE)
     session.run("python", "benchmarks/data.py", *session.posargs, env=OFFLINE)
+    session.run("python", "benchmarks/attacks.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session

@@ -165,7 +165,7 @@ def crossed(
             if labels is not None:
                 outputs.loss.backward()
     knowledge: dict[str, Any] = {
-        **Observables(transcript.messages, is_ht=partition.kind == "HT"),
+        **Observables(transcript.messages, is_ht=partition.kind == "HT", victims=len(rows)),
         "partition": partition,
         "body": model_party.model,
         "head": head,

@@ -43,7 +43,9 @@ class Vocabulary:
     ) -> Tensor:  # -> (V,) or (len(among),)
         """Return the Euclidean distances of one word to all, or to those `among`; to itself exactly 0."""
         others = self.vectors if among is None else self.vectors[among]
-        return (others - self.vectors[word]).norm(dim=1)
+        # By differences and without a table of them: products would leave near words off by rounding.
+        own = self.vectors[word : word + 1]
+        return torch.cdist(own, others, compute_mode="donot_use_mm_for_euclid_dist")[0]
 
     def by_frequency(self, texts: Sequence[str]) -> Tensor:  # -> (V,)
         """Return the numbers of all words, the most frequent in public text first; ties keep their order."""

@@ -105,7 +105,7 @@ def test_a_penalty_is_added_to_the_loss_in_training_only(cut):
     class Two(Defense):
         def penalty(self, exchange):
             assert exchange.phase == "train"
-            seen.append(float(exchange.memo["loss"]))
+            seen.append(float(exchange.memo["loss"].detach()))
             return torch.tensor(2.0)
 
     seen = []
@@ -115,7 +115,7 @@ def test_a_penalty_is_added_to_the_loss_in_training_only(cut):
     assert torch.equal(parties.data_party.model(**batch).loss, expected)
     parties.data_party.model.train()
     assert torch.equal(parties.data_party.model(**batch).loss, expected + 2.0)
-    assert seen == [float(expected)]
+    assert seen == [float(expected.detach())]
 
 
 def test_a_penalty_sees_the_memo_of_its_exchange_and_trains_what_it_was_made_of(cut):

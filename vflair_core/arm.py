@@ -19,11 +19,11 @@ from vflair_core.defense import Defense
 from vflair_core.errors import ExperimentError
 from vflair_core.evaluation import Evaluation, evaluate_party
 from vflair_core.experiment import Experiment
-from vflair_core.grading import Grade
+from vflair_core.grading import Grade, Truth
 from vflair_core.judging import Reference
 from vflair_core.message import Message
 from vflair_core.partition import split
-from vflair_core.recording import crossing_again, let_cross
+from vflair_core.recording import Crossed, crossing_again, let_cross
 from vflair_core.releases import Releases, releases_per_example
 from vflair_core.setting import Clock, Setting, choose_partition, noise_seed
 from vflair_core.slices import Slices
@@ -56,82 +56,22 @@ def run_arm(
     name: str, model: Any, defenses: list[Defense], setting: Setting, references: list[Reference]
 ) -> Arm:
     """Run one arm on `model`, which it consumes; `references` come from the undefended arm."""
-    e, task, clock = setting.experiment, setting.task, Clock()
-    party, model_party = split(
-        model,
-        choose_partition(model, e, setting.plugins),
-        defenses=defenses,
-        tokenizer=setting.tokenizer,
-        channel=e.channel,
-        wire=e.wire,
-        devices=e.devices,
-        seed=noise_seed(e.seed, task),
-        plugins=setting.plugins,
-    )
-    party.task_kind = task.kind
-    party.reading = setting.reading(party.model)
-    trained = {
-        who: choose(owner, e)
-        for who, owner in (("data_party", party), ("model_party", model_party))
-    }
-    if not any(trained.values()) and e.train.steps:
-        raise ExperimentError(
-            "train.trainable and train.lora leave nothing to train at either party."
-        )
+    e, clock = setting.experiment, Clock()
+    party, model_party, trained = _cut(model, defenses, setting)
     with clock("preparing"):
         for defense in defenses:
-            defense.prepare(task.public, party)
+            defense.prepare(setting.task.public, party)
     with _watched(party, setting):
         with clock("fine-tuning"):
             losses, evaluations, chance = _fine_tune(name, party, setting)
         if e.save:
             _save(name, party, model_party, setting)
         with clock("victims"):
-            main, bypassed, queries = let_cross(party, setting, defended=bool(defenses))
-    evidence = Evidence(
-        party=party,
-        model_party=model_party,
-        pretrained=setting.pretrained,
-        main=main.transcript,
-        bypassed=None if bypassed is None else bypassed.transcript,
-        releases=e.victims.releases,
-        task=task,
-        auxiliary=auxiliary_of(setting.task, e.victims, e.seed),
-        queries=queries,
-        updates={"main": main.updates} | ({"bypassed": bypassed.updates} if bypassed else {}),
-    )
-    told: dict[str, Any] = {
-        "known": e.victims.known,
-        "members": candidates_of(task, e.victims, e.seed)[1],
-    }
-    truth = truth_of(party, setting.victims, main.rows, setting.victim_length, **told)
-    control = None
-    if bypassed is not None:
-        control = truth_of(
-            party, crossing_again(setting), bypassed.rows, setting.victim_length, **told
-        )
+            crossed = let_cross(party, setting, defended=bool(defenses))
     with clock("attacks"):
-        grades = attack_and_grade(
-            setting.launches,
-            evidence,
-            truth,
-            prior=setting.prior,
-            subset=range(len(crossing_again(setting))),
-            control=control,
-            development=e.victims.development,
-            references=references if defenses else None,
-            isolation=e.isolation,
-            progress=lambda label, done, total: setting.report(f"{name}: {label}", done, total),
-            threads=e.threads or None,
-        )
+        grades, truth = _attack(name, party, model_party, setting, crossed, references)
     for grade in grades:
         setting.tell("vflair_attack_finished", name=grade.attack, grade=grade.to_dict())
-    releases = releases_per_example(
-        e,
-        task,
-        party.reading,
-        evaluations=len(evaluations),
-    )
     metrics = evaluations[-1]["metrics"]
     numbers = {
         "main_performance": next(iter(metrics.values())),
@@ -140,13 +80,7 @@ def run_arm(
         "losses": losses,
         "evaluations": evaluations,
         "attacks": [_without_seconds(grade) for grade in grades],
-        "guarantees": [
-            {"defense": spec.name, **_promise(defense, releases)}
-            for spec, defense in zip(e.defenses, defenses, strict=False)
-        ],
-        "covers": sorted({place for defense in defenses for place in defense.covers}),
-        "releases_per_example": releases.rows,
-        "read": {"examples": party.reading.tally.examples, "cut": party.reading.tally.cut},
+        **_promised(defenses, party, setting, len(evaluations)),
         "trained_weights": trained,
         "partition": attrs.asdict(party.partition),
         "untied": list(party.untied),
@@ -161,7 +95,98 @@ def run_arm(
     ]
     reached = [Reference(grade.reference, informative=grade.informative) for grade in grades]
     cost = _cost(party, clock, grades)
-    return Arm(numbers, cost, main.transcript, grades, samples, reached, party.slices)
+    return Arm(numbers, cost, crossed[0].transcript, grades, samples, reached, party.slices)
+
+
+def _cut(
+    model: Any, defenses: list[Defense], setting: Setting
+) -> tuple[DataParty, ModelParty, dict[str, int]]:
+    """Split the model and choose what is trained; return both parties and how many numbers each trains."""
+    e = setting.experiment
+    party, model_party = split(
+        model,
+        choose_partition(model, e, setting.plugins),
+        defenses=defenses,
+        tokenizer=setting.tokenizer,
+        channel=e.channel,
+        wire=e.wire,
+        devices=e.devices,
+        seed=noise_seed(e.seed, setting.task),
+        plugins=setting.plugins,
+    )
+    party.task_kind = setting.task.kind
+    party.reading = setting.reading(party.model)
+    trained = {"data_party": choose(party, e), "model_party": choose(model_party, e)}
+    if not any(trained.values()) and e.train.steps:
+        raise ExperimentError(
+            "train.trainable and train.lora leave nothing to train at either party."
+        )
+    return party, model_party, trained
+
+
+def _attack(
+    name: str,
+    party: DataParty,
+    model_party: ModelParty,
+    setting: Setting,
+    crossed: tuple[Crossed, Crossed | None, dict[str, Transcript]],
+    references: list[Reference],
+) -> tuple[list[Grade], Truth]:
+    """Let the attacks work on what crossed, and grade them; return the grades and the truth."""
+    e, (main, bypassed, queries) = setting.experiment, crossed
+    evidence = Evidence(
+        party=party,
+        model_party=model_party,
+        pretrained=setting.pretrained,
+        main=main.transcript,
+        bypassed=None if bypassed is None else bypassed.transcript,
+        releases=e.victims.releases,
+        task=setting.task,
+        auxiliary=auxiliary_of(setting.task, e.victims, e.seed),
+        queries=queries,
+        updates={"main": main.updates} | ({"bypassed": bypassed.updates} if bypassed else {}),
+    )
+    told: dict[str, Any] = {
+        "known": e.victims.known,
+        "members": candidates_of(setting.task, e.victims, e.seed)[1],
+    }
+    again, length = crossing_again(setting), setting.victim_length
+    truth = truth_of(party, setting.victims, main.rows, length, **told)
+    control = truth_of(party, again, bypassed.rows, length, **told) if bypassed else None
+    grades = attack_and_grade(
+        setting.launches,
+        evidence,
+        truth,
+        prior=setting.prior,
+        subset=range(len(again)),
+        control=control,
+        development=e.victims.development,
+        references=references if party.defenses.each else None,
+        isolation=e.isolation,
+        progress=lambda label, done, total: setting.report(f"{name}: {label}", done, total),
+        threads=e.threads or None,
+    )
+    return grades, truth
+
+
+def _promised(
+    defenses: list[Defense], party: DataParty, setting: Setting, evaluations: int
+) -> dict[str, Any]:
+    """What the defenses guarantee and cover, of how many rows, and how many examples were read."""
+    assert party.reading is not None  # `_cut` set it
+    reading = party.reading
+    releases = releases_per_example(
+        setting.experiment, setting.task, reading, evaluations=evaluations
+    )
+    return {
+        "guarantees": [
+            {"defense": spec.name, **_promise(defense, releases)}
+            for spec, defense in zip(setting.experiment.defenses, defenses, strict=False)
+        ],
+        "covers": sorted({place for defense in defenses for place in defense.covers}),
+        "releases_per_example": releases.rows,
+        "read": {"examples": reading.tally.examples, "cut": reading.tally.cut},
+    }
 
 
 def choose(owner: Any, e: Experiment, slices: Slices | None = None) -> int:

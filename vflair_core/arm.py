@@ -23,13 +23,13 @@ from vflair_core.grading import Grade, Truth
 from vflair_core.judging import Reference
 from vflair_core.message import Message
 from vflair_core.partition import split
-from vflair_core.recording import Crossed, crossing_again, let_cross
+from vflair_core.recording import crossing_again, let_cross
 from vflair_core.releases import Releases, releases_per_example
 from vflair_core.setting import Clock, Setting, choose_partition, noise_seed
 from vflair_core.slices import Slices
 from vflair_core.training import FineTuning
 from vflair_core.tuning import tune
-from vflair_core.victims import truth_of
+from vflair_core.victims import Crossed, truth_of
 from vflair_core.worker import stream_seed
 
 if TYPE_CHECKING:

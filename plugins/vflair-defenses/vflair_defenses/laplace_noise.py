@@ -14,7 +14,14 @@ from torch import Tensor
 from vflair_core import Defense, DefenseError, Guarantee
 from vflair_core.defense import Exchange, Mechanism
 from vflair_defenses.gaussian_noise import gradient_cover
-from vflair_defenses.rows import clip_examples, clip_rows, is_off, laplace_like, public_rows
+from vflair_defenses.rows import (
+    clip_examples,
+    clip_rows,
+    drawing,
+    is_off,
+    laplace_like,
+    public_rows,
+)
 
 if TYPE_CHECKING:
     from vflair_core.data_party import DataParty
@@ -128,6 +135,9 @@ class LaplaceMechanism(Mechanism):
 
     def expected(self, hidden: Tensor) -> Tensor:
         return clip_rows(hidden, self.bound, order=1)
+
+    def sample(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        return self.expected(hidden) + self.scale * laplace_like(hidden, drawing(generator))
 
     def log_likelihood(self, observed: Tensor, hidden: Tensor) -> Tensor:
         residual = (observed - self.expected(hidden)).abs().sum(-1)

@@ -15,7 +15,7 @@ from torch.nn.functional import softplus
 from vflair_core import Defense, DefenseError
 from vflair_core.defense import Exchange, Mechanism
 from vflair_defenses.learning import parameters_of, read_state, seeded, state_of
-from vflair_defenses.rows import noise_like, public_rows, real_rows, width_of
+from vflair_defenses.rows import drawing, noise_like, public_rows, real_rows, width_of
 
 if TYPE_CHECKING:
     from vflair_core.data_party import DataParty
@@ -190,6 +190,12 @@ class MidMechanism(Mechanism):
     @torch.no_grad()
     def expected(self, hidden: Tensor) -> Tensor:
         return self.part.decoded(self.part.code(hidden.float())[0])
+
+    @torch.no_grad()
+    def sample(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        mean, sigma = self.part.code(hidden.float())
+        drawn = noise_like(mean, drawing(generator))
+        return self.part.decoded(mean + self.noise * sigma * drawn)
 
     @torch.no_grad()
     def log_likelihood(self, observed: Tensor, hidden: Tensor) -> Tensor:

@@ -96,6 +96,11 @@ def noise_like(tensor: Tensor, exchange: Exchange) -> Tensor:
     return drawn.to(tensor.device)
 
 
+def drawing(generator: torch.Generator) -> Exchange:
+    """An exchange of an attacker's own, who draws what could have been sent."""
+    return Exchange(0, 0, "eval", generator=generator)
+
+
 def laplace_like(tensor: Tensor, exchange: Exchange) -> Tensor:
     """Draw Laplace(0, 1) for each coordinate: a random sign times an exponential."""
     size = torch.empty(tensor.shape).exponential_(generator=exchange.generator)

@@ -15,7 +15,7 @@ from vflair_core import Defense, DefenseError, Guarantee, Transcript
 from vflair_core.defense import Exchange, Mechanism
 from vflair_defenses.d_chi import distance_noise, metric_guarantee, spread_of
 from vflair_defenses.learning import frozen_call, perceptron, read_state, seeded, state_of
-from vflair_defenses.rows import clip_rows, is_off, public_ids, public_rows
+from vflair_defenses.rows import clip_rows, drawing, is_off, public_ids, public_rows
 
 if TYPE_CHECKING:
     from vflair_core.data_party import DataParty
@@ -202,6 +202,11 @@ class DxMechanism(Mechanism):
 
     def expected(self, hidden: Tensor) -> Tensor:
         return clip_rows(hidden, self.bound)
+
+    def sample(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        if math.isinf(self.eta):
+            return self.expected(hidden)
+        return self.expected(hidden) + distance_noise(hidden, self.eta, drawing(generator))
 
     def log_likelihood(self, observed: Tensor, hidden: Tensor) -> Tensor:
         gap = (observed - self.expected(hidden)).norm(dim=-1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vflair_core import Defense, DefenseError
 from vflair_core.defense import Exchange, Mechanism
-from vflair_defenses.rows import laplace_like, public_ids, real_rows
+from vflair_defenses.rows import drawing, laplace_like, public_ids, real_rows
 
 if TYPE_CHECKING:
     from vflair_core.data_party import DataParty
@@ -103,6 +103,9 @@ class UnclippedLaplace(Mechanism):
 
     epsilon: float
     in_nats = True
+
+    def sample(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        return hidden + laplace_like(hidden, drawing(generator)) / self.epsilon
 
     def log_likelihood(self, observed: Tensor, hidden: Tensor) -> Tensor:
         return -min(self.epsilon, 1e6) * (observed - hidden).abs().sum(-1)

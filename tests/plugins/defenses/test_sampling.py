@@ -1,0 +1,36 @@
+"""What an attacker can draw from a mechanism is what the defense would send with the same randomness."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vflair_defenses.gaussian_noise import GaussianNoise
+from vflair_defenses.laplace_noise import LaplaceNoise
+from vflair_defenses.mid import Mid
+from vflair_defenses.split_and_denoise import SplitAndDenoise
+from vflair_defenses.text_obfuscator import TextObfuscator
+
+
+@pytest.mark.parametrize(
+    "defense",
+    [
+        GaussianNoise(0.5, clip=1.0),
+        LaplaceNoise(epsilon=20.0, clip=3.0),
+        Mid(),
+        Mid(decoder="linear", code=8),
+        SplitAndDenoise(eta=50.0, clip=1.0, steps=1),
+        TextObfuscator(epsilon=5.0, clusters=4),
+    ],
+    ids=lambda defense: type(defense).__name__,
+)
+def test_a_sample_is_what_the_defense_sends_with_the_same_randomness(defense, defended, exchange):
+    defended([defense])
+    hidden = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        sent = defense.on_smashed(hidden, exchange(seed=7))
+    mechanism = defense.mechanism()
+    drawn = mechanism.sample(hidden, torch.Generator().manual_seed(7))
+    assert torch.allclose(drawn, sent, atol=1e-6)
+    other = mechanism.sample(hidden, torch.Generator().manual_seed(8))
+    assert not torch.allclose(other, sent, atol=1e-3)

@@ -109,6 +109,8 @@ def attack_and_grade(
     Raises:
         AttackError: An attack asks for more than it is granted, or fails.
     """
+    if not launches:
+        return []
     for launch in launches:
         launch.check()
     with tempfile.TemporaryDirectory(prefix="vflair-") as name:

@@ -6,7 +6,7 @@ import copy
 import importlib.metadata
 import platform
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,20 +14,15 @@ import attrs
 import torch
 
 from vflair_core.arm import Arm, choose, run_arm
-from vflair_core.attack import wants
-from vflair_core.attacking import Launch
 from vflair_core.channel import Transcript
-from vflair_core.defense import Defense
-from vflair_core.errors import ExperimentError
-from vflair_core.experiment import AttackSpec, Experiment, Victims
+from vflair_core.experiment import Experiment
 from vflair_core.metrics import dcs, normalised_dcs
-from vflair_core.plugins import build, find, observe, plugin_manager
-from vflair_core.pretraining import prepare_model, prior_guess
+from vflair_core.outset import make_defenses, set_up
+from vflair_core.plugins import observe, plugin_manager
 from vflair_core.ranking import is_evaluated, over_seeds, strongest
 from vflair_core.reader import Reader
 from vflair_core.result import Result
 from vflair_core.setting import Clock, Reporter, Setting
-from vflair_core.task import Task
 from vflair_core.training import train_unsplit
 from vflair_core.worker import stream_seed
 
@@ -110,29 +105,8 @@ def _go(
     strict: bool,
 ) -> tuple[Result, dict[str, Arm]]:
     clock = Clock()
-    with clock("task"):
-        task: Task = build(find(plugins, "tasks", e.task.name), e.task.options)
-    launches = [Launch(a.name, _attack(plugins, a), a.knowledge, e.seed) for a in e.attacks]
-    for launch in launches:
-        launch.check()
-        _check_offered(launch, e.victims)
-    defenses = _defenses(e, plugins)
-    with clock("pretraining"):
-        model, tokenizer, processor = prepare_model(e, task, report)
-    setting = Setting(
-        experiment=e,
-        plugins=plugins,
-        report=report,
-        strict=strict,
-        out=out,
-        task=task,
-        tokenizer=tokenizer,
-        processor=processor,
-        pretrained={key: value.clone() for key, value in model.state_dict().items()},
-        launches=launches,
-        victims=_victims(e, task),
-        prior=_prior(e, task, model, tokenizer),
-    )
+    setting, model = set_up(e, plugins, report=report, out=out, strict=strict, clock=clock)
+    defenses = make_defenses(e, plugins)
     arms = {"undefended": run_arm("undefended", copy.deepcopy(model), [], setting, [])}
     if e.check_unsplit:
         with clock("unsplit reference"):
@@ -150,6 +124,7 @@ def _go(
     cost: dict[str, Any] = {name: arm.cost for name, arm in arms.items()}
     cost["seconds"] = clock.seconds
     cost["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    task = setting.task
     facts = {"name": task.name, "kind": task.kind, "source": task.source, "licence": task.licence}
     result = Result(
         numbers=numbers,
@@ -162,60 +137,6 @@ def _go(
         samples=[{"arm": name, **row} for name, arm in arms.items() for row in arm.samples],
     )
     return result, arms
-
-
-def _attack(plugins: pluggy.PluginManager, spec: AttackSpec) -> Callable[..., Any]:
-    """A class of the plugin is built with its options; a function is the attack itself."""
-    offered = find(plugins, "attacks", spec.name)
-    thing = offered.load()
-    if isinstance(thing, type):
-        return build(offered, spec.options)  # type: ignore[no-any-return]
-    if spec.options:
-        raise ExperimentError(
-            f"Attack {spec.name!r} is a function and has no options; {', '.join(spec.options)} given."
-        )
-    return thing
-
-
-def _check_offered(launch: Launch, victims: Victims) -> None:
-    """Some knowledge exists only if the experiment makes it."""
-    made = {
-        "updates": (victims.share_updates, "victims.share_updates = true"),
-        "known_labels": (victims.known, "victims.known = 8"),
-        "candidates": (victims.candidates, "victims.candidates = 8"),
-    }
-    for name in wants(launch.attack)[0]:
-        there, how = made.get(name, (True, ""))
-        if not there:
-            raise ExperimentError(
-                f"{launch.name} needs {name}, which this experiment does not make. Set {how} (an assumption that "
-                "the result states), or leave the attack out."
-            )
-
-
-def _defenses(e: Experiment, plugins: pluggy.PluginManager) -> list[Defense]:
-    made = [build(find(plugins, "defenses", spec.name), spec.options) for spec in e.defenses]
-    for spec, defense in zip(e.defenses, made, strict=True):
-        if not isinstance(defense, Defense):
-            raise ExperimentError(f"{spec.name!r} is a {type(defense).__name__}, not a Defense.")
-    return made
-
-
-def _victims(e: Experiment, task: Task) -> list[Any]:
-    there = len(task.train if e.victims.split == "train" else task.test)
-    if there < e.victims.count:
-        raise ExperimentError(
-            f"victims.count is {e.victims.count}, and task {task.name!r} has {there} "
-            f"{e.victims.split} examples."
-        )
-    return [task.row(e.victims.split, n) for n in range(e.victims.count)]
-
-
-def _prior(e: Experiment, task: Task, model: Any, tokenizer: Any) -> torch.Tensor | None:
-    if task.kind != "causal-lm":
-        return None
-    length = e.victims.max_length or e.train.max_length
-    return prior_guess(model, tokenizer, task.public, length)
 
 
 def _compare_unsplit(whole: Any, setting: Setting, arm: Arm) -> None:

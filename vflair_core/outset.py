@@ -1,0 +1,122 @@
+"""The outset of a run: from an experiment to what all its arms share, and the model they cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vflair_core.attack import wants
+from vflair_core.attacking import Launch
+from vflair_core.defense import Defense
+from vflair_core.errors import ExperimentError
+from vflair_core.experiment import AttackSpec, Experiment, Victims
+from vflair_core.plugins import build, find
+from vflair_core.pretraining import prepare_model, prior_guess
+from vflair_core.setting import Clock, Reporter, Setting
+from vflair_core.task import Task
+
+if TYPE_CHECKING:
+    import pluggy
+
+
+def set_up(
+    e: Experiment,
+    plugins: pluggy.PluginManager,
+    *,
+    report: Reporter = lambda *_: None,
+    out: Path | None = None,
+    strict: bool = False,
+    clock: Clock | None = None,
+) -> tuple[Setting, Any]:
+    """Build the task and the attacks and run the public phase; return what all arms share, and the model.
+
+    An arm consumes its model: give it a copy. `run` does the two arms of an experiment; who compares many defenses
+    runs one arm for each, with the same setting.
+    """
+    clock = clock or Clock()
+    with clock("task"):
+        task: Task = build(find(plugins, "tasks", e.task.name), e.task.options)
+    launches = [Launch(a.name, _attack(plugins, a), a.knowledge, e.seed) for a in e.attacks]
+    for launch in launches:
+        launch.check()
+        _check_offered(launch, e.victims)
+    make_defenses(e, plugins)  # what does not exist is told before the public phase
+    with clock("pretraining"):
+        model, tokenizer, processor = prepare_model(e, task, report)
+    setting = Setting(
+        experiment=e,
+        plugins=plugins,
+        report=report,
+        strict=strict,
+        out=out,
+        task=task,
+        tokenizer=tokenizer,
+        processor=processor,
+        pretrained={key: value.clone() for key, value in model.state_dict().items()},
+        launches=launches,
+        victims=_victims(e, task),
+        prior=_prior(e, task, model, tokenizer),
+    )
+    return setting, model
+
+
+def _attack(plugins: pluggy.PluginManager, spec: AttackSpec) -> Callable[..., Any]:
+    """A class of the plugin is built with its options; a function is the attack itself."""
+    offered = find(plugins, "attacks", spec.name)
+    thing = offered.load()
+    if isinstance(thing, type):
+        return build(offered, spec.options)  # type: ignore[no-any-return]
+    if spec.options:
+        raise ExperimentError(
+            f"Attack {spec.name!r} is a function and has no options; {', '.join(spec.options)} given."
+        )
+    return thing
+
+
+def _check_offered(launch: Launch, victims: Victims) -> None:
+    """Some knowledge exists only if the experiment makes it."""
+    made = {
+        "updates": (victims.share_updates, "victims.share_updates = true"),
+        "known_labels": (victims.known, "victims.known = 8"),
+        "candidates": (victims.candidates, "victims.candidates = 8"),
+    }
+    for name in wants(launch.attack)[0]:
+        there, how = made.get(name, (True, ""))
+        if not there:
+            raise ExperimentError(
+                f"{launch.name} needs {name}, which this experiment does not make. Set {how} (an assumption that "
+                "the result states), or leave the attack out."
+            )
+
+
+def make_defenses(e: Experiment, plugins: pluggy.PluginManager) -> list[Defense]:
+    """Build the defenses that an experiment lists, in its order.
+
+    Raises:
+        ExperimentError: A plugin offers something else under that name.
+    """
+    made = [build(find(plugins, "defenses", spec.name), spec.options) for spec in e.defenses]
+    for spec, defense in zip(e.defenses, made, strict=True):
+        if not isinstance(defense, Defense):
+            raise ExperimentError(f"{spec.name!r} is a {type(defense).__name__}, not a Defense.")
+    return made
+
+
+def _victims(e: Experiment, task: Task) -> list[Any]:
+    there = len(task.train if e.victims.split == "train" else task.test)
+    if there < e.victims.count:
+        raise ExperimentError(
+            f"victims.count is {e.victims.count}, and task {task.name!r} has {there} "
+            f"{e.victims.split} examples."
+        )
+    return [task.row(e.victims.split, n) for n in range(e.victims.count)]
+
+
+def _prior(e: Experiment, task: Task, model: Any, tokenizer: Any) -> torch.Tensor | None:
+    if task.kind != "causal-lm":
+        return None
+    length = e.victims.max_length or e.train.max_length
+    return prior_guess(model, tokenizer, task.public, length)

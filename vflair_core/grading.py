@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vflair_core.attack import Guess
 from vflair_core.errors import AttackError
-from vflair_core.measures import bag, interval, mean_over_shifts, pooled, rouge_l
+from vflair_core.measures import bag, common, interval, mean_over_shifts, pooled, rouge_l
 
 
 @frozen(eq=False)
@@ -28,6 +28,8 @@ class Truth:
         answers: Which tokens are an answer that the model learns, N times (T,), bool; none in bare texts.
         known: Victims whose labels the attacker was told; they are not graded.
         members: For each membership candidate (M,) the victim it is, or -1.
+        originals: The private tokens that would have been sent if no defense had changed the text, N times (K,);
+            none if what was sent is what there was.
     """
 
     tokens: list[Tensor]  # N times (T,)
@@ -38,6 +40,7 @@ class Truth:
     answers: list[Tensor] = field(factory=list)
     known: frozenset[int] = frozenset()
     members: Tensor | None = None
+    originals: list[Tensor] = field(factory=list)  # N times (K,)
 
     def of(self, rows: Sequence[int]) -> Truth:
         """The truth about some victims, in the order of `rows`; candidates stay as they are."""
@@ -50,6 +53,7 @@ class Truth:
             [self.answers[n] for n in rows] if self.answers else [],
             frozenset(at for at, n in enumerate(rows) if n in self.known),
             self.members,
+            [self.originals[n] for n in rows] if self.originals else [],
         )
 
 
@@ -57,7 +61,7 @@ class Truth:
 class Grade:
     """How much an attack recovered: the rate of right answers about its `target`.
 
-    `attack_performance` (AP) is what tables show. `floor` is the best of three guesses that use no message of the
+    `attack_performance` (AP) is what tables show. `floor` is the best of the guesses that use no message of the
     example. `verdict` is ``"ok"`` or says which control failed or that the attack was uninformative.
     """
 
@@ -96,12 +100,11 @@ def grade_tokens(
     """
     tokens = checked_tokens(guess, truth)
     hits = token_hits(tokens, truth)
-    floors = {
-        "constant": _constant_floor(truth),
-        "prior": pooled(_hits_of_prior(prior, truth)) if prior is not None else 0.0,
-        "mismatched": mismatched(tokens, truth),
-    }
+    floors = _floors(tokens, truth, prior)
     details = _token_details(tokens, truth, decode)
+    if truth.originals:
+        sent = [(int((g == t).sum()), len(t)) for g, t in zip(tokens, truth.tokens, strict=True)]
+        details["sent_tokens"] = pooled(sent)
     return Grade(
         name,
         knowledge,
@@ -132,7 +135,15 @@ def checked_tokens(guess: Guess, truth: Truth) -> list[Tensor]:
 
 
 def token_hits(tokens: Sequence[Tensor], truth: Truth) -> list[tuple[int, int]]:
-    """Count right tokens at private positions, for each victim."""
+    """Count what is right of each victim's private text.
+
+    Where what was sent is what there was: tokens at their positions. Where a defense changed the text, positions are
+    another text's, and so are private spans: then the private tokens of the original that the guess has in their
+    order (longest common subsequence).
+    """
+    if truth.originals:
+        pairs = zip(tokens, truth.originals, strict=True)
+        return [_in_order(guessed, original) for guessed, original in pairs]
     triples = zip(tokens, truth.tokens, truth.private, strict=True)
     return [_hits(row, t, p) for row, t, p in triples]
 
@@ -141,14 +152,32 @@ def _hits(guessed: Tensor, true: Tensor, private: Tensor) -> tuple[int, int]:
     return int(((guessed == true) & private).sum()), int(private.sum())
 
 
-def _hits_of_prior(prior: Tensor, truth: Truth) -> list[tuple[int, int]]:
-    longest = max(len(t) for t in truth.tokens)
-    padded = torch.cat([prior, prior.new_full((max(longest - len(prior), 0),), -1)])
-    return [_hits(padded[: len(t)], t, p) for t, p in zip(truth.tokens, truth.private, strict=True)]
+def _private(tokens: Sequence[Tensor], truth: Truth) -> list[Tensor]:
+    return [row[private] for row, private in zip(tokens, truth.private, strict=True)]
+
+
+def _in_order(guessed: Tensor, original: Tensor) -> tuple[int, int]:
+    return common(guessed.tolist(), original.tolist()), len(original)
+
+
+def _floors(tokens: Sequence[Tensor], truth: Truth, prior: Tensor | None) -> dict[str, float]:
+    """What guesses reach that use no message of the example."""
+    floors = {
+        "constant": _constant_floor(truth),
+        "prior": 0.0,
+        "mismatched": mismatched(tokens, truth),
+    }
+    if prior is not None:
+        longest = max(len(t) for t in truth.tokens)
+        padded = torch.cat([prior, prior.new_full((max(longest - len(prior), 0),), -1)])
+        floors["prior"] = pooled(token_hits([padded[: len(t)] for t in truth.tokens], truth))
+    if truth.originals:  # texts have words in common, in their order
+        floors["others"] = mismatched(truth.tokens, truth)
+    return floors
 
 
 def _constant_floor(truth: Truth) -> float:
-    private = torch.cat([t[p] for t, p in zip(truth.tokens, truth.private, strict=True)])
+    private = torch.cat(truth.originals or _private(truth.tokens, truth))
     return float(torch.bincount(private).max()) / len(private) if len(private) else 0.0
 
 
@@ -159,26 +188,31 @@ def mismatched(tokens: Sequence[Tensor], truth: Truth) -> float:
     for shift in range(1, count):
         pairs = []
         for n in range(count):
-            other, private = truth.tokens[(n + shift) % count], truth.private[(n + shift) % count]
+            at = (n + shift) % count
+            if truth.originals:
+                pairs.append(_in_order(tokens[n], truth.originals[at]))
+                continue
+            other = truth.tokens[at]
             guessed = torch.full_like(other, -1)
             overlap = min(len(guessed), len(tokens[n]))
             guessed[:overlap] = tokens[n][:overlap]
-            pairs.append(_hits(guessed, other, private))
+            pairs.append(_hits(guessed, other, truth.private[at]))
         shifts.append(pairs)
     return mean_over_shifts(shifts)
 
 
 def _token_details(tokens: list[Tensor], truth: Truth, decode: Any) -> dict[str, float]:
-    """Over private positions: exact sequences, ROUGE-L, VFLAIR-LLM's bag measures.
+    """Of the private text: exact sequences, ROUGE-L, VFLAIR-LLM's bag measures.
 
     Over all: planted strings found. Apart: tokens of answers, which are no private positions.
     """
-    triples = zip(tokens, truth.tokens, truth.private, strict=True)
-    pairs = [(g[p], t[p]) for g, t, p in triples if p.any()]
+    true = truth.originals or _private(truth.tokens, truth)
+    guessed = tokens if truth.originals else _private(tokens, truth)
+    pairs = [(g, t) for g, t in zip(guessed, true, strict=True) if len(t)]
     count = max(len(pairs), 1)
     bags = [bag(g, t) for g, t in pairs]
     details = {
-        "exact_sequences": sum(bool((g == t).all()) for g, t in pairs) / count,
+        "exact_sequences": sum(right == of for right, of in token_hits(tokens, truth) if of) / count,
         "rouge_l": sum(rouge_l(g[g >= 0].tolist(), t.tolist()) for g, t in pairs) / count,
         "bag_recall": sum(r for r, _ in bags) / count,
         "bag_precision": sum(p for _, p in bags) / count,

@@ -51,7 +51,7 @@ def judge(grade: Grade, reference: Reference | None, bypassed: float | None) -> 
     victims as `reference`; both are None in the undefended arm.
     """
     grade.positive_control = bypassed
-    others = max(grade.floors["constant"], grade.floors.get("prior", 0.0))
+    others = max(grade.floors.get(name, 0.0) for name in ("constant", "prior", "others"))
     undefended = grade.attack_performance if reference is None else reference.performance
     low, _ = grade.interval
     if grade.negative_control is not None and grade.negative_control > others + 0.1:
@@ -73,5 +73,5 @@ def performance(guess: Guess, truth: Truth, rows: Sequence[int]) -> float:
     """Attack performance on some victims only; `guess` has one row per chosen victim."""
     if guess.tokens is None:
         return performance_apart(guess, truth, rows)
-    chosen = Truth([truth.tokens[n] for n in rows], [truth.private[n] for n in rows])
+    chosen = truth.of(rows)
     return pooled(token_hits(checked_tokens(guess, chosen), chosen))

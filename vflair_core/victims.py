@@ -112,7 +112,15 @@ def truth_of(
         answers=[_answer(row) for row in rows],
         known=frozenset(range(known)),
         members=members,
+        originals=_originals(rows, untouched),
     )
+
+
+def _originals(rows: Sequence[Row], untouched: Sequence[Row]) -> list[Tensor]:
+    """The private tokens before any defense changed the text; none if no text was changed."""
+    if all(sent.ids == plain.ids for sent, plain in zip(rows, untouched, strict=True)):
+        return []
+    return [torch.tensor(row.ids)[torch.tensor(row.private)] for row in untouched]
 
 
 def _answer(row: Row) -> Tensor:

@@ -101,6 +101,31 @@ def test_planted_strings_count_when_the_decoded_guess_holds_them():
     assert grade.details["planted_strings_recovered"] == 0.5
 
 
+def changed_truth() -> Truth:
+    """Two victims whose text a defense changed: the first lost a word, one word of the second became two tokens."""
+    sent = [torch.tensor([1, 2, 4]), torch.tensor([5, 9, 9, 7])]
+    original = [torch.tensor([1, 2, 3, 4]), torch.tensor([5, 6, 7])]
+    return Truth(sent, [torch.ones(3).bool(), torch.ones(4).bool()], originals=original)
+
+
+def test_a_changed_text_is_graded_by_what_the_guess_says_of_the_original_in_its_order():
+    there = changed_truth()
+    sent = torch.tensor([[1, 2, 4, -1], [5, 9, 9, 7]])  # reads all that crossed, and no more
+    grade = graded(sent, there)
+    assert grade.details["sent_tokens"] == 1.0
+    assert grade.attack_performance == pytest.approx((3 + 2) / (4 + 3))
+    assert grade.details["exact_sequences"] == 0.0
+    assert grade.hits == [(3, 4), (2, 3)]
+
+
+def test_a_changed_text_has_floors_of_its_own():
+    same = [torch.tensor([1, 2, 3])] * 3
+    there = Truth(same, [torch.ones(3).bool()] * 3, originals=[torch.tensor([1, 8, 3])] * 3)
+    grade = judge(graded(torch.stack(same), there), None, None)
+    assert grade.floors["others"] == pytest.approx(2 / 3)  # any other text says as much
+    assert "uninformative" in grade.verdict
+
+
 @settings(deadline=None)  # the first example imports the library
 @given(st.lists(st.integers(0, 5), max_size=12), st.lists(st.integers(0, 5), max_size=12))
 def test_rouge_l_equals_the_library_on_the_same_words(guessed, true):

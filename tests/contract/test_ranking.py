@@ -110,6 +110,25 @@ def test_a_defense_without_an_adaptive_attack_is_printed_as_not_evaluated(pm, tm
     assert f"from {first['knowledge']}: strongest is {first['attack']} with AP" in said
 
 
+def test_reading_a_sanitised_text_whole_is_not_recovering_the_private_one(pm):
+    """The embedding layer alone crosses, so all that was sent is read; of six words, five were replaced or more."""
+    result = run(
+        small(
+            attacks=[{"name": "nearest-embedding", "knowledge": "K1"}],
+            defenses=[{"name": "santext", "options": {"epsilon": 0.001}}],
+            partition={"head": 0, "tail": 1},
+            train={"steps": 0, "batch_size": 4, "max_length": 16},
+            victims={"count": 6, "max_length": 12, "bypass": 2, "phase": "inference"},
+        ),
+        plugins=pm,
+    )
+    before, after = (result.numbers[arm]["attacks"][0] for arm in ("undefended", "defended"))
+    assert before["attack_performance"] == after["details"]["sent_tokens"] == 1.0
+    assert after["positive_control"] == 1.0
+    assert after["attack_performance"] < 0.5
+    assert "sent_tokens" not in before["details"]
+
+
 def test_victims_set_aside_are_not_in_the_reported_number(pm):
     """AP of the first four of six equals that of a run that has no others, when nothing is trained."""
     attacks = [{"name": "nearest-embedding", "knowledge": "K1"}]

@@ -11,25 +11,23 @@ import structlog
 import torch
 from attrs import define
 
+from vflair_core.arm_attacks import attack_arm, references_of
 from vflair_core.asking import reader_of
-from vflair_core.attacking import Evidence, attack_and_grade
-from vflair_core.auxiliary import auxiliary_of, candidates_of
 from vflair_core.channel import Transcript
 from vflair_core.defense import Defense
 from vflair_core.errors import ExperimentError
 from vflair_core.evaluation import Evaluation, evaluate_party
 from vflair_core.experiment import Experiment
-from vflair_core.grading import Grade, Truth
+from vflair_core.grading import Grade
 from vflair_core.judging import Reference
 from vflair_core.message import Message
 from vflair_core.partition import split
-from vflair_core.recording import crossing_again, let_cross
+from vflair_core.recording import let_cross
 from vflair_core.releases import Releases, releases_per_example
 from vflair_core.setting import Clock, Setting, choose_partition, noise_seed
 from vflair_core.slices import Slices
 from vflair_core.training import FineTuning
 from vflair_core.tuning import tune
-from vflair_core.victims import Crossed, truth_of
 from vflair_core.worker import stream_seed
 
 if TYPE_CHECKING:
@@ -69,7 +67,7 @@ def run_arm(
         with clock("victims"):
             crossed = let_cross(party, setting, defended=bool(defenses))
     with clock("attacks"):
-        grades, truth = _attack(name, party, model_party, setting, crossed, references)
+        grades, truth = attack_arm(name, party, model_party, setting, crossed, references)
     for grade in grades:
         setting.tell("vflair_attack_finished", name=grade.attack, grade=grade.to_dict())
     metrics = evaluations[-1]["metrics"]
@@ -93,9 +91,10 @@ def run_arm(
         for grade in grades
         for n, text in enumerate(grade.recovered)
     ]
-    reached = [Reference(grade.reference, informative=grade.informative) for grade in grades]
     cost = _cost(party, clock, grades)
-    return Arm(numbers, cost, crossed[0].transcript, grades, samples, reached, party.slices)
+    return Arm(
+        numbers, cost, crossed[0].transcript, grades, samples, references_of(grades), party.slices
+    )
 
 
 def _cut(
@@ -122,51 +121,6 @@ def _cut(
             "train.trainable and train.lora leave nothing to train at either party."
         )
     return party, model_party, trained
-
-
-def _attack(
-    name: str,
-    party: DataParty,
-    model_party: ModelParty,
-    setting: Setting,
-    crossed: tuple[Crossed, Crossed | None, dict[str, Transcript]],
-    references: list[Reference],
-) -> tuple[list[Grade], Truth]:
-    """Let the attacks work on what crossed, and grade them; return the grades and the truth."""
-    e, (main, bypassed, queries) = setting.experiment, crossed
-    evidence = Evidence(
-        party=party,
-        model_party=model_party,
-        pretrained=setting.pretrained,
-        main=main.transcript,
-        bypassed=None if bypassed is None else bypassed.transcript,
-        releases=e.victims.releases,
-        task=setting.task,
-        auxiliary=auxiliary_of(setting.task, e.victims, e.seed),
-        queries=queries,
-        updates={"main": main.updates} | ({"bypassed": bypassed.updates} if bypassed else {}),
-    )
-    told: dict[str, Any] = {
-        "known": e.victims.known,
-        "members": candidates_of(setting.task, e.victims, e.seed)[1],
-    }
-    again, length = crossing_again(setting), setting.victim_length
-    truth = truth_of(party, setting.victims, main.rows, length, **told)
-    control = truth_of(party, again, bypassed.rows, length, **told) if bypassed else None
-    grades = attack_and_grade(
-        setting.launches,
-        evidence,
-        truth,
-        prior=setting.prior,
-        subset=range(len(again)),
-        control=control,
-        development=e.victims.development,
-        references=references if party.defenses.each else None,
-        isolation=e.isolation,
-        progress=lambda label, done, total: setting.report(f"{name}: {label}", done, total),
-        threads=e.threads or None,
-    )
-    return grades, truth
 
 
 def _promised(

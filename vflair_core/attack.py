@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vflair_core.channel import Record
 from vflair_core.errors import AttackError, did_you_mean
-from vflair_core.knowledge import VOCABULARY
+from vflair_core.knowledge import VOCABULARY, granted
 
 Attack = Callable[..., "Guess"]
 GUESSED = ("tokens", "labels", "scores", "answers", "members")
@@ -95,8 +95,32 @@ def wants(attack: Attack) -> tuple[tuple[str, ...], tuple[str, ...]]:
     )
 
 
+@frozen(eq=False)
+class Launch:
+    """One attack of a run: the callable, what it may know, and the seed of its random stream."""
+
+    name: str
+    attack: Callable[..., Any]
+    knowledge: str | tuple[str, ...] = "K4"
+    seed: int = 0
+
+    @property
+    def granted(self) -> frozenset[str]:
+        """All names the attack may use."""
+        return granted(self.knowledge)
+
+    def check(self) -> None:
+        """See that the attack asks for nothing it is not granted; raises `AttackError`."""
+        check(self.attack, self.granted)
+
+    @property
+    def label(self) -> str:
+        """The knowledge as a result shows it."""
+        return self.knowledge if isinstance(self.knowledge, str) else "+".join(self.knowledge)
+
+
 def check(
-    attack: Attack, granted: Collection[str], vocabulary: Collection[str] = VOCABULARY
+    attack: Attack, allowed: Collection[str], vocabulary: Collection[str] = VOCABULARY
 ) -> None:
     """See that an attack asks for nothing it is not granted.
 
@@ -110,11 +134,11 @@ def check(
                 f"{_name(attack)} asks for {name!r}, which is not knowledge.{did_you_mean(name, vocabulary)} "
                 f"Possible: {', '.join(vocabulary)}. Options belong in fields, not in arguments."
             )
-    missing = [name for name in needed if name not in granted]
+    missing = [name for name in needed if name not in allowed]
     if missing:
         raise AttackError(
             f"{_name(attack)} needs {', '.join(missing)}, which it is not granted. Granted: "
-            f"{', '.join(sorted(granted))}. Raise the attacker's knowledge or choose another attack."
+            f"{', '.join(sorted(allowed))}. Raise the attacker's knowledge or choose another attack."
         )
 
 

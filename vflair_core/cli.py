@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +13,7 @@ from cyclopts import App, Parameter
 
 from vflair_core import __version__
 from vflair_core.errors import VflairError
-
-PIPED = 240  # columns of a table that goes into a file or another program
+from vflair_core.printing import list_tasks, plain, say, summary, table
 
 app = App(name="vflair", version=__version__, help="Split learning of large language models.")
 
@@ -44,6 +42,10 @@ def run(
         ),
     ] = None,
     json_: Json = False,
+    keep_evidence: Annotated[
+        bool,
+        Parameter(help="Keep messages, weights and the truth of each arm, for `vflair attack`."),
+    ] = False,
     strict: Annotated[bool, Parameter(help="Stop when a watching plugin raises.")] = False,
     verbose: Annotated[bool, Parameter(help="Log every step.")] = False,
 ) -> None:
@@ -56,7 +58,11 @@ def run(
 
     experiment = read_experiment(file, override or ())
     folder = out or Path("runs") / file.stem
-    options: dict[str, Any] = {"plugins": plugin_manager(plugin or ()), "strict": strict}
+    options: dict[str, Any] = {
+        "plugins": plugin_manager(plugin or ()),
+        "strict": strict,
+        "keep_evidence": keep_evidence,
+    }
     if heads is not None:
         from vflair_core.cuts import run_cuts
 
@@ -67,7 +73,7 @@ def run(
     with report.bars(quiet=json_) as progress:
         result = run_experiment(experiment, report=progress, out=folder, **options)
     if json_:
-        _print(result.to_json())
+        say(result.to_json())
     else:
         report.show_result(result, folder)
 
@@ -80,6 +86,43 @@ def _numbers(text: str) -> list[int]:
 
 
 @app.command
+def attack(
+    folder: Path,
+    *names: str,
+    knowledge: Annotated[
+        list[str] | None, Parameter(help="A preset or a name of the vocabulary; repeatable.")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        Parameter(name=["--option", "-o"], help="key=value of the attacks in TOML; repeatable."),
+    ] = None,
+    plugin: Plugin = None,
+    json_: Json = False,
+) -> None:
+    """Attack the evidence that `vflair run --keep-evidence` left in FOLDER, without running either party."""
+    _configure_logging(verbose=False)
+    from vflair_core import report
+    from vflair_core.arm_attacks import attack_again
+    from vflair_core.config import override
+    from vflair_core.experiment import AttackSpec
+    from vflair_core.plugins import plugin_manager
+
+    options: dict[str, Any] = {}
+    for each in option or ():
+        override(options, each)
+    specs = [AttackSpec(name, options, tuple(knowledge or ("K4",))) for name in names]
+    if not specs:
+        raise VflairError("Name one or more attacks; `vflair list attacks` shows what there is.")
+    with report.bars(quiet=json_) as progress:
+        grades = attack_again(folder, specs, plugins=plugin_manager(plugin or ()), report=progress)
+    if json_:
+        found = {arm: [grade.to_dict() for grade in each] for arm, each in grades.items()}
+        say(json.dumps(found, indent=2))
+    else:
+        report.show_grades(grades)
+
+
+@app.command
 def plugins(*, plugin: Plugin = None, json_: Json = False) -> None:
     """List every plugin, where it came from, what it implements, and why it failed if it did."""
     import attrs
@@ -89,13 +132,13 @@ def plugins(*, plugin: Plugin = None, json_: Json = False) -> None:
     _configure_logging(verbose=False, level=logging.ERROR)
     infos = plugin_manager(plugin or ()).about()
     if json_:
-        _print(json.dumps([attrs.asdict(info) for info in infos], indent=2))
+        say(json.dumps([attrs.asdict(info) for info in infos], indent=2))
         return
     rows = [
         (info.name, f"{info.source} {info.version}".strip(), info.error or ", ".join(info.hooks))
         for info in infos
     ]
-    _table(("plugin", "from", "hooks, or why it failed"), rows)
+    table(("plugin", "from", "hooks, or why it failed"), rows)
 
 
 @app.command(name="list")
@@ -105,10 +148,10 @@ def list_(what: str, *, plugin: Plugin = None, json_: Json = False) -> None:
         from vflair_core.verified import VERIFIED
 
         if json_:
-            _print(json.dumps(VERIFIED, indent=2))
+            say(json.dumps(VERIFIED, indent=2))
         else:
             types = [(kind, ", ".join(cuts)) for kind, cuts in VERIFIED.items()]
-            _table(("model type · task", "exact for"), types)
+            table(("model type · task", "exact for"), types)
         return
     from vflair_core.plugins import offers, plugin_manager
 
@@ -117,38 +160,17 @@ def list_(what: str, *, plugin: Plugin = None, json_: Json = False) -> None:
         raise VflairError(f"Cannot list {what!r}. Possible: {', '.join(shelves)}, models.")
     found = offers(plugin_manager(plugin or ()), what)  # type: ignore[arg-type]
     if what == "tasks":
-        _list_tasks(found, json_=json_)
+        list_tasks(found, json_=json_)
         return
-    rows = [(name, offered.source, _summary(offered.load())) for name, offered in found.items()]
+    rows = [(name, offered.source, summary(offered.load())) for name, offered in found.items()]
     if json_:
-        _print(
+        say(
             json.dumps(
                 [dict(zip(("name", "from", "summary"), row, strict=True)) for row in rows], indent=2
             )
         )
     else:
-        _table(("name", "from", "what it does"), rows)
-
-
-def _list_tasks(found: Mapping[str, Any], *, json_: bool) -> None:
-    """A task's card says what there is to know without its data; what has none is listed without."""
-    from vflair_core.showing import card_of, size_of
-
-    loaded = {name: (offered, offered.load()) for name, offered in found.items()}
-    if json_:
-        facts = [
-            {"name": name, "from": offered.source, "summary": _summary(thing), **card_of(thing)}
-            for name, (offered, thing) in loaded.items()
-        ]
-        _print(json.dumps(facts, indent=2))
-        return
-    rows = []
-    for name, (_, thing) in loaded.items():
-        card = card_of(thing)
-        told = (card.get("kind", ""), size_of(card), card.get("metric", ""), card.get("source", ""))
-        rows.append((name, *told, card.get("licence", ""), _summary(thing)))
-    columns = ("name", "kind", "size", "metric", "source", "licence", "what it does")
-    _table(columns, rows)
+        table(("name", "from", "what it does"), rows)
 
 
 @app.command
@@ -172,20 +194,20 @@ def show(
         override(options, each)
     facts = describe(plugin_manager(plugin or ()), name, options)
     if json_:
-        _print(json.dumps(facts, indent=2))
+        say(json.dumps(facts, indent=2))
         return
-    _print(f"{facts['name']} ({facts['sort']}, from {facts['from']})\n\n{facts['text']}\n")
+    say(f"{facts['name']} ({facts['sort']}, from {facts['from']})\n\n{facts['text']}\n")
     if facts.get("knowledge"):
-        _print(f"needs: {', '.join(facts['knowledge']['needs']) or 'nothing'}")
-        _print(f"can use: {', '.join(facts['knowledge']['can use']) or 'nothing else'}\n")
-    _table(
+        say(f"needs: {', '.join(facts['knowledge']['needs']) or 'nothing'}")
+        say(f"can use: {', '.join(facts['knowledge']['can use']) or 'nothing else'}\n")
+    table(
         ("option", "type", "default"),
         [(o["name"], o["type"], o["default"]) for o in facts["options"]],
     )
     for part in ("card", "example"):
         if facts.get(part):
-            _print("")
-            _table((part, ""), [(key, _plain(value)) for key, value in facts[part].items()])
+            say("")
+            table((part, ""), [(key, plain(value)) for key, value in facts[part].items()])
 
 
 @app.command
@@ -200,13 +222,13 @@ def explain(
 
     facts = explain_experiment(read_experiment(file, override or ()), plugin_manager(plugin or ()))
     if json_:
-        _print(json.dumps(facts, indent=2))
+        say(json.dumps(facts, indent=2))
         return
     columns = ("message", "direction", "tensor", "role", "dtype", "shape", "bytes")
-    _table(columns, [tuple(str(row[c]) for c in columns) for row in facts["crossings"]])
-    _table(("weight", "owner"), list(facts["owners"].items()))
+    table(columns, [tuple(str(row[c]) for c in columns) for row in facts["crossings"]])
+    table(("weight", "owner"), list(facts["owners"].items()))
     for note in facts["notes"]:
-        _print(f"• {note}")
+        say(f"• {note}")
 
 
 @app.command
@@ -232,9 +254,9 @@ def merge(
     folder = merge_parts(data, model, out, adapter=adapter, base=base)
     files = sorted(path.name for path in folder.iterdir())
     if json_:
-        _print(json.dumps({"out": str(folder), "files": files}, indent=2))
+        say(json.dumps({"out": str(folder), "files": files}, indent=2))
     else:
-        _print(f"{folder}: {', '.join(files)}")
+        say(f"{folder}: {', '.join(files)}")
 
 
 def main() -> None:
@@ -250,7 +272,7 @@ def main() -> None:
 def _add_plugin_commands(arguments: list[str]) -> None:
     """Plugins' commands are looked up only for help, and where the core has no command of that name."""
     name = next((word for word in arguments if not word.startswith("-")), "")
-    if name in {"run", "plugins", "list", "show", "explain", "merge"}:
+    if name in {"run", "attack", "plugins", "list", "show", "explain", "merge"}:
         return
     from vflair_core.plugins import find, offers, plugin_manager
 
@@ -260,35 +282,6 @@ def _add_plugin_commands(arguments: list[str]) -> None:
     offered = [find(manager, "commands", name)] if name else offers(manager, "commands").values()
     for command in offered:
         app.command(command.load(), name=command.name)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _summary(thing: Any) -> str:
-    import inspect
-
-    return (inspect.getdoc(thing) or "").split("\n", 1)[0]
-
-
-def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(*columns, box=None, header_style="bold", pad_edge=False)
-    table.columns[0].no_wrap = True  # a name that is cut off cannot be typed
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    piped = not sys.stdout.isatty()
-    Console(soft_wrap=piped, width=PIPED if piped else None).print(table)
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")
 
 
 def _configure_logging(*, verbose: bool, level: int = logging.WARNING) -> None:

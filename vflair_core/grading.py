@@ -212,7 +212,8 @@ def _token_details(tokens: list[Tensor], truth: Truth, decode: Any) -> dict[str,
     count = max(len(pairs), 1)
     bags = [bag(g, t) for g, t in pairs]
     details = {
-        "exact_sequences": sum(right == of for right, of in token_hits(tokens, truth) if of) / count,
+        "exact_sequences": sum(right == of for right, of in token_hits(tokens, truth) if of)
+        / count,
         "rouge_l": sum(rouge_l(g[g >= 0].tolist(), t.tolist()) for g, t in pairs) / count,
         "bag_recall": sum(r for r, _ in bags) / count,
         "bag_precision": sum(p for _, p in bags) / count,

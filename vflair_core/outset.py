@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vflair_core.attack import wants
-from vflair_core.attacking import Launch
+from vflair_core.attack import Launch, wants
 from vflair_core.defense import Defense
 from vflair_core.errors import ExperimentError
 from vflair_core.experiment import AttackSpec, Experiment, Victims
@@ -29,6 +28,7 @@ def set_up(
     report: Reporter = lambda *_: None,
     out: Path | None = None,
     strict: bool = False,
+    keep: bool = False,
     clock: Clock | None = None,
 ) -> tuple[Setting, Any]:
     """Build the task and the attacks and run the public phase; return what all arms share, and the model.
@@ -39,9 +39,8 @@ def set_up(
     clock = clock or Clock()
     with clock("task"):
         task: Task = build(find(plugins, "tasks", e.task.name), e.task.options)
-    launches = [Launch(a.name, _attack(plugins, a), a.knowledge, e.seed) for a in e.attacks]
+    launches = make_launches(e.attacks, plugins, e.seed)
     for launch in launches:
-        launch.check()
         _check_offered(launch, e.victims)
     make_defenses(e, plugins)  # what does not exist is told before the public phase
     with clock("pretraining"):
@@ -59,8 +58,23 @@ def set_up(
         launches=launches,
         victims=_victims(e, task),
         prior=_prior(e, task, model, tokenizer),
+        keep=keep,
     )
     return setting, model
+
+
+def make_launches(
+    specs: Sequence[AttackSpec], plugins: pluggy.PluginManager, seed: int
+) -> list[Launch]:
+    """Build attacks with their options.
+
+    Raises:
+        AttackError: One asks for more than it is granted.
+    """
+    launches = [Launch(spec.name, _attack(plugins, spec), spec.knowledge, seed) for spec in specs]
+    for launch in launches:
+        launch.check()
+    return launches
 
 
 def _attack(plugins: pluggy.PluginManager, spec: AttackSpec) -> Callable[..., Any]:

@@ -50,4 +50,7 @@ def crossing_again(setting: Setting) -> list[Example]:
 
 
 def _asked(setting: Setting, name: str) -> bool:
-    return any(name in names for launch in setting.launches for names in wants(launch.attack))
+    """Whether an attack of this run, or perhaps one of kept evidence, asks for it."""
+    return setting.keep or any(
+        name in names for launch in setting.launches for names in wants(launch.attack)
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from vflair_core.arm_attacks import ARMS
 from vflair_core.cuts import Recovery
+from vflair_core.grading import Grade
 from vflair_core.ranking import NOT_EVALUATED
 from vflair_core.result import Result
-
-ARMS = ("undefended", "defended")
 
 
 @contextmanager
@@ -75,6 +75,20 @@ def show_cuts(rows: Sequence[Recovery], folder: Path, *, as_json: bool) -> None:
         )
     console.print(table)
     console.print(f"Written to {folder}: cuts.json, cuts.svg, and a folder for each cut.")
+
+
+def show_grades(grades: Mapping[str, Sequence[Grade]]) -> None:
+    """Print what attacks of kept evidence reached."""
+    table = Table(box=SIMPLE, title="AP with its 95 % interval", title_justify="left")
+    for column in ("attack", "knows", "arm", "AP", "floor", "verdict"):
+        table.add_column(column)
+    for arm, each in grades.items():
+        for grade in each:
+            reached, floor = _performance(grade.to_dict()), f"{grade.floor:.3f}"
+            table.add_row(
+                grade.attack, grade.knowledge, arm, escape(reached), floor, escape(grade.verdict)
+            )
+    Console().print(table)
 
 
 def _utility(result: Result, arms: list[str]) -> Table:

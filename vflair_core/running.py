@@ -37,6 +37,7 @@ def run(
     report: Reporter = lambda *_: None,
     out: str | Path | None = None,
     strict: bool = False,
+    keep_evidence: bool = False,
 ) -> Result:
     """Run `experiment` and return what it found; with `out`, write result, transcript and experiment there.
 
@@ -46,6 +47,7 @@ def run(
         report: Told (phase, done, total) now and then.
         out: Folder to write to; it is made.
         strict: Let an observer that raises stop the run.
+        keep_evidence: Write all that an attacker could hold, and the truth, into `out`, for `attack_again`.
 
     Raises:
         VflairError: Something in the experiment does not exist or does not fit.
@@ -58,7 +60,9 @@ def run(
         with torch.random.fork_rng():
             if experiment.threads:
                 torch.set_num_threads(experiment.threads)
-            result, transcripts = _run_seeds(experiment, plugins, report, folder, strict=strict)
+            result, transcripts = _run_seeds(
+                experiment, plugins, report, folder, strict=strict, keep=keep_evidence
+            )
     except BaseException as error:
         observe(plugins, "vflair_run_failed", experiment=experiment, error=error)
         raise
@@ -77,6 +81,7 @@ def _run_seeds(
     out: Path | None,
     *,
     strict: bool,
+    keep: bool,
 ) -> tuple[Result, dict[str, Transcript]]:
     """Run once, or once with each seed: then the result is the first seed's, with what all of them say."""
     runs: dict[int, Mapping[str, Arm]] = {}
@@ -84,7 +89,7 @@ def _run_seeds(
     for seed in e.seeds or (e.seed,):
         folder = out / f"seed-{seed}" if out is not None and e.seeds else out
         result, arms = _go(
-            attrs.evolve(e, seed=seed, seeds=()), plugins, report, folder, strict=strict
+            attrs.evolve(e, seed=seed, seeds=()), plugins, report, folder, strict=strict, keep=keep
         )
         first, runs[seed] = first or result, arms
     assert first is not None  # there is at least one seed
@@ -103,9 +108,12 @@ def _go(
     out: Path | None,
     *,
     strict: bool,
+    keep: bool,
 ) -> tuple[Result, dict[str, Arm]]:
     clock = Clock()
-    setting, model = set_up(e, plugins, report=report, out=out, strict=strict, clock=clock)
+    setting, model = set_up(
+        e, plugins, report=report, out=out, strict=strict, keep=keep, clock=clock
+    )
     defenses = make_defenses(e, plugins)
     arms = {"undefended": run_arm("undefended", copy.deepcopy(model), [], setting, [])}
     if e.check_unsplit:

@@ -14,7 +14,7 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor
 
-from vflair_core.attacking import Launch
+from vflair_core.attack import Launch
 from vflair_core.encoding import shuffled
 from vflair_core.errors import ExperimentError
 from vflair_core.experiment import Experiment
@@ -65,6 +65,7 @@ class Setting:
     launches: list[Launch]
     victims: list[Example]
     prior: Tensor | None
+    keep: bool = False  # the evidence of each arm, to attack it again
 
     def reading(self, model: Any) -> Reading:
         """How `model`, whole or a data party's, reads the task."""

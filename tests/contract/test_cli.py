@@ -90,6 +90,21 @@ def test_a_run_with_a_one_file_plugin_shows_and_writes_its_result(file, tmp_path
     assert json.loads(again.stdout)["numbers_hash"] == result["numbers_hash"]
 
 
+def test_kept_evidence_is_attacked_again_with_the_same_outcome(file, tmp_path):
+    vflair("run", file, "--plugin", MINE, "--out", tmp_path, "--keep-evidence")
+    then = json.loads((tmp_path / "result.json").read_text())["numbers"]
+    options = ("first-row", "--knowledge", "K1", "--plugin", MINE)
+    now = json.loads(vflair("attack", tmp_path, *options, "--json").stdout)
+    for arm in ("undefended", "defended"):
+        assert now[arm][0]["attack_performance"] == then[arm]["attacks"][0]["attack_performance"]
+        assert now[arm][0]["verdict"] == then[arm]["attacks"][0]["verdict"]
+    table = vflair("attack", tmp_path, *options).stdout
+    assert "first-row" in table
+    assert "undefended" in table
+    refused = vflair("attack", tmp_path, "--plugin", MINE, code=1)
+    assert "Name one or more attacks" in refused.stderr
+
+
 def test_explain_says_what_crosses_and_who_owns_what(file):
     facts = json.loads(vflair("explain", file, "--plugin", MINE, "--json").stdout)
     roles = {(row["role"], row["direction"]) for row in facts["crossings"]}

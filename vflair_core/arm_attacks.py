@@ -1,0 +1,157 @@
+"""The attacks of an arm: write down its evidence and the truth, attack, grade; and attack what was kept again."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vflair_core.answer_key import AnswerKey
+from vflair_core.attacking import Isolation, attack_and_grade
+from vflair_core.auxiliary import auxiliary_of, candidates_of
+from vflair_core.channel import Transcript
+from vflair_core.errors import AttackError, ExperimentError
+from vflair_core.evidence import FILES, Evidence, check_held, needed, read_facts, save_evidence
+from vflair_core.experiment import AttackSpec
+from vflair_core.grading import Grade, Truth
+from vflair_core.judging import Reference
+from vflair_core.outset import make_launches
+from vflair_core.plugins import plugin_manager
+from vflair_core.recording import crossing_again
+from vflair_core.setting import Reporter, Setting
+from vflair_core.victims import Crossed, truth_of
+
+if TYPE_CHECKING:
+    import pluggy
+
+    from vflair_core.data_party import DataParty
+    from vflair_core.model_party import ModelParty
+
+ARMS = ("undefended", "defended")
+KEY = "answer-key.json"  # beside the evidence that is kept, and never in reach of an attack
+
+
+def attack_arm(
+    name: str,
+    party: DataParty,
+    model_party: ModelParty,
+    setting: Setting,
+    crossed: tuple[Crossed, Crossed | None, dict[str, Transcript]],
+    references: list[Reference],
+) -> tuple[list[Grade], Truth]:
+    """Let the attacks work on what crossed, and grade them; return the grades and the truth."""
+    e, (main, bypassed, queries) = setting.experiment, crossed
+    again, length = crossing_again(setting), setting.victim_length
+    victims = {"main": len(setting.victims)} | ({"bypassed": len(again)} if bypassed else {})
+    evidence = Evidence(
+        party=party,
+        model_party=model_party,
+        pretrained=setting.pretrained,
+        main=main.transcript,
+        bypassed=None if bypassed is None else bypassed.transcript,
+        releases=e.victims.releases,
+        task_kind=setting.task.kind,
+        victims=victims,
+        seed=e.seed,
+        auxiliary=auxiliary_of(setting.task, e.victims, e.seed),
+        queries=queries,
+        updates={"main": main.updates} | ({"bypassed": bypassed.updates} if bypassed else {}),
+    )
+    told: dict[str, Any] = {
+        "known": e.victims.known,
+        "members": candidates_of(setting.task, e.victims, e.seed)[1],
+    }
+    key = AnswerKey(
+        truth_of(party, setting.victims, main.rows, length, **told),
+        tuple(range(len(again))),
+        truth_of(party, again, bypassed.rows, length, **told) if bypassed else None,
+        setting.prior,
+        e.victims.development,
+    )
+    with _store(name, setting) as store:
+        save_evidence(store, evidence, FILES if setting.keep else needed(setting.launches))
+        if setting.keep:
+            key.save(store / KEY)
+        grades = attack_and_grade(
+            setting.launches,
+            store,
+            key,
+            decode=getattr(party.tokenizer, "decode", None),
+            references=references if party.defenses.each else None,
+            isolation=e.isolation,
+            progress=lambda label, done, total: setting.report(f"{name}: {label}", done, total),
+            threads=e.threads or None,
+        )
+    return grades, key.truth
+
+
+@contextmanager
+def _store(arm: str, setting: Setting) -> Iterator[Path]:
+    """Where the evidence of an arm lies: beside the result if it is kept, else nowhere for long."""
+    if not setting.keep:
+        with tempfile.TemporaryDirectory(prefix="vflair-") as folder:
+            yield Path(folder)
+        return
+    if setting.out is None:
+        raise ExperimentError("Evidence is kept in an output folder: pass out= (or --out).")
+    yield setting.out / f"evidence-{arm}"
+
+
+def attack_again(
+    run: str | Path,
+    attacks: Sequence[AttackSpec],
+    *,
+    plugins: pluggy.PluginManager | None = None,
+    isolation: Isolation = "process",
+    report: Reporter = lambda *_: None,
+) -> dict[str, list[Grade]]:
+    """Attack the evidence that a run has kept in its folder `run`; return the grades of each arm.
+
+    Neither party is needed. The undefended arm is the reference of the defended one and the seed is the run's, so an
+    attack of the run gets the very grade that it had there.
+
+    Raises:
+        AttackError: The run kept no evidence, or an attack needs what the run did not make or more than is granted.
+    """
+    stores = {arm: Path(run) / f"evidence-{arm}" for arm in ARMS}
+    stores = {arm: store for arm, store in stores.items() if (store / KEY).exists()}
+    if not stores:
+        raise AttackError(
+            f"{run} holds no evidence to attack again. Run the experiment with --keep-evidence (keep_evidence=True); "
+            "with several seeds, each has a folder of its own below."
+        )
+    seed = read_facts(next(iter(stores.values())))["seed"]
+    launches = make_launches(attacks, plugins if plugins is not None else plugin_manager(), seed)
+    grades: dict[str, list[Grade]] = {}
+    for arm, store in stores.items():
+        for launch in launches:
+            check_held(store, launch)
+
+        def told(label: str, done: int, total: int, *, arm: str = arm) -> None:
+            report(f"{arm}: {label}", done, total)
+
+        grades[arm] = attack_and_grade(
+            launches,
+            store,
+            AnswerKey.load(store / KEY),
+            decode=_decoder(store),
+            references=references_of(grades["undefended"]) if arm == "defended" else None,
+            isolation=isolation,
+            progress=told,
+        )
+    return grades
+
+
+def references_of(grades: Sequence[Grade]) -> list[Reference]:
+    """What each attack reached in the undefended arm, for the other arm to be compared with."""
+    return [Reference(grade.reference, informative=grade.informative) for grade in grades]
+
+
+def _decoder(store: Path) -> Any:
+    if not (store / "tokenizer").exists():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(store / "tokenizer").decode

@@ -1,0 +1,246 @@
+"""The evidence of one arm as files: all that an attacker could hold, and what each attack of it is given.
+
+A store is a folder. The worker never sees it: it gets a folder of its own with the files that its attacks are granted.
+A store that is kept can be attacked again, without either party.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+from attrs import field, frozen
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vflair_core.attack import Launch, wants
+from vflair_core.channel import Transcript
+from vflair_core.data_party import DataParty
+from vflair_core.defense import Defense
+from vflair_core.errors import AttackError
+from vflair_core.knowledge import AUXILIARY
+from vflair_core.model_party import ModelParty
+from vflair_core.plugins import load_target, target_of
+from vflair_core.tuning import plain_state
+from vflair_core.worker import stream_seed
+
+FACTS = "facts.json"
+ALWAYS = ("config.json", "main.safetensors", "bypassed.safetensors")
+HALVES = {"head", "tail", "pretrained_head", "pretrained_tail", "current_head", "current_tail"}
+FILES = {  # what else there is, and the knowledge that asks for it
+    "tokenizer": {"tokenizer"},
+    "pretrained.safetensors": HALVES - {"current_head", "current_tail"} | {"pretrained_model"},
+    "current.safetensors": HALVES - {"pretrained_head", "pretrained_tail"},
+    "body.safetensors": {"body"},
+    "embeddings.safetensors": {"embeddings"},
+    "defenses.safetensors": {"mechanism", "parameters"},
+    "queries-main.safetensors": {"queries"},
+    "queries-bypassed.safetensors": {"queries"},
+    "updates-main.safetensors": {"updates"},
+    "updates-bypassed.safetensors": {"updates"},
+}
+GRANTS = {  # files that need one of these grants besides, whatever was asked for
+    "current.safetensors": {"current_head", "current_tail"},
+    "defenses.safetensors": {"parameters"},
+}
+
+
+@frozen(eq=False)
+class Evidence:
+    """What an attacker could hold: two passes of messages, weights, and auxiliary data.
+
+    Passes are called main and, with the defense bypassed, bypassed; `victims` has how many cross in each.
+    """
+
+    party: DataParty
+    model_party: ModelParty
+    pretrained: dict[str, Tensor]
+    main: Transcript
+    bypassed: Transcript | None
+    releases: int
+    task_kind: str
+    victims: Mapping[str, int]
+    seed: int = 0
+    auxiliary: dict[str, Any] = field(factory=dict)
+    queries: Mapping[str, Transcript] = field(factory=dict)
+    updates: Mapping[str, list[dict[str, Tensor]]] = field(factory=dict)
+
+
+def needed(launches: Sequence[Launch]) -> set[str]:
+    """Files that the attacks ask for and are granted."""
+    granted = {name for launch in launches for name in launch.granted}
+    asked = _asked(launches)
+    return {
+        file
+        for file, names in FILES.items()
+        if names & asked and (file not in GRANTS or GRANTS[file] & granted)
+    }
+
+
+def _asked(launches: Sequence[Launch]) -> set[str]:
+    names = {name for launch in launches for kind in wants(launch.attack) for name in kind}
+    return names & {name for launch in launches for name in launch.granted}
+
+
+def save_evidence(
+    store: Path, evidence: Evidence, files: Collection[str] = frozenset(FILES)
+) -> None:
+    """Write the messages and `files`, by default everything, into the folder `store`, which is made."""
+    store.mkdir(parents=True, exist_ok=True)
+    party, model = evidence.party, evidence.party.model
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = config.tie_word_embeddings and not party.untied
+    config.to_json_file(store / "config.json", use_diff=False)
+    evidence.main.save(store / "main.safetensors")
+    if evidence.bypassed is not None:
+        evidence.bypassed.save(store / "bypassed.safetensors")
+    for which, transcript in evidence.queries.items():
+        transcript.save(store / f"queries-{which}.safetensors")
+    for which, each in evidence.updates.items():
+        flat = {f"{n}.{name}": grad for n, row in enumerate(each) for name, grad in row.items()}
+        if flat:
+            _save_weights(store / f"updates-{which}.safetensors", flat)
+    if "tokenizer" in files and party.tokenizer is not None:
+        party.tokenizer.save_pretrained(store / "tokenizer")  # type: ignore[attr-defined]
+    for file in files:
+        if (weights := _weights(file, evidence)) is not None:
+            _save_weights(store / file, weights)
+    facts = {
+        "releases": dict.fromkeys(evidence.victims, evidence.releases),
+        "victims": dict(evidence.victims),
+        "partition": attrs.asdict(party.partition),
+        "task_kind": evidence.task_kind,
+        "model_class": type(model).__mro__[1].__name__,
+        "defenses": [_told(defense) for defense in party.defenses.each],
+        "auxiliary": evidence.auxiliary,
+        "seed": evidence.seed,
+    }
+    (store / FACTS).write_text(json.dumps(facts))
+
+
+def _weights(file: str, evidence: Evidence) -> dict[str, Tensor] | None:
+    """The tensors of one of the files of weights; None for another file."""
+    party = evidence.party
+    match file:
+        case "pretrained.safetensors":
+            return evidence.pretrained
+        case "body.safetensors":
+            return plain_state(evidence.model_party.model)
+        case "current.safetensors":
+            return {**plain_state(party.model), **plain_state(evidence.model_party.model)}
+        case "embeddings.safetensors":
+            return {"embeddings": evidence.pretrained[_embedding_name(party.model)]}
+        case "defenses.safetensors":
+            each = enumerate(party.defenses.each)
+            return {f"{n}.{k}": v for n, defense in each for k, v in defense.state().items()}
+        case _:
+            return None
+
+
+def read_facts(store: Path) -> dict[str, Any]:
+    """Read what is known of the arm beside tensors."""
+    facts: dict[str, Any] = json.loads((store / FACTS).read_text())
+    return facts
+
+
+def furnish(folder: Path, store: Path, launches: Sequence[Launch], threads: int) -> None:
+    """Put into the worker's `folder` what is granted of the store, and the job; nothing else.
+
+    Raises:
+        AttackError: A defense cannot be told to an attack that asks for it.
+    """
+    facts, asked = read_facts(store), _asked(launches)
+    for file in (*ALWAYS, *sorted(needed(launches))):
+        source = store / file
+        if source.is_dir():  # the tokenizer, which is loaded with the config beside it
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+        elif source.exists():
+            _link(source, folder / file)
+    tells = bool(asked & {"mechanism", "parameters"})
+    same = ("releases", "victims", "partition", "task_kind", "model_class")
+    passes = list(facts["victims"])
+    job = {
+        "attacks": [_describe(n, launch, passes) for n, launch in enumerate(launches)],
+        **{name: facts[name] for name in same},
+        "defenses": [_checked(spec) if tells else {} for spec in facts["defenses"]],
+        "auxiliary": {name: rows for name, rows in facts["auxiliary"].items() if name in asked},
+        "threads": threads,
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+
+
+def check_held(store: Path, launch: Launch) -> None:
+    """See that the store holds what an attack cannot do without.
+
+    Raises:
+        AttackError: It does not: the run did not make it.
+    """
+    made = read_facts(store)["auxiliary"]
+    for name in wants(launch.attack)[0]:
+        recorded = store / f"{name}-main.safetensors"
+        lacks = f"{name}-main.safetensors" in FILES and not recorded.exists()
+        if lacks or (name in AUXILIARY and name not in made):
+            raise AttackError(
+                f"{launch.name} needs {name}, which this run did not make. Run the experiment again with it (see "
+                "[victims]), or choose another attack."
+            )
+
+
+def has_mechanism(spec: Mapping[str, Any]) -> bool:
+    """Whether knowing this defense could help an attacker."""
+    target: Any = load_target(spec["target"])
+    return target.mechanism is not Defense.mechanism
+
+
+def _describe(number: int, launch: Launch, passes: list[str]) -> dict[str, Any]:
+    attack: Any = launch.attack
+    return {
+        "number": number,
+        "name": launch.name,
+        "target": target_of(attack),
+        "options": attrs.asdict(attack) if attrs.has(type(attack)) else {},
+        "granted": sorted(launch.granted),
+        "seed": stream_seed(launch.seed, f"attack {launch.name}"),
+        "passes": passes,
+    }
+
+
+def _told(defense: Any) -> dict[str, Any]:
+    """A defense as an adaptive attacker builds it again; without options if it has no fields to read them from."""
+    if not attrs.has(type(defense)):
+        return {"target": target_of(defense), "options": None}
+    fields = [f.name for f in attrs.fields(type(defense)) if f.init]
+    options = {name.lstrip("_"): getattr(defense, name) for name in fields}
+    return {"target": target_of(defense), "options": options}
+
+
+def _checked(spec: dict[str, Any]) -> dict[str, Any]:
+    if spec["options"] is None:
+        raise AttackError(
+            f"{spec['target']} cannot be told to an adaptive attacker: make it an attrs class whose fields are its "
+            "options."
+        )
+    return spec
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name; a copy where the file system cannot do that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _embedding_name(model: nn.Module) -> str:
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    return next(f"{name}.weight" for name, m in model.named_modules() if m is embeddings)
+
+
+def _save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    save_file({k: v.detach().clone().contiguous() for k, v in weights.items() if v.numel()}, path)

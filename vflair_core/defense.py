@@ -47,7 +47,8 @@ class Mechanism:
     `expected` is the deterministic part (clip, mapping); `log_likelihood` scores an observation, up to a
     constant, given the undefended hidden state. `in_nats` says that it really is one: an attack then adds it
     to other log-likelihoods as it is, and otherwise estimates the scale of the noise. `sample` draws noise of the
-    same kind, so that an attacker can train on what the defense would have sent.
+    same kind, so that an attacker can train on what the defense would have sent; `sample_embeddings` does so for what
+    the defense does to token embeddings, before the head.
     """
 
     in_nats: bool = False
@@ -63,6 +64,10 @@ class Mechanism:
     def sample(self, hidden: Tensor, generator: torch.Generator) -> Tensor:  # (..., D) -> (..., D)
         """Draw what could be sent for `hidden`, with fresh randomness; by default there is none."""
         return self.expected(hidden)
+
+    def sample_embeddings(self, embeddings: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw what could go into the head for token embeddings (..., D); by default they go as they are."""
+        return embeddings
 
 
 class Defense:

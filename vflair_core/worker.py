@@ -151,6 +151,11 @@ class Chain(Mechanism):
             hidden = part.sample(hidden, generator)
         return hidden
 
+    def sample_embeddings(self, embeddings: Tensor, generator: torch.Generator) -> Tensor:
+        for part in self.parts:
+            embeddings = part.sample_embeddings(embeddings, generator)
+        return embeddings
+
 
 class Granted(Mapping[str, Any]):
     """Name → knowledge, for one attack in one pass: what was granted, and no more."""

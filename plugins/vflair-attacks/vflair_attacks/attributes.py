@@ -52,7 +52,10 @@ class AttributeProbe:
                 f"attribute-probe learns classes from few_labelled; there the labels are {classes}. It needs "
                 "whole-number labels of at least two classes."
             )
-        own = [self._pooled(example.text, head, tokenizer, known) for example in few_labelled]
+        own = [
+            self._pooled(example.text, head, tokenizer, known, generator)
+            for example in few_labelled
+        ]
         probe = self._probe(int(torch.randint(2**31, (1,), generator=generator)))
         probe.fit(torch.stack(own).double().numpy(), [example.label for example in few_labelled])
         seen = (smashed.sum(1) / lengths[:, None]).double().numpy()  # padding is zero
@@ -62,11 +65,15 @@ class AttributeProbe:
         chance = probe.predict_proba(seen)[:, classes.index(self.positive)]
         return Guess(labels=labels, scores=torch.from_numpy(chance), positive=self.positive)
 
-    def _pooled(self, text: str, head: Any, tokenizer: Any, known: Any) -> Tensor:
+    def _pooled(
+        self, text: str, head: Any, tokenizer: Any, known: Any, generator: torch.Generator
+    ) -> Tensor:
         ids = tokenizer(text, truncation=True, max_length=self.max_length, return_tensors="pt")
         with torch.no_grad():
-            states = head(ids["input_ids"])
-            return (states if known is None else known.expected(states))[0].mean(0)
+            if known is None:
+                return head(ids["input_ids"])[0].mean(0)
+            embeds = known.sample_embeddings(head.vectors()[ids["input_ids"]], generator)
+            return known.sample(head(inputs_embeds=embeds), generator)[0].mean(0)
 
     def _probe(self, seed: int) -> Any:
         from sklearn.linear_model import LogisticRegression

@@ -114,14 +114,16 @@ def through_head(
     head: Head, rows: Sequence[Tensor], mechanism: Any, generator: torch.Generator
 ) -> Draw:
     """Draw pairs by sending text through the head and, if it is known, the defense, with fresh randomness."""
+    table = head.vectors()
 
     def draw(numbers: Tensor) -> tuple[Tensor, Tensor]:
         ids, real = (part.to(head.device) for part in padded([rows[n] for n in numbers.tolist()]))
         with torch.no_grad():
-            hidden = head(ids.clamp_min(0), attention_mask=real.long())
-            if mechanism is not None:
-                hidden = mechanism.sample(hidden, generator)
-        return hidden, ids
+            if mechanism is None:
+                return head(ids.clamp_min(0), attention_mask=real.long()), ids
+            embeds = mechanism.sample_embeddings(table[ids.clamp_min(0)], generator)
+            hidden = head(inputs_embeds=embeds, attention_mask=real.long())
+            return mechanism.sample(hidden * real[..., None], generator), ids
 
     return draw
 

@@ -80,12 +80,13 @@ def through_noise(
             scale = scales[int(torch.randint(len(scales), (), generator=generator))]
             embeds = table[ids.clamp_min(0)]
             noise = torch.randn(embeds.shape, generator=generator).to(embeds)
+            embeds = embeds + scale * unit * noise
             with torch.no_grad():
-                hidden = head(
-                    inputs_embeds=embeds + scale * unit * noise, attention_mask=real.long()
-                )
                 if mechanism is not None:
-                    hidden = mechanism.sample(hidden, generator)
+                    embeds = mechanism.sample_embeddings(embeds, generator)
+                hidden = head(inputs_embeds=embeds, attention_mask=real.long())
+                if mechanism is not None:
+                    hidden = mechanism.sample(hidden * real[..., None], generator)
             return hidden, ids
 
         return draw

@@ -13,7 +13,7 @@ from torch import Tensor
 from vflair_core import Defense, DefenseError, Guarantee
 from vflair_core.defense import Exchange, Mechanism
 from vflair_defenses.accounting import gaussian_epsilon, gaussian_sigma
-from vflair_defenses.rows import clip_examples, is_off, noise_like, public_rows
+from vflair_defenses.rows import clip_examples, drawing, is_off, noise_like, public_rows
 
 if TYPE_CHECKING:
     from vflair_core.data_party import DataParty
@@ -71,8 +71,9 @@ class DpForward(Defense):
         return (clipped + self.ratio * bound * noise).to(smashed.dtype)
 
     def mechanism(self) -> Mechanism:
-        """That there is Gaussian noise: the factor of a sequence depends on all its rows, and is estimated."""
-        return Mechanism()
+        """The noise and, where the clip is known, its size; the factor of a sequence is fitted to each row."""
+        bound = self._bound or math.inf
+        return ScaledSequence(bound, self.ratio * bound if self.ratio else 0.0)
 
     def state(self) -> dict[str, Tensor]:
         return {"bound": torch.tensor(self._bound, dtype=torch.float64)}
@@ -109,3 +110,37 @@ class DpForward(Defense):
                 "DpForward has no clip yet: call prepare(public_texts, data_party) first."
             )
         return self._bound
+
+
+@define
+class ScaledSequence(Mechanism):
+    """What an adaptive attacker knows of `DpForward`: σ, and that a sequence was scaled by one unknown factor ≤ 1.
+
+    The factor depends on all rows of the sequence, most of which she is still looking for; so each row is scored at the
+    factor that fits it best, which can only flatter a wrong candidate. `sample` scales (B, T, D) by its own norm.
+    """
+
+    bound: float
+    sigma: float
+
+    @property
+    def in_nats(self) -> bool:  # type: ignore[override]
+        """Whether the size of the noise is known."""
+        return math.isfinite(self.bound)
+
+    def log_likelihood(self, observed: Tensor, hidden: Tensor) -> Tensor:
+        square = hidden.square().sum(-1, keepdim=True).clamp_min(torch.finfo(hidden.dtype).tiny)
+        factor = ((observed * hidden).sum(-1, keepdim=True) / square).clamp(0, 1)
+        gap = (observed - factor * hidden).square().sum(-1)
+        if not self.in_nats:
+            return -gap
+        return -gap / (2 * max(self.sigma, 1e-6 * self.bound) ** 2)
+
+    def sample(
+        self, hidden: Tensor, generator: torch.Generator
+    ) -> Tensor:  # (B, T, D) -> (B, T, D)
+        if not self.in_nats:
+            return hidden
+        exchange = drawing(generator)
+        clipped = clip_examples(hidden, self.bound, exchange)
+        return clipped + self.sigma * noise_like(hidden, exchange) if self.sigma else clipped

@@ -13,6 +13,7 @@ from torch import Tensor
 from vflair_core import Defense, DefenseError, Guarantee
 from vflair_core.defense import Exchange, Mechanism
 from vflair_defenses.d_chi import distance_noise, metric_guarantee, spread_of
+from vflair_defenses.rows import drawing
 
 if TYPE_CHECKING:
     from vflair_core.data_party import DataParty
@@ -50,8 +51,8 @@ class DxNoise(Defense):
         return embeddings + distance_noise(embeddings, self.eta, exchange).to(embeddings.dtype)
 
     def mechanism(self) -> Mechanism:
-        """That there is noise: at the cut the head has bent it, and its scale is estimated."""
-        return Mechanism()
+        """What noise goes into the head. At the cut the head has bent it: a search estimates its scale there."""
+        return DxEmbeddings(self.eta)
 
     def state(self) -> dict[str, Tensor]:
         return {"spread": torch.tensor([self._median, self._largest], dtype=torch.float64)}
@@ -69,3 +70,15 @@ class DxNoise(Defense):
         return metric_guarantee(
             "token embeddings", self.eta, self._median, self._largest, releases, outside
         )
+
+
+@define
+class DxEmbeddings(Mechanism):
+    """What an adaptive attacker knows of `DxNoise`: η, and so what she can train on."""
+
+    eta: float
+
+    def sample_embeddings(self, embeddings: Tensor, generator: torch.Generator) -> Tensor:
+        if math.isinf(self.eta):
+            return embeddings
+        return embeddings + distance_noise(embeddings, self.eta, drawing(generator))

@@ -7,7 +7,8 @@ its text is private as far as the task says so. Run it by hand; every training a
 `--out`, so a second call goes on where the first one stopped.
 
 Three settings, offline: a small decoder on the Python manual in HBT (`text`), and a small encoder that tells chapters
-of the manual apart in HT and HBT, where labels are what must not leak (`labels-ht`, `labels-hbt`).
+of the manual apart in HT and HBT, where labels are what must not leak (`labels-ht`, `labels-hbt`). Victims cross alone,
+so marvell, which needs both classes in a batch, is not here.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ TEXT = {
     ],
 }  # fmt: skip
 LABELS = {
-    "task": {"name": "manual-chapters", "options": {"chapters": 2, "examples_per_chapter": 56}},
+    "task": {"name": "manual-chapters", "options": {"chapters": 2, "examples_per_chapter": 72, "test_share": 0.5}},
     "model": {
         "vocab_size": 1024,
         "config": {
@@ -154,12 +155,11 @@ TEXT_KNOBS = (
     Knob("rantext", "epsilon", 100, 0.5),
 )
 LABEL_KNOBS = (
-    Knob("gaussian-noise", "gradient_multiplier", 0.003, 3.0, {**NO_NOISE, "gradient_clip": 0.01}),
-    Knob("laplace-noise", "gradient_epsilon", 1e5, 1.0, {"epsilon": math.inf, "clip": math.inf, "gradient_clip": 0.1}),
+    Knob("gaussian-noise", "gradient_multiplier", 1e-4, 1.0, {**NO_NOISE, "gradient_clip": 1.0}),
+    Knob("laplace-noise", "gradient_epsilon", 1e5, 1.0, {"epsilon": math.inf, "clip": math.inf, "gradient_clip": 1.0}),
     Knob("sparsification", "rate", 0.5, 0.01, {"gradients": True}, dropped),
     Knob("quantisation", "bits", 8, 2, {"gradients": True}, whole),
     Knob("norm-matching", "strength", 0.1, 10.0),
-    Knob("marvell", "power", 0.1, 100.0),
     Knob("label-randomised-response", "epsilon", 6.0, 0.1),
     Knob("decoy-rows", "count", 1, 16, through=whole),
 )  # fmt: skip

@@ -86,7 +86,35 @@ def over_seeds(runs: Mapping[int, Mapping[str, Arm]]) -> dict[str, Any]:
             row["change"] = row[names[1]] - row[names[0]]
             row["change_interval"] = list(paired_interval(pairs))
         found["attacks"].append(row)
+    found["adaptive"] = _against_blind([run[names[-1]].grades for run in arms])
     return found
+
+
+def _against_blind(grades: Sequence[Sequence[Grade]]) -> list[dict[str, Any]]:
+    """Compare, in the last arm of each seed, an attack that knows the defense with the same attack that does not.
+
+    There is a row for each pair of launches of one attack that differ in that; the interval is paired.
+    """
+    rows = []
+    for b, blind in enumerate(grades[0]):
+        for k, knowing in enumerate(grades[0]):
+            if (blind.attack, blind.target) != (knowing.attack, knowing.target):
+                continue
+            if blind.adaptive or not knowing.adaptive:
+                continue
+            pairs = [(each[b].hits, each[k].hits) for each in grades]
+            rates = [_mean([each[n].attack_performance for each in grades]) for n in (b, k)]
+            rows.append(
+                {
+                    "attack": blind.attack,
+                    "blind": blind.knowledge,
+                    "adaptive": knowing.knowledge,
+                    "attack_performance": rates,
+                    "gain": rates[1] - rates[0],
+                    "gain_interval": list(paired_interval(pairs)),
+                }
+            )
+    return rows
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -196,6 +196,12 @@ def _seeds(result: Result) -> Iterator[str]:
             f"{len(found['seeds'])} seeds, {row['attack']}: AP {row['undefended']:.3f} → {row['defended']:.3f}, "
             f"change {row['change']:+.3f} [{low:+.3f}, {high:+.3f}] (paired, 95 %)."
         )
+    for row in found["adaptive"]:
+        (blind, knowing), (low, high) = row["attack_performance"], row["gain_interval"]
+        yield (
+            f"{len(found['seeds'])} seeds, {row['attack']} through the defense: AP {blind:.3f} ({row['blind']}, blind) → "
+            f"{knowing:.3f} ({row['adaptive']}), gain {row['gain']:+.3f} [{low:+.3f}, {high:+.3f}] (paired, 95 %)."
+        )
 
 
 def _sentence(result: Result, arms: list[str]) -> Panel | None:

@@ -145,6 +145,32 @@ def test_victims_set_aside_are_not_in_the_reported_number(pm):
     assert four["development"] is None
 
 
+def test_who_knows_a_shipped_defense_beats_her_blind_twin_with_an_interval_above_zero(
+    pm, tmp_path, capsys
+):
+    """MID's code is a linear map of the hidden states: unknown, nothing fits; known, it is searched through."""
+    twins = [
+        {"name": "vocabulary-search", "knowledge": knowledge, "options": {"beam": 2, "prior": 0.0}}
+        for knowledge in ("K3", "K4")
+    ]
+    result = run(
+        small(
+            seeds=[0, 1, 2, 3, 4],
+            attacks=twins,
+            defenses=[{"name": "mid", "options": {"decoder": "linear", "start": 0.01}}],
+        ),
+        plugins=pm,
+    )
+    (row,) = result.numbers["over_seeds"]["adaptive"]
+    assert (row["blind"], row["adaptive"]) == ("K3", "K4")
+    blind, knowing = row["attack_performance"]
+    assert row["gain"] == pytest.approx(knowing - blind)
+    assert row["gain_interval"][0] > 0.2
+    show_result(result, tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "5 seeds, vocabulary-search through the defense: AP" in said
+
+
 def test_several_seeds_give_their_mean_and_the_paired_change(pm, tmp_path, capsys):
     attacks = [{"name": "nearest-embedding", "knowledge": "K1"}]
     seeds = (0, 1, 2, 3, 4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vflair_core.grading import Grade
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vflair_core.arm import Arm
 
 NOT_EVALUATED = (
-    "NOT EVALUATED: no attack of this run knows the defense or learned from what comes through it. A low AP "
+    "NOT EVALUATED: no attack of this run on them knows the defense or learned from what comes through it. A low AP "
     "shows that the attacks were not made for it"
 )
 
@@ -21,45 +21,64 @@ NOT_EVALUATED = (
 def strongest(grades: Sequence[Grade]) -> list[dict[str, Any]]:
     """Return the strongest attack of each target at each preset, among attacks that need no more than it grants.
 
-    It is chosen by its performance on the development victims where there are any, and reported on the others.
-    Attacks whose controls failed are left out; a preset without an attack has no row.
+    What an attack was granted beyond all presets, such as `queries` or `known_labels`, makes rows of its own, in which
+    it competes with those that did without. The attack is chosen by its performance on the development victims where
+    there are any, and reported on the others. Attacks whose controls failed are left out; a preset without an attack
+    has no row.
     """
+    sound = [grade for grade in grades if "failed" not in grade.verdict]
     rows = []
-    for preset, names in PRESETS.items():
-        for target in sorted({grade.target for grade in grades}):
-            able = [
-                grade
-                for grade in grades
-                if grade.target == target
-                and granted(grade.knowledge.split("+")) <= names
-                and "failed" not in grade.verdict
-            ]
-            if not able:
-                continue
-            best = max(able, key=_chosen_by)
-            rows.append(
-                {
-                    "knowledge": preset,
-                    "target": target,
-                    "attack": best.attack,
-                    "attack_knowledge": best.knowledge,
-                    "attack_performance": best.attack_performance,
-                    "interval": list(best.interval),
-                    "floor": best.floor,
-                    "adaptive": best.adaptive,
-                    "chosen_on": "reported" if best.development is None else "development",
-                }
-            )
+    for extra in sorted({_beyond(grade) for grade in sound} | {()}, key=lambda e: (len(e), e)):
+        for preset, names in PRESETS.items():
+            for target in sorted({grade.target for grade in sound}):
+                able = [
+                    grade
+                    for grade in sound
+                    if grade.target == target and _granted(grade) <= names | set(extra)
+                ]
+                if any(_beyond(grade) == extra for grade in able):
+                    rows.append(_row(max(able, key=_chosen_by), preset, extra))
     return rows
+
+
+def _row(best: Grade, preset: str, extra: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "knowledge": " + ".join((preset, *extra)),
+        "target": best.target,
+        "attack": best.attack,
+        "attack_knowledge": best.knowledge,
+        "attack_performance": best.attack_performance,
+        "interval": list(best.interval),
+        "floor": best.floor,
+        "adaptive": best.adaptive,
+        "chosen_on": "reported" if best.development is None else "development",
+    }
+
+
+def _granted(grade: Grade) -> frozenset[str]:
+    return granted(grade.knowledge.split("+"))
+
+
+def _beyond(grade: Grade) -> tuple[str, ...]:
+    """What it was granted that no preset grants."""
+    return tuple(sorted(_granted(grade) - PRESETS["K4"]))
 
 
 def _chosen_by(grade: Grade) -> float:
     return grade.attack_performance if grade.development is None else grade.development
 
 
-def is_evaluated(grades: Sequence[Grade]) -> bool:
-    """Whether an attack that takes the defense into account ran, was informative, and passed its controls."""
-    return any(grade.adaptive and grade.verdict == "ok" for grade in grades)
+def evaluated(grades: Sequence[Grade], covers: Iterable[str], task_kind: str) -> dict[str, bool]:
+    """Return, for each target that is attacked or covered, whether an attack on it took the defense into account.
+
+    It must have been informative, and have passed its controls. Prompts and responses are tokens; labels and gradients
+    are the labels of classes and numbers, and tokens where the task is text.
+    """
+    named = "labels" if task_kind in ("classification", "regression") else "tokens"
+    meant = {"prompt": "tokens", "response": "tokens", "labels": named, "gradients": named}
+    targets = {grade.target for grade in grades} | {meant[place] for place in covers}
+    known = {grade.target for grade in grades if grade.adaptive and grade.verdict == "ok"}
+    return {target: target in known for target in sorted(targets)}
 
 
 def over_seeds(runs: Mapping[int, Mapping[str, Arm]]) -> dict[str, Any]:

@@ -155,8 +155,9 @@ def _remarks(result: Result, arms: list[str]) -> Iterator[str]:
             apart = result.numbers[arm]["unsplit_losses_differ_by"]
             word = "equal" if equal else f"failed to equal (by up to {apart:.1g})"
             yield f"{arm}: all training losses {word} the unsplit model's."
-        if not result.numbers[arm].get("evaluated", True):
-            yield f"{arm}: {NOT_EVALUATED}."
+        for target, there in result.numbers[arm].get("evaluated", {}).items():
+            if not there:
+                yield f"{arm}, {target}: {NOT_EVALUATED}."
         yield from _strongest(arm, result.numbers[arm].get("strongest", ()))
         for guarantee in result.numbers[arm]["guarantees"]:
             outside = (
@@ -170,11 +171,15 @@ def _remarks(result: Result, arms: list[str]) -> Iterator[str]:
 
 def _strongest(arm: str, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """The strongest attack on each target, from the first preset at which it is that."""
-    told: dict[str, str] = {}
+    told: dict[tuple[str, str], str] = {}
     for row in rows:
-        if told.get(row["target"]) == row["attack"]:
+        place = (
+            row["target"],
+            row["knowledge"].partition(" + ")[2],
+        )  # what is beyond presets stands apart
+        if told.get(place) == row["attack"]:
             continue
-        told[row["target"]] = row["attack"]
+        told[place] = row["attack"]
         low, high = row["interval"]
         yield (
             f"{arm}, {row['target']} from {row['knowledge']}: strongest is {row['attack']} with AP "

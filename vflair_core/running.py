@@ -19,7 +19,7 @@ from vflair_core.experiment import Experiment
 from vflair_core.metrics import dcs, normalised_dcs
 from vflair_core.outset import make_defenses, set_up
 from vflair_core.plugins import observe, plugin_manager
-from vflair_core.ranking import is_evaluated, over_seeds, strongest
+from vflair_core.ranking import evaluated, over_seeds, strongest
 from vflair_core.reader import Reader
 from vflair_core.result import Result
 from vflair_core.setting import Clock, Reporter, Setting
@@ -128,7 +128,9 @@ def _go(
     for name, arm in arms.items():
         numbers[name]["strongest"] = strongest(arm.grades)
     if "defended" in arms:
-        numbers["defended"]["evaluated"] = is_evaluated(arms["defended"].grades)
+        numbers["defended"]["evaluated"] = evaluated(
+            arms["defended"].grades, numbers["defended"]["covers"], setting.task.kind
+        )
     cost: dict[str, Any] = {name: arm.cost for name, arm in arms.items()}
     cost["seconds"] = clock.seconds
     cost["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

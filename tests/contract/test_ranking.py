@@ -13,7 +13,7 @@ from vflair_core.config import experiment_from
 from vflair_core.errors import ExperimentError
 from vflair_core.grading import Grade
 from vflair_core.measures import paired_interval
-from vflair_core.ranking import is_evaluated, strongest
+from vflair_core.ranking import evaluated, strongest
 from vflair_core.report import show_result
 
 HERE = Path(__file__).parent
@@ -59,12 +59,39 @@ def test_an_attack_whose_control_failed_is_never_the_strongest():
     assert best([broken, grade("sound", "K1", 0.3)])["K1"] == "sound"
 
 
+def test_what_no_preset_grants_makes_rows_of_its_own():
+    grades = [
+        grade("plain", "K1", 0.5),
+        grade("asking", "K1+queries", 0.8),
+        grade("strong", "K3", 0.9),
+    ]
+    assert best(grades) == {
+        "K1": "plain",
+        "K2": "plain",
+        "K3": "strong",
+        "K4": "strong",
+        "K1 + queries": "asking",
+        "K2 + queries": "asking",
+        "K3 + queries": "strong",
+        "K4 + queries": "strong",
+    }
+
+
 def test_only_an_adaptive_attack_that_passed_evaluates_a_defense():
     blind, knowing = grade("blind", "K3", 0.9), grade("knowing", "K4", 0.2, adaptive=True)
-    assert not is_evaluated([blind])
-    assert is_evaluated([blind, knowing])
+    told = ({"prompt"}, "causal-lm")
+    assert evaluated([blind], *told) == {"tokens": False}
+    assert evaluated([blind, knowing], *told) == {"tokens": True}
     knowing.verdict = "positive control failed: …"
-    assert not is_evaluated([blind, knowing])
+    assert evaluated([blind, knowing], *told) == {"tokens": False}
+
+
+def test_an_attack_on_labels_does_not_evaluate_a_defense_of_tokens():
+    knowing = grade("knowing", "K4", 0.2, adaptive=True)
+    knowing.target = "labels"
+    assert evaluated([knowing], {"prompt"}, "classification") == {"labels": True, "tokens": False}
+    assert evaluated([], {"labels"}, "classification") == {"labels": False}
+    assert evaluated([], {"gradients"}, "causal-lm") == {"tokens": False}  # labels are the text
 
 
 @pytest.fixture
@@ -97,12 +124,12 @@ def small(**changes):
 def test_a_defense_without_an_adaptive_attack_is_printed_as_not_evaluated(pm, tmp_path, capsys):
     blind = [{"name": "greedy-search", "knowledge": "K3"}]
     result = run(small(attacks=blind), plugins=pm)
-    assert result.numbers["defended"]["evaluated"] is False
+    assert result.numbers["defended"]["evaluated"] == {"tokens": False}
     show_result(result, tmp_path)
     assert "NOT EVALUATED" in capsys.readouterr().out
     adaptive = [*blind, {"name": "vocabulary-search", "knowledge": "K4"}]
     result = run(small(attacks=adaptive), plugins=pm)
-    assert result.numbers["defended"]["evaluated"] is True
+    assert result.numbers["defended"]["evaluated"] == {"tokens": True}
     show_result(result, tmp_path)
     said = " ".join(capsys.readouterr().out.split())
     assert "NOT EVALUATED" not in said

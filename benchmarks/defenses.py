@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from vflair_core import Partition, split
 from vflair_core.encoding import train_tokenizer
 from vflair_core.plugins import load_target
+from vflair_core.preparing import Preparing
 from vflair_defenses import vflair_defenses
 
 BATCH, LENGTH = 8, 64
@@ -112,7 +113,8 @@ def measure_text(names: list[str], words: int) -> None:
             )
         print(f"\n{words} words: {'prepare, s':>12} {'1,000 words, s':>15} {'peak RSS, GiB':>14}")
         text = " ".join(f"word{random.Random(n).randrange(words)}" for n in range(1000))
-        party = SimpleNamespace(defenses=SimpleNamespace(generator_of=lambda _: generator))
+        streams = SimpleNamespace(generator_of=lambda _: generator)
+        party = SimpleNamespace(defenses=streams, preparing=Preparing())
         for name in names:
             defense = load_target(vflair_defenses()[name])(vectors=str(path))
             start = time.perf_counter()

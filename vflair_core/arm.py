@@ -22,6 +22,7 @@ from vflair_core.grading import Grade
 from vflair_core.judging import Reference
 from vflair_core.message import Message
 from vflair_core.partition import split
+from vflair_core.preparing import Preparing
 from vflair_core.recording import let_cross
 from vflair_core.releases import Releases, releases_per_example
 from vflair_core.setting import Clock, Setting, choose_partition, noise_seed
@@ -56,6 +57,9 @@ def run_arm(
     """Run one arm on `model`, which it consumes; `references` come from the undefended arm."""
     e, clock = setting.experiment, Clock()
     party, model_party, trained = _cut(model, defenses, setting)
+    party.preparing = Preparing(
+        setting.cache, lambda what, done, total: setting.report(f"{name}: {what}", done, total)
+    )
     with clock("preparing"):
         for defense in defenses:
             defense.prepare(setting.task.public, party)

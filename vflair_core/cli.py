@@ -46,6 +46,9 @@ def run(
         bool,
         Parameter(help="Keep messages, weights and the truth of each arm, for `vflair attack`."),
     ] = False,
+    cache: Annotated[
+        Path | None, Parameter(help="Keep here what defenses prepare on public text.")
+    ] = None,
     strict: Annotated[bool, Parameter(help="Stop when a watching plugin raises.")] = False,
     verbose: Annotated[bool, Parameter(help="Log every step.")] = False,
 ) -> None:
@@ -62,6 +65,7 @@ def run(
         "plugins": plugin_manager(plugin or ()),
         "strict": strict,
         "keep_evidence": keep_evidence,
+        "cache": cache,
     }
     if heads is not None:
         from vflair_core.cuts import run_cuts

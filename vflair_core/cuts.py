@@ -43,8 +43,7 @@ def run_cuts(
     *,
     plugins: pluggy.PluginManager | None = None,
     report: Reporter = lambda *_: None,
-    strict: bool = False,
-    keep_evidence: bool = False,
+    **options: Any,
 ) -> list[Recovery]:
     """Run `experiment` once for each number of head blocks, and write ``cuts.json`` and ``cuts.svg`` to `out`.
 
@@ -56,8 +55,7 @@ def run_cuts(
         out: Folder to write to; it is made.
         plugins: As for `run`.
         report: As for `run`; phases begin with the cut.
-        strict: As for `run`.
-        keep_evidence: As for `run`.
+        options: Others of `run`.
 
     Raises:
         ExperimentError: There is no attack, no cut or the same twice, or matplotlib is not installed: nothing is run.
@@ -85,8 +83,7 @@ def run_cuts(
             plugins=plugins,
             report=told,
             out=Path(out) / f"head-{cut.head}",
-            strict=strict,
-            keep_evidence=keep_evidence,
+            **options,
         )
         rows += recoveries(result, cut.head)
     (Path(out) / "cuts.json").write_text(json.dumps([attrs.asdict(row) for row in rows], indent=2))

@@ -22,6 +22,7 @@ from vflair_core.inputs import answer_mask, cache_in, mask_of, positions_of
 from vflair_core.line import Line
 from vflair_core.locks import Lock
 from vflair_core.message import Phase, Role
+from vflair_core.preparing import Preparing
 from vflair_core.program import Program
 from vflair_core.rehearsing import Rehearsals
 from vflair_core.roles import Call, random_states
@@ -80,6 +81,7 @@ class DataParty:
         self.line = Line(channel, fingerprint)
         self.tokenizer = tokenizer
         self.defenses = Defenses(defenses, partition.kind, seed)
+        self.preparing = Preparing()
         self.rehearsals = Rehearsals(self)
         self.loss_scale = 1.0
         self.overflowed = (

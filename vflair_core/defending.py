@@ -36,6 +36,7 @@ class Defenses:
                 )
         self.partition_kind, self.task_kind = partition_kind, "*"
         self.bypassed = False  # for positive controls only
+        self._seed = seed
         self._generators = [_generator(seed, n) for n in range(len(self.each))]
 
     def apply(
@@ -68,6 +69,19 @@ class Defenses:
     def generator_of(self, defense: Defense) -> torch.Generator:
         """The random stream of one defense."""
         return next(g for d, g in zip(self.each, self._generators, strict=True) if d is defense)
+
+    @property
+    def randomness(self) -> str:
+        """Where the noise comes from, in a form that does not tell it."""
+        if self._seed is None:
+            return "the operating system"
+        return hashlib.sha256(f"name of {self._seed}".encode()).hexdigest()[:16]
+
+    def begin_anew(self, defense: Defense) -> None:
+        """Give a defense a stream that it has not drawn from: what `prepare` drew depends on whether it was kept."""
+        number = next(n for n, d in enumerate(self.each) if d is defense)
+        seed = None if self._seed is None else f"{self._seed} after preparing"
+        self._generators[number].set_state(_generator(seed, number).get_state())
 
     def at(self, place: str) -> list[Defense]:
         """Return the defenses that stand at `place`, in order."""
@@ -164,7 +178,7 @@ class Defenses:
                 outputs["loss"] = outputs["loss"] + penalty
 
 
-def _generator(seed: int | None, index: int) -> torch.Generator:
+def _generator(seed: int | str | None, index: int) -> torch.Generator:
     """A stream whose whole state comes from a digest: `manual_seed` would keep 32 bits of it."""
     material = os.urandom(32) if seed is None else f"defense {index} {seed}".encode()
     generator = torch.Generator().manual_seed(0)

@@ -29,6 +29,7 @@ def set_up(
     out: Path | None = None,
     strict: bool = False,
     keep: bool = False,
+    cache: Path | None = None,
     clock: Clock | None = None,
 ) -> tuple[Setting, Any]:
     """Build the task and the attacks and run the public phase; return what all arms share, and the model.
@@ -59,6 +60,7 @@ def set_up(
         victims=_victims(e, task),
         prior=_prior(e, task, model, tokenizer),
         keep=keep,
+        cache=cache,
     )
     return setting, model
 

@@ -38,6 +38,7 @@ def run(
     out: str | Path | None = None,
     strict: bool = False,
     keep_evidence: bool = False,
+    cache: str | Path | None = None,
 ) -> Result:
     """Run `experiment` and return what it found; with `out`, write result, transcript and experiment there.
 
@@ -48,6 +49,7 @@ def run(
         out: Folder to write to; it is made.
         strict: Let an observer that raises stop the run.
         keep_evidence: Write all that an attacker could hold, and the truth, into `out`, for `attack_again`.
+        cache: Folder in which what defenses prepare on public text is kept for other runs.
 
     Raises:
         VflairError: Something in the experiment does not exist or does not fit.
@@ -61,7 +63,13 @@ def run(
             if experiment.threads:
                 torch.set_num_threads(experiment.threads)
             result, transcripts = _run_seeds(
-                experiment, plugins, report, folder, strict=strict, keep=keep_evidence
+                experiment,
+                folder,
+                plugins=plugins,
+                report=report,
+                strict=strict,
+                keep=keep_evidence,
+                cache=Path(cache) if cache is not None else None,
             )
     except BaseException as error:
         observe(plugins, "vflair_run_failed", experiment=experiment, error=error)
@@ -75,22 +83,14 @@ def run(
 
 
 def _run_seeds(
-    e: Experiment,
-    plugins: pluggy.PluginManager,
-    report: Reporter,
-    out: Path | None,
-    *,
-    strict: bool,
-    keep: bool,
+    e: Experiment, out: Path | None, **options: Any
 ) -> tuple[Result, dict[str, Transcript]]:
     """Run once, or once with each seed: then the result is the first seed's, with what all of them say."""
     runs: dict[int, Mapping[str, Arm]] = {}
     first: Result | None = None
     for seed in e.seeds or (e.seed,):
         folder = out / f"seed-{seed}" if out is not None and e.seeds else out
-        result, arms = _go(
-            attrs.evolve(e, seed=seed, seeds=()), plugins, report, folder, strict=strict, keep=keep
-        )
+        result, arms = _go(attrs.evolve(e, seed=seed, seeds=()), folder, **options)
         first, runs[seed] = first or result, arms
     assert first is not None  # there is at least one seed
     transcripts = {name: arm.transcript for name, arm in next(iter(runs.values())).items()}
@@ -101,19 +101,11 @@ def _run_seeds(
     return whole, transcripts
 
 
-def _go(
-    e: Experiment,
-    plugins: pluggy.PluginManager,
-    report: Reporter,
-    out: Path | None,
-    *,
-    strict: bool,
-    keep: bool,
-) -> tuple[Result, dict[str, Arm]]:
+def _go(e: Experiment, out: Path | None, **options: Any) -> tuple[Result, dict[str, Arm]]:
+    """Run both arms with one seed; `options` are those of `set_up`."""
     clock = Clock()
-    setting, model = set_up(
-        e, plugins, report=report, out=out, strict=strict, keep=keep, clock=clock
-    )
+    setting, model = set_up(e, out=out, clock=clock, **options)
+    plugins = setting.plugins
     defenses = make_defenses(e, plugins)
     arms = {"undefended": run_arm("undefended", copy.deepcopy(model), [], setting, [])}
     if e.check_unsplit:

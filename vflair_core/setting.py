@@ -65,6 +65,7 @@ class Setting:
     launches: list[Launch]
     victims: list[Example]
     prior: Tensor | None
+    cache: Path | None = None  # of what defenses prepare
     keep: bool = False  # the evidence of each arm, to attack it again
 
     def reading(self, model: Any) -> Reading:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,8 +68,17 @@ class CusText(Defense):
         """Read the words and part them into sets."""
         self._vocabulary = read_vocabulary("CusText", self.vectors, data_party)
         self._generator = data_party.defenses.generator_of(self)
-        order = self._vocabulary.by_frequency(public_texts)
-        self._sets = partition_by_distance(self._vocabulary, order, self.size)
+        vocabulary = self._vocabulary
+        order = vocabulary.by_frequency(public_texts)
+        tell = partial(data_party.preparing.tell, self)
+        made = data_party.preparing.remember(
+            self,
+            public_texts,
+            data_party,
+            lambda: {"sets": partition_by_distance(vocabulary, order, self.size, tell=tell)},
+            words=vocabulary.digest,
+        )
+        self._sets = made["sets"]
 
     def on_text(self, fields: dict[str, str]) -> dict[str, str]:
         if math.isinf(self.epsilon):

@@ -7,6 +7,7 @@ word vectors does as well. No table of all pairs is kept: 50,000 words would tak
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections import Counter
@@ -37,6 +38,13 @@ class Vocabulary:
 
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "index", {word: n for n, word in enumerate(self.words)})
+
+    @property
+    def digest(self) -> str:
+        """Names the words and vectors."""
+        found = hashlib.sha256("\0".join(self.words).encode())
+        found.update(self.vectors.contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def distances(
         self, word: int, among: Tensor | None = None
@@ -135,7 +143,13 @@ def draw(scores: Tensor, generator: torch.Generator) -> int:
     return int((scores - noise.log()).argmax())
 
 
-def partition_by_distance(vocabulary: Vocabulary, order: Tensor, size: int) -> Tensor:
+def partition_by_distance(
+    vocabulary: Vocabulary,
+    order: Tensor,
+    size: int,
+    *,
+    tell: Callable[[int, int], None] = lambda *_: None,
+) -> Tensor:
     """Part all words into sets: the first of `order` that is left, with its `size` − 1 nearest that are left.
 
     Returns:
@@ -145,7 +159,10 @@ def partition_by_distance(vocabulary: Vocabulary, order: Tensor, size: int) -> T
     left, vectors = order, vocabulary.vectors[order]
     free = torch.ones(len(left), dtype=torch.bool)
     squares, start = vectors.square().sum(1), 0
-    for number in range(math.ceil(len(order) / size)):
+    count = math.ceil(len(order) / size)
+    for number in range(count):
+        if number % 100 == 0:
+            tell(number, count)
         start += int(free[start:].int().argmax())
         scores = squares - 2 * (vectors @ vectors[start])
         scores[~free], scores[start] = math.inf, -math.inf

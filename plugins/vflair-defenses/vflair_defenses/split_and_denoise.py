@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import attrs
@@ -67,7 +68,22 @@ class SplitAndDenoise(Defense):
 
     def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
         """Take the clip from public rows, and train the denoiser on public text, sent clean and noisy."""
-        data_party.defenses.check("eval")
+        defenses = data_party.defenses
+        defenses.check("eval")
+
+        def make() -> dict[str, Tensor]:
+            self._calibrate(public_texts, data_party)
+            return self.state()
+
+        made = data_party.preparing.remember(
+            self, public_texts, data_party, make, noise=defenses.randomness
+        )
+        self.load_state(made)
+        defenses.begin_anew(
+            self
+        )  # the model party can tell the noise of texts that were sent clean too
+
+    def _calibrate(self, public_texts: Sequence[str], data_party: DataParty) -> None:
         rows = torch.cat([r[0] for r in public_rows("SplitAndDenoise", public_texts, data_party)])
         bound = self.clip or float(rows.norm(dim=-1).max())
         median, largest = spread_of(rows if math.isinf(bound) else clip_rows(rows, bound))
@@ -84,7 +100,7 @@ class SplitAndDenoise(Defense):
         finally:
             lessons, self._lessons = self._lessons, None
             data_party.model.train(training)
-        self._learn(lessons, clean)
+        self._learn(lessons, clean, partial(data_party.preparing.tell, self))
 
     def _asked(self, party: DataParty, ids: Tensor) -> Tensor:
         """Send one public text clean, return what came back, and send it again with noise."""
@@ -100,7 +116,9 @@ class SplitAndDenoise(Defense):
         (returned,) = [r.tensor for r in transcript.messages if r.role == "returned"]
         return returned
 
-    def _learn(self, lessons: list[Lesson], clean: list[Tensor]) -> None:
+    def _learn(
+        self, lessons: list[Lesson], clean: list[Tensor], tell: Callable[[int, int], None]
+    ) -> None:
         seen = torch.cat([_features(*lesson).flatten(0, -2) for lesson in lessons])
         error = torch.cat(
             [
@@ -115,7 +133,8 @@ class SplitAndDenoise(Defense):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
             optimizer = torch.optim.Adam(made.parameters(), self.rate)
-            for _ in range(self.steps):
+            for number in range(self.steps):
+                tell(number, self.steps)
                 optimizer.zero_grad()
                 (made(seen) - error).square().mean().backward()
                 optimizer.step()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -56,8 +57,16 @@ class TextObfuscator(Defense):
 
     def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
         """Find the clusters, and the cluster of every token."""
-        rows = _token_rows(public_texts, data_party)  # (V, D)
-        self._centres, self._cluster_of = k_means(rows, self.clusters, self.seed)
+
+        def make() -> dict[str, Tensor]:
+            rows = _token_rows(public_texts, data_party)  # (V, D)
+            centres, cluster_of = k_means(
+                rows, self.clusters, self.seed, tell=partial(data_party.preparing.tell, self)
+            )
+            return {"centres": centres, "cluster_of": cluster_of}
+
+        made = data_party.preparing.remember(self, public_texts, data_party, make)
+        self._centres, self._cluster_of = made["centres"], made["cluster_of"]
 
     def on_smashed(self, smashed: Tensor, exchange: Exchange) -> Tensor:  # (B, T, D)
         if exchange.phase == "train" and (self.close or self.away):
@@ -111,7 +120,14 @@ class UnclippedLaplace(Mechanism):
         return -min(self.epsilon, 1e6) * (observed - hidden).abs().sum(-1)
 
 
-def k_means(rows: Tensor, clusters: int, seed: int, *, rounds: int = 25) -> tuple[Tensor, Tensor]:
+def k_means(
+    rows: Tensor,
+    clusters: int,
+    seed: int,
+    *,
+    rounds: int = 25,
+    tell: Callable[[int, int], None] = lambda *_: None,
+) -> tuple[Tensor, Tensor]:
     """Lloyd's algorithm from far rows (k-means++). Returns centres (K, D) and the cluster of each row (N,)."""
     generator = torch.Generator().manual_seed(seed)
     chosen = [int(torch.randint(len(rows), (), generator=generator))]
@@ -120,7 +136,8 @@ def k_means(rows: Tensor, clusters: int, seed: int, *, rounds: int = 25) -> tupl
         squares = torch.minimum(squares, (rows - rows[chosen[-1]]).square().sum(1))
         chosen.append(int(torch.multinomial(squares + 1e-30, 1, generator=generator)))
     centres = rows[chosen].clone()
-    for _ in range(rounds):
+    for number in range(rounds):
+        tell(number, rounds)
         nearest = torch.cdist(rows, centres).argmin(1)
         counts = nearest.bincount(minlength=len(centres))
         sums = torch.zeros_like(centres).index_add(0, nearest, rows)

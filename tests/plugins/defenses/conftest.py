@@ -51,9 +51,9 @@ def public():
 
 @pytest.fixture
 def defended():
-    """A factory: defended(defenses, kind, head, tail) returns parties whose defenses are prepared."""
+    """A factory: defended(defenses, kind, head, tail) returns parties whose defenses are prepared, unless `prepare` is false."""
 
-    def make(defenses=(), kind="gpt2", head=1, tail=1, task_kind=None):
+    def make(defenses=(), kind="gpt2", head=1, tail=1, task_kind=None, *, prepare=True):
         whole = copy.deepcopy(_model(kind))
         cut = Partition(head, tail)
         party, model_party = split(
@@ -61,7 +61,7 @@ def defended():
         )
         kinds = {"bert": "classification", "t5": "seq2seq"}
         party.task_kind = task_kind or kinds.get(kind, "causal-lm")
-        for defense in defenses:
+        for defense in defenses if prepare else ():
             defense.prepare(PUBLIC, party)
         return SimpleNamespace(whole=whole, data_party=party, model_party=model_party)
 

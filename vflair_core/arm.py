@@ -141,10 +141,19 @@ def _promised(
             {"defense": spec.name, **_promise(defense, releases)}
             for spec, defense in zip(setting.experiment.defenses, defenses, strict=False)
         ],
+        "findings": _found(defenses, party, setting),
         "covers": sorted({place for defense in defenses for place in defense.covers}),
         "releases_per_example": releases.rows,
         "read": {"examples": reading.tally.examples, "cut": reading.tally.cut},
     }
+
+
+def _found(defenses: list[Defense], party: DataParty, setting: Setting) -> list[dict[str, Any]]:
+    """What the defenses measured of themselves on public text; the run goes on as if they had not."""
+    with torch.random.fork_rng():
+        each = [defense.findings(setting.task.public, party) for defense in defenses]
+    pairs = zip(setting.experiment.defenses, each, strict=False)
+    return [{"defense": spec.name, **found} for spec, found in pairs if found]
 
 
 def choose(owner: Any, e: Experiment, slices: Slices | None = None) -> int:

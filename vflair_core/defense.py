@@ -159,6 +159,10 @@ class Defense:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take the values that `state` of an equally built defense returned."""
 
+    def findings(self, public_texts: Sequence[str], data_party: DataParty) -> Mapping[str, float]:
+        """Measure on public text, after training, what the defense can say of itself; a result shows it."""
+        return {}
+
     def guarantee(self, releases: int, messages: int = 0, gradients: int = 0) -> Guarantee:
         """State what is promised of one example.
 

@@ -164,6 +164,9 @@ def _remarks(result: Result, arms: list[str]) -> Iterator[str]:
                 f" Outside the claim: {guarantee['excluded']}." if guarantee["mechanism"] else ""
             )
             yield f"{guarantee['defense']}: {guarantee['statement']}.{outside}"
+        for found in result.numbers[arm]["findings"]:
+            told = [f"{name} {value:.3f}" for name, value in found.items() if name != "defense"]
+            yield f"{found['defense']} measured of itself: {', '.join(told)}."
         for grade in result.numbers[arm]["attacks"]:
             if grade["verdict"] != "ok":
                 yield f"{arm}, {grade['attack']}: {grade['verdict']}."

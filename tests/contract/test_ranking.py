@@ -156,6 +156,20 @@ def test_reading_a_sanitised_text_whole_is_not_recovering_the_private_one(pm):
     assert "sent_tokens" not in before["details"]
 
 
+def test_what_a_defense_measured_of_itself_is_in_the_result(pm, tmp_path, capsys):
+    attacks = [{"name": "nearest-embedding", "knowledge": "K1"}]
+    defenses = [{"name": "adversarial-training"}, {"name": "gaussian-noise"}]
+    result = run(small(attacks=attacks, defenses=defenses), plugins=pm)
+    (found,) = result.numbers["defended"]["findings"]
+    assert found["defense"] == "adversarial-training"
+    assert 0 <= found["adversary"] <= 1
+    assert found["fresh adversary"] >= found["most frequent token"] > 0
+    assert result.numbers["undefended"]["findings"] == []
+    show_result(result, tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "adversarial-training measured of itself: adversary 0." in said
+
+
 def test_victims_set_aside_are_not_in_the_reported_number(pm):
     """AP of the first four of six equals that of a run that has no others, when nothing is trained."""
     attacks = [{"name": "nearest-embedding", "knowledge": "K1"}]

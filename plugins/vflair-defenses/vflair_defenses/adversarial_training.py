@@ -22,13 +22,14 @@ from vflair_defenses.learning import (
     seeded,
     state_of,
 )
-from vflair_defenses.rows import classes_of, real_rows, width_of
+from vflair_defenses.rows import classes_of, public_ids, public_rows, real_rows, width_of
 
 if TYPE_CHECKING:
     from vflair_core.data_party import DataParty
 
 KINDS = ("causal-lm", "classification", "regression", "question-answering")
 PHASES = ("train", "eval", "prefill", "decode")
+REFITTING = 300  # steps of a fresh adversary
 
 
 @define(slots=False)
@@ -157,6 +158,44 @@ class AdversarialTraining(Defense):
             return None if self.place == "tail" else Mechanism()
         return MappingMechanism(self._parts["mapping"])
 
+    def findings(self, public_texts: Sequence[str], data_party: DataParty) -> Mapping[str, float]:
+        """At the head: how often the adversary it was trained against names a token, and how often a fresh one does.
+
+        The fresh one has the same shape; it is fitted to one half of the public rows behind the finished mapping, and
+        both are judged on the other half, beside the most frequent token there. That the first fails says only that
+        it was outrun.
+        """
+        if self.place == "tail" or not public_texts or data_party.tokenizer is None:
+            return {}
+        texts = public_ids("AdversarialTraining", public_texts, data_party)
+        rows = public_rows("AdversarialTraining", public_texts, data_party)
+        mapping, adversary = self._parts["mapping"], self._parts["adversary"]
+        with torch.no_grad():
+            mapped = [hidden[0].float() + mapping(hidden[0].float()) for hidden in rows]
+        halves = [
+            (torch.cat(mapped[part::2]), torch.cat([ids[0] for ids in texts[part::2]]))
+            for part in (0, 1)
+        ]
+        (seen, targets), (others, truth) = halves
+        fresh = self._fitted(seen, targets.to(seen.device), int(adversary[-1].out_features))  # type: ignore[index, union-attr]
+        truth = truth.to(others.device)
+        return {
+            "adversary": _accuracy(adversary, others, truth),
+            "fresh adversary": _accuracy(fresh, others, truth),
+            "most frequent token": float(truth.bincount().max()) / len(truth),
+        }
+
+    def _fitted(self, seen: Tensor, targets: Tensor, classes: int) -> nn.Module:
+        """A fresh adversary, fitted to rows (N, D) and their targets (N,)."""
+        with seeded(self.seed + 1), torch.enable_grad():
+            fresh = perceptron(seen.shape[1], self.hidden, classes).to(seen.device)
+            optimizer = torch.optim.Adam(fresh.parameters(), 0.01)
+            for _ in range(REFITTING):
+                optimizer.zero_grad()
+                cross_entropy(fresh(seen), targets).backward()
+                optimizer.step()
+        return fresh
+
     def state(self) -> dict[str, Tensor]:
         """Mapping and adversary; the adversary's optimizer starts again."""
         return state_of(self._parts)
@@ -165,6 +204,11 @@ class AdversarialTraining(Defense):
         if not len(self._parts):
             self._build(state["mapping.0.weight"].shape[1], len(state["adversary.2.bias"]))
         read_state(self._parts, state)
+
+
+def _accuracy(adversary: nn.Module, rows: Tensor, targets: Tensor) -> float:
+    with torch.no_grad():
+        return float((adversary(rows).argmax(-1) == targets).float().mean())
 
 
 @attrs.frozen(eq=False)

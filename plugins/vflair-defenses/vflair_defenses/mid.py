@@ -167,6 +167,13 @@ class Mid(Defense):
             return None
         return MidMechanism(self.part("head"), self.noise) if len(self._parts) else Mechanism()
 
+    def findings(self, public_texts: Sequence[str], data_party: DataParty) -> Mapping[str, float]:
+        """At the head: nats per token of public text, and the half-width of their 95 % interval over texts."""
+        if self.place == "tail" or not self.noise or not public_texts or not data_party.tokenizer:
+            return {}
+        nats, half_width = measured_divergence(self, data_party, public_texts)
+        return {"nats per token": nats, "half-width": half_width}
+
     def state(self) -> dict[str, Tensor]:
         return state_of(self._parts)
 

@@ -239,3 +239,30 @@ def test_rows_move_to_their_clusters_and_a_frozen_head_is_refused(defended):
     parties.data_party.model.train()
     with pytest.raises(DefenseError, match="nothing in it is trainable"):
         parties.data_party.model(**tiny_batch(parties.whole, labels="tokens"), use_cache=False)
+
+
+def test_a_fresh_adversary_reads_what_the_old_one_does_not(defended, public):
+    """The mapping is the identity and token embeddings cross, so every token that both halves share can be read."""
+    defense = AdversarialTraining()
+    parties = defended([defense], kind="llama", head=0)
+    texts = public * 2  # equal halves: even and odd ones hold the same four texts twice over
+    found = defense.findings([t for text in texts for t in (text, text)], parties.data_party)
+    assert found["fresh adversary"] > 0.99
+    assert found["adversary"] < 0.1  # its first weights, never trained
+    ids = [parties.data_party.tokenizer(text)["input_ids"] for text in public]
+    counts = torch.cat([torch.tensor(row) for row in ids]).bincount()
+    assert found["most frequent token"] == pytest.approx(float(counts.max() / counts.sum()))
+
+
+def test_findings_need_public_text_and_a_head(defended, public):
+    for defense in (AdversarialTraining(place="head"), Mid(), Mid(noise=0.0)):
+        parties = defended([defense])
+        assert defense.findings([], parties.data_party) == {}
+    assert Mid(noise=0.0).findings(public, parties.data_party) == {}
+    told = Mid(start=0.5)
+    parties = defended([told])
+    nats, half_width = measured_divergence(told, parties.data_party, public)
+    assert told.findings(public, parties.data_party) == {
+        "nats per token": nats,
+        "half-width": half_width,
+    }

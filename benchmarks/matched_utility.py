@@ -164,6 +164,7 @@ TEXT_KNOBS = (
     Knob("text-obfuscator", "epsilon", 1e3, 1.0),
     Knob("adversarial-training", "weight", 0.01, 100.0),
     Knob("nopeek", "weight", 0.01, 100.0),
+    Knob("dual-guard", "steps", 10, 1000, through=whole),
     Knob("sparsification", "rate", 0.5, 0.01, through=dropped),
     Knob("top-k", "k", 64, 1, through=whole),
     Knob("quantisation", "bits", 8, 2, through=whole),

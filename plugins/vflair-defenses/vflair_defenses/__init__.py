@@ -17,6 +17,7 @@
 | adversarial-training | adversarial_training.py | nothing |
 | nopeek | nopeek.py | nothing |
 | text-obfuscator | text_obfuscator.py | nothing |
+| dual-guard | dual_guard.py | nothing |
 | dx-noise | dx_noise.py | metric DP: η times distance, per token embedding |
 | split-and-denoise | split_and_denoise.py | metric DP: η times distance, per row |
 | dp-forward | dp_forward.py | (ε, δ)-DP per message of a whole sequence, composed |
@@ -45,6 +46,7 @@ OFFERED = {
     "adversarial-training": "adversarial_training:AdversarialTraining",
     "nopeek": "nopeek:NoPeek",
     "text-obfuscator": "text_obfuscator:TextObfuscator",
+    "dual-guard": "dual_guard:DualGuard",
     "dx-noise": "dx_noise:DxNoise",
     "split-and-denoise": "split_and_denoise:SplitAndDenoise",
     "dp-forward": "dp_forward:DpForward",

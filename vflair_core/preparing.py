@@ -54,9 +54,10 @@ class Preparing:
     ) -> Made:
         """Return what `make` makes: by calling it, or from the file where an earlier call left it.
 
-        The file's name is a digest of all that it depends on: the defense, its options and its version, the data
-        party's weights and both parties' fingerprint, the cut, the public text, the versions of torch and the core,
-        and `facts` that the defense adds. What changes any of them makes a new file.
+        The file's name is a digest of all that it depends on: the defense, its options and its version, the other
+        defenses of the list as they are by then, the data party's weights and tokenizer, both parties' fingerprint, the
+        cut, the public text, the versions of torch and the core, and `facts` that the defense adds. What changes any of
+        them makes a new file.
 
         Raises:
             CheckpointError: The file is damaged, or holds something else than its name says.
@@ -74,23 +75,36 @@ class Preparing:
 
 
 def _facts(defense: Any, public_texts: Sequence[str], party: DataParty) -> dict[str, str]:
-    package = type(defense).__module__.partition(".")[0]
-    options = {
-        f.alias or f.name: repr(getattr(defense, f.name))
-        for f in attrs.fields(type(defense))
-        if f.init
-    }
+    vocabulary = {} if party.tokenizer is None else party.tokenizer.get_vocab()
+    # What is prepared may have crossed, and then it went through all of them.
+    others = ["itself" if d is defense else _named(d) for d in party.defenses.each]
     return {
         "defense": target_of(defense),
-        "options": json.dumps(options, sort_keys=True),
-        "version": _version(package),
+        "options": json.dumps(_options(defense), sort_keys=True),
+        "version": _version(type(defense).__module__.partition(".")[0]),
+        "other defenses": json.dumps(others),
         "model": sample_digest(party.model),
         "fingerprint": party.line.fingerprint,
         "tied": ",".join(party.untied),
+        "tokenizer": _digest(json.dumps(vocabulary, sort_keys=True)),
         "public text": _digest("\0".join(public_texts)),
         "torch": torch.__version__,
         "vflair-core": _version("vflair_core"),
     }
+
+
+def _named(defense: Any) -> list[str]:
+    """Another defense: what it is, its options, and what it has calibrated so far."""
+    state = {key: value.detach().cpu().contiguous() for key, value in defense.state().items()}
+    return [target_of(defense), json.dumps(_options(defense), sort_keys=True), _content(state)]
+
+
+def _options(defense: Any) -> dict[str, str]:
+    """The options by name; an object without fields is named by its values."""
+    if not attrs.has(type(defense)):
+        return {name: repr(value) for name, value in vars(defense).items()}
+    names = [f.name for f in attrs.fields(type(defense)) if f.init]
+    return {name.lstrip("_"): repr(getattr(defense, name)) for name in names}
 
 
 def _version(package: str) -> str:

@@ -163,7 +163,8 @@ class AdversarialTraining(Defense):
 
         The fresh one has the same shape; it is fitted to one half of the public rows behind the finished mapping, and
         both are judged on the other half, beside the most frequent token there. That the first fails says only that
-        it was outrun.
+        it was outrun (or that public text is not what it learned on); what the fresh one reads is the least that an
+        adversary of this kind can, for it is small and sees no more than 64 texts.
         """
         if self.place == "tail" or not public_texts or data_party.tokenizer is None:
             return {}

@@ -9,6 +9,7 @@ from vflair_core import Example
 from vflair_core.errors import CheckpointError
 from vflair_core.preparing import Preparing
 from vflair_defenses.custext import CusText
+from vflair_defenses.gaussian_noise import GaussianNoise
 from vflair_defenses.split_and_denoise import SplitAndDenoise
 from vflair_defenses.text_obfuscator import TextObfuscator
 
@@ -80,6 +81,28 @@ def test_text_options_and_weights_each_have_a_file_of_their_own(defended, public
         next(party.model.parameters()).add_(1.0)
     defense.prepare(public, party)
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_what_crossed_through_other_defenses_is_not_taken_for_what_did_not(
+    defended, public, tmp_path
+):
+    """The denoiser learns from messages, and so from all defenses of the list."""
+
+    def learnt(others, folder):
+        defense = SplitAndDenoise(eta=50.0, clip=1.0, steps=5)
+        party = defended([*others, defense], prepare=False).data_party
+        party.preparing = Preparing(folder)
+        for each in party.defenses.each:
+            each.prepare(public, party)
+        return defense.state()
+
+    alone = learnt([], tmp_path)
+    behind = learnt([GaussianNoise(0.5, clip=1.0)], tmp_path)
+    fresh = learnt([GaussianNoise(0.5, clip=1.0)], None)
+    assert all(torch.equal(behind[name], value) for name, value in fresh.items())
+    assert not torch.equal(behind["2.weight"], alone["2.weight"])
+    learnt([GaussianNoise(0.6, clip=1.0)], tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_stale_file_is_refused_and_what_differs_is_named(defended, public, tmp_path):

@@ -159,6 +159,16 @@ class Defense:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take the values that `state` of an equally built defense returned."""
 
+    def private_state(self) -> dict[str, Tensor]:
+        """Return what else an equal defense needs to go on after a resume: drawn answers, optimizers.
+
+        It goes into the data party's own checkpoint and nowhere else: no attacker is told.
+        """
+        return {}
+
+    def load_private_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take the values that `private_state` of an equally built defense returned, after `load_state`."""
+
     def findings(self, public_texts: Sequence[str], data_party: DataParty) -> Mapping[str, float]:
         """Measure on public text, after training, what the defense can say of itself; a result shows it."""
         return {}

@@ -88,6 +88,8 @@ def save_run(fine_tuning: FineTuning, folder: Path) -> Path:
         generator = party.defenses.generator_of(defense)
         extra[f"random/defense.{number}"] = generator.get_state()
         extra |= {f"defense/{number}/state/{k}": v for k, v in defense.state().items()}
+        private = defense.private_state().items()
+        extra |= {f"defense/{number}/private/{k}": v for k, v in private}
         learned = enumerate(defense.parameters())
         extra |= {f"defense/{number}/weight/{n}": weight for n, weight in learned}
     return save_data_party(
@@ -118,6 +120,7 @@ def load_run(fine_tuning: FineTuning, folder: Path) -> int:
     for number, defense in enumerate(party.defenses.each):
         party.defenses.generator_of(defense).set_state(tensors[f"random/defense.{number}"])
         defense.load_state(_under(tensors, f"defense/{number}/state/"))
+        defense.load_private_state(_under(tensors, f"defense/{number}/private/"))
         with torch.no_grad():
             for n, weight in enumerate(defense.parameters()):
                 weight.copy_(tensors[f"defense/{number}/weight/{n}"])

@@ -198,13 +198,30 @@ class AdversarialTraining(Defense):
         return fresh
 
     def state(self) -> dict[str, Tensor]:
-        """Mapping and adversary; the adversary's optimizer starts again."""
+        """Mapping and adversary."""
         return state_of(self._parts)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         if not len(self._parts):
             self._build(state["mapping.0.weight"].shape[1], len(state["adversary.2.bias"]))
         read_state(self._parts, state)
+
+    def private_state(self) -> dict[str, Tensor]:
+        """The moments of the adversary's optimizer."""
+        if self._optimizer is None:
+            return {}
+        rows = self._optimizer.state_dict()["state"].items()
+        return {f"{n}.{name}": value for n, row in rows for name, value in row.items()}
+
+    def load_private_state(self, state: Mapping[str, Tensor]) -> None:
+        if self._optimizer is None:  # not built yet, so there is nothing to go on with
+            return
+        whole = self._optimizer.state_dict()
+        whole["state"] = {}
+        for key, value in state.items():
+            number, name = key.split(".", 1)
+            whole["state"].setdefault(int(number), {})[name] = value
+        self._optimizer.load_state_dict(whole)
 
 
 def _accuracy(adversary: nn.Module, rows: Tensor, targets: Tensor) -> float:

@@ -75,6 +75,19 @@ class LabelRandomisedResponse(Defense):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self._classes = int(state["classes"])
 
+    def private_state(self) -> dict[str, Tensor]:
+        """The answers: a run that is resumed gives them again, and pays no second ε."""
+        if not self._answers:
+            return {}
+        keys = torch.frombuffer(bytearray(b"".join(self._answers)), dtype=torch.uint8)
+        return {"keys": keys.view(-1, 32), "answers": torch.tensor(list(self._answers.values()))}
+
+    def load_private_state(self, state: Mapping[str, Tensor]) -> None:
+        self._answers = {}
+        if state:
+            rows = zip(state["keys"], state["answers"].tolist(), strict=True)
+            self._answers = {bytes(key.tolist()): answer for key, answer in rows}
+
     def guarantee(self, releases: int, messages: int = 0, gradients: int = 0) -> Guarantee:
         """One release a label, however many gradients are computed from it."""
         if math.isinf(self.epsilon):
@@ -86,7 +99,7 @@ class LabelRandomisedResponse(Defense):
             epsilon_per_release=self.epsilon,
             releases=1,
             epsilon=self.epsilon,
-            excluded="the text, from which a label may be guessed; a run that is resumed draws again",
+            excluded="the text, from which a label may be guessed",
             randomness="the data party's torch generator: from the operating system unless seeded",
         )
 

@@ -15,12 +15,13 @@ import structlog
 import torch
 
 from vflair_core.answer_key import AnswerKey
-from vflair_core.attack import Launch, wants
+from vflair_core.attack import Guess, Launch, wants
 from vflair_core.errors import AttackError
 from vflair_core.evidence import furnish, has_mechanism, read_facts
 from vflair_core.grading import Grade
+from vflair_core.guesses import read_guess, take_so_far
 from vflair_core.judging import Reference, grade, judge, performance
-from vflair_core.worker import MARK, Progress, read_guess, work
+from vflair_core.worker import MARK, Progress, work
 
 log = structlog.get_logger()
 Isolation = Literal["process", "inline"]
@@ -60,7 +61,11 @@ def attack_and_grade(
     with tempfile.TemporaryDirectory(prefix="vflair-") as name:
         folder = Path(name)
         furnish(folder, store, launches, threads or torch.get_num_threads())
-        _run(folder, isolation, progress)
+
+        def told(label: str, done: int, total: int) -> None:
+            progress(label + _recovered(folder, key), done, total)
+
+        _run(folder, isolation, told)
         return [
             _graded(folder, number, launch, facts, key, decode, references[number] if references else None)
             for number, launch in enumerate(launches)
@@ -95,6 +100,18 @@ def _graded(
         bypassed = _accuracy_of(again, key)
     found.reference = performance(guess.of(key.subset), truth, key.subset)
     return judge(found, reference, bypassed)
+
+
+def _recovered(folder: Path, key: AnswerKey) -> str:
+    """How much of the truth a guess in the making has, for who watches; the worker is not told."""
+    left = take_so_far(folder)
+    if left is None:
+        return ""
+    _, which, tokens = left
+    truth = key.truth if which == "main" or key.control is None else key.control
+    if len(tokens) != len(truth.tokens):
+        return ""
+    return f", recovered {performance(Guess(tokens=tokens), truth, range(len(tokens))):.3f}"
 
 
 def _is_adaptive(launch: Launch, facts: Mapping[str, Any]) -> bool:

@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 from attrs import define
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from vflair_core.attack import Guess, Observables, launch
+from vflair_core.attack import Observables, launch
 from vflair_core.channel import Transcript
 from vflair_core.defense import Defense, Mechanism
 from vflair_core.errors import AttackError
+from vflair_core.guesses import leave_so_far, write_guess
 from vflair_core.halves import Head, Tail, halves
 from vflair_core.knowledge import AUXILIARY
 from vflair_core.partition import Partition
@@ -241,33 +242,24 @@ def work(folder: Path, progress: Progress) -> None:
             start = time.perf_counter()
 
             def report(
-                done: int, total: int, objective: float | None = None, *, label: str = label
+                done: int,
+                total: int,
+                objective: float | None = None,
+                tokens: Tensor | None = None,
+                *,
+                label: str = label,
+                place: str = f"{attack['number']} {which}",
             ) -> None:
                 shown = label if objective is None else f"{label}, objective {objective:.4g}"
+                if tokens is not None:  # who knows the truth says how much of it that is
+                    leave_so_far(folder, tokens, place)
                 progress(shown, done, total)
 
             torch.manual_seed(attack["seed"])
             guess = launch(callable_, Granted(room, attack, which, report))
-            _write(folder / f"guess-{attack['number']}-{which}", guess, time.perf_counter() - start)
-
-
-def _write(path: Path, guess: Guess, seconds: float) -> None:
-    tensors = {name: value.contiguous() for name, value in guess.tensors.items()}
-    budget = {key: float(value) for key, value in dict(guess.budget or {}).items()}
-    facts = json.dumps({"budget": budget, "positive": guess.positive, "seconds": seconds})
-    save_file(tensors, path.with_suffix(".safetensors"), metadata={"vflair_guess": facts})
-
-
-def read_guess(path: Path) -> tuple[Guess, float]:
-    """Read a guess and the seconds it took."""
-    from safetensors import safe_open
-
-    with safe_open(path.with_suffix(".safetensors"), framework="pt") as file:
-        facts = json.loads(file.metadata()["vflair_guess"])
-        names = file.keys()
-        tensors = {name: file.get_tensor(name) for name in names}
-    guess = Guess(**tensors, positive=facts["positive"], budget=facts["budget"])
-    return guess, facts["seconds"]
+            write_guess(
+                folder / f"guess-{attack['number']}-{which}", guess, time.perf_counter() - start
+            )
 
 
 def stream_seed(seed: int, name: str) -> int:

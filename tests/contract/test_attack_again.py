@@ -109,3 +109,25 @@ def test_a_run_without_evidence_is_refused(pm, tmp_path):
         attack_again(tmp_path, ATTACKS, plugins=pm)
     with pytest.raises(ExperimentError, match="--out"):
         run(experiment(ATTACKS[2:]), plugins=pm, keep_evidence=True)
+
+
+@pytest.mark.parametrize("isolation", ["inline", "process"])
+def test_who_watches_sees_how_much_is_recovered_so_far(kept, pm, isolation):
+    """Nothing defends the undefended arm and the head is known: the share grows to all of it."""
+    heard = []
+    grades = attack_again(
+        kept,
+        [AttackSpec("vocabulary-search", {"group": 2}, "K4")],
+        plugins=plugin_manager(),
+        isolation=isolation,
+        report=lambda *told: heard.append(told),
+    )
+    shares = [
+        float(phase.rpartition("recovered ")[2])
+        for phase, _, _ in heard
+        if phase.startswith("undefended: vocabulary-search (main), recovered")
+    ]
+    assert grades["undefended"][0].attack_performance == 1.0
+    assert 0 <= shares[0] < 1
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0

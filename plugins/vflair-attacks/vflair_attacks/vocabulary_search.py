@@ -20,7 +20,7 @@ from vflair_attacks.matching import MATCHINGS, NEAREST_L1, Matching, Measure, me
 from vflair_attacks.priors import ModelPrior, Prior
 from vflair_core import AttackError, Guess
 
-Progress = Callable[[int, int], None]
+Progress = Callable[..., None]
 # Of the variance of the observations: what rounding leaves when there is no noise.
 ROUNDING = 1e-8
 
@@ -132,7 +132,8 @@ def search(
                 if budget.spent:
                     break
                 done += beam.advance(position)
-                progress(done, total)
+                tokens[rows[beam.alive.cpu()], : position + 1] = beam.tokens[:, 0].cpu()
+                progress(done, total, None, tokens)
         for row, sequence in zip(rows.tolist(), beam.finish(), strict=True):
             tokens[row, : len(sequence)] = sequence
     return Guess(tokens=tokens, budget={"forwards": budget.forwards})

@@ -37,36 +37,43 @@ class TopK(Defense):
             return smashed
         if exchange.phase != "train" or not self.alpha:
             return keep_largest(smashed, self.k)
-        return smashed * self._chosen(smashed.detach(), exchange.generator)
-
-    def _chosen(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
-        """A 0/1 mask with k ones a row: how many are outsiders is binomial, which of each group is uniform."""
-        width = rows.shape[-1]
-        largest = keep_largest(rows.abs() + 1e-30, self.k) != 0  # zeros count too
-        trials = torch.rand((*rows.shape[:-1], self.k), generator=generator).to(rows.device)
-        outsiders = (trials < self.alpha).sum(-1, keepdim=True).clamp(max=width - self.k)
-        order = torch.rand(rows.shape, generator=generator).to(rows.device)
-        rank_in = order.masked_fill(~largest, 2.0).argsort(-1).argsort(-1)
-        rank_out = order.masked_fill(largest, 2.0).argsort(-1).argsort(-1)
-        kept = torch.where(largest, rank_in < self.k - outsiders, rank_out < outsiders)
-        return kept.to(rows.dtype)
+        return smashed * _chosen(smashed.detach(), self.k, self.alpha, exchange.generator)
 
     def bytes_per_row(self, width: int, value_bytes: int = 4) -> int:
         """What a sparse row would take on the wire: values and indices. Channels send rows dense today."""
         return sparse_bytes(self.k or width, width, value_bytes)
 
     def mechanism(self) -> Mechanism:
-        return TopKMechanism(self.k)
+        return TopKMechanism(self.k, self.alpha)
+
+
+def _chosen(rows: Tensor, k: int, alpha: float, generator: torch.Generator | None) -> Tensor:
+    """A 0/1 mask with k ones a row: how many are outsiders is binomial, which of each group is uniform."""
+    width = rows.shape[-1]
+    largest = keep_largest(rows.abs() + 1e-30, k) != 0  # zeros count too
+    trials = torch.rand((*rows.shape[:-1], k), generator=generator).to(rows.device)
+    outsiders = (trials < alpha).sum(-1, keepdim=True).clamp(max=width - k)
+    order = torch.rand(rows.shape, generator=generator).to(rows.device)
+    rank_in = order.masked_fill(~largest, 2.0).argsort(-1).argsort(-1)
+    rank_out = order.masked_fill(largest, 2.0).argsort(-1).argsort(-1)
+    kept = torch.where(largest, rank_in < k - outsiders, rank_out < outsiders)
+    return kept.to(rows.dtype)
 
 
 @attrs.frozen
 class TopKMechanism(Mechanism):
-    """What is kept is exact, so a candidate is compared on the coordinates that were sent."""
+    """What is kept is exact, so a candidate is compared on the coordinates that were sent; drawn as in training."""
 
     k: int
+    alpha: float
 
     def expected(self, hidden: Tensor) -> Tensor:
         return keep_largest(hidden, self.k) if self.k else hidden
 
     def log_likelihood(self, observed: Tensor, hidden: Tensor) -> Tensor:
         return -((observed - hidden) * (observed != 0)).square().sum(-1)
+
+    def sample(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        if not (0 < self.k < hidden.shape[-1] and self.alpha):
+            return self.expected(hidden)
+        return hidden * _chosen(hidden, self.k, self.alpha, generator)

@@ -12,6 +12,7 @@ from vflair_defenses.laplace_noise import LaplaceNoise
 from vflair_defenses.mid import Mid
 from vflair_defenses.split_and_denoise import SplitAndDenoise
 from vflair_defenses.text_obfuscator import TextObfuscator
+from vflair_defenses.top_k import TopK
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,19 @@ def test_a_sample_is_what_the_defense_sends_with_the_same_randomness(defense, de
     assert torch.allclose(drawn, sent, atol=1e-6)
     other = mechanism.sample(hidden, torch.Generator().manual_seed(8))
     assert not torch.allclose(other, sent, atol=1e-3)
+
+
+def test_the_coordinates_that_training_sends_are_drawn_alike(defended, exchange):
+    defense = TopK(k=4, alpha=0.5)
+    defended([defense])
+    hidden = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(3))
+    sent = defense.on_smashed(hidden, exchange(seed=7, phase="train"))
+    mechanism = defense.mechanism()
+    assert torch.equal(mechanism.sample(hidden, torch.Generator().manual_seed(7)), sent)
+    assert not torch.equal(mechanism.sample(hidden, torch.Generator().manual_seed(8)), sent)
+    assert torch.equal(
+        TopK(k=4, alpha=0.0).mechanism().sample(hidden, None), mechanism.expected(hidden)
+    )
 
 
 def test_noise_before_the_head_is_drawn_there_too(defended, exchange):

@@ -44,6 +44,7 @@ CASES = {
 TEXT = {"santext", "santext-plus", "custext", "custext-plus", "rantext"}  # test_text_defenses.py
 IN_WEIGHTS = {"dual-guard"}  # they change the head itself, before: test_dual_guard.py
 BY_EXAMPLE = {"gaussian-noise", "laplace-noise", "norm-matching"}  # they take gradients apart
+ROLES = ("smashed", "hidden_grad")
 PLACES = ("on_embeddings", "on_smashed", "on_returned", "on_gradient")
 CALLS = {
     "train": (("gpt2", 1, 1), ("llama", 2, 0), ("bert", 1, 1), ("bert", 1, 0), ("t5", 1, 1)),
@@ -220,3 +221,34 @@ def test_state_makes_an_equal_defense_of_one_that_was_only_built(name, defended)
         )
         assert ours.log_likelihood(hidden, hidden).shape == (5,)
     assert str(trained.guarantee(3)) == str(fresh.guarantee(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mid", {"place": "tail"}),
+        ("label-randomised-response", {"epsilon": 0.0}),
+        ("marvell", {}),
+        ("norm-matching", {}),
+    ],
+)
+@pytest.mark.parametrize("tail", [1, 0])
+def test_what_covers_labels_changes_every_gradient_that_is_sent(name, options, tail, defended):
+    """Labels are in nothing else that crosses: hidden states do not depend on them."""
+    defense = made(name, options)
+    if refused(defense, defended, "train", "bert", 1, tail):
+        return
+    assert "labels" in defense.covers
+    sent = []
+    for defenses in ([], [defense]):
+        party = defended(defenses, "bert", 1, tail).data_party
+        with party.channel.tap(Transcript()) as transcript:
+            act(party, "train", "bert")
+        there = [r for r in transcript.messages if r.direction == "sent"]
+        sent.append({role: [r.tensor for r in there if r.role == role] for role in ROLES})
+    bare, covered = sent
+    assert bare["hidden_grad"]
+    for plain, changed in zip(bare["hidden_grad"], covered["hidden_grad"], strict=True):
+        assert not torch.equal(plain, changed)
+    for plain, same in zip(bare["smashed"], covered["smashed"], strict=True):
+        assert torch.equal(plain, same)

@@ -156,6 +156,26 @@ def test_reading_a_sanitised_text_whole_is_not_recovering_the_private_one(pm):
     assert "sent_tokens" not in before["details"]
 
 
+def test_behind_dual_guard_the_published_head_reads_little_and_the_current_one_all(pm):
+    attacks = [
+        {"name": "vocabulary-search", "knowledge": knowledge, "options": {"prior": 0.0}}
+        for knowledge in ("K2", "K3")
+    ]
+    guarded = small(
+        attacks=attacks,
+        defenses=[{"name": "dual-guard", "options": {"steps": 60, "rate": 0.01}}],
+        victims={"count": 6, "max_length": 12, "bypass": 2, "phase": "inference"},
+    )
+    numbers = run(guarded, plugins=pm).numbers
+    before, after = (
+        [row["attack_performance"] for row in numbers[arm]["attacks"]]
+        for arm in ("undefended", "defended")
+    )
+    assert before == [1.0, 1.0]
+    assert after[0] < 0.3
+    assert after[1] == 1.0
+
+
 def test_what_a_defense_measured_of_itself_is_in_the_result(pm, tmp_path, capsys):
     attacks = [{"name": "nearest-embedding", "knowledge": "K1"}]
     defenses = [{"name": "adversarial-training"}, {"name": "gaussian-noise"}]

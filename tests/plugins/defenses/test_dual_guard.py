@@ -1,20 +1,14 @@
-"""A head that has moved: unreadable for who has the published one, and readable as ever for who has the moved one."""
+"""A warm-up moves the data party's weights, and retention keeps them; tests/contract/test_ranking.py attacks that."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
 
-import vflair_defenses
-from vflair_attacks import vflair_attacks as offered
-from vflair_core import DefenseError, Transcript, hookimpl, plugin_manager, run
-from vflair_core.config import experiment_from
+from vflair_core import DefenseError, Transcript
 from vflair_core.training import FineTuning, Train
 from vflair_defenses.dual_guard import DualGuard
 
-CONTRACT = Path(__file__).parents[2] / "contract"
 IDS = torch.arange(5, 17)[None]
 
 
@@ -87,37 +81,3 @@ def test_a_frozen_model_and_a_restored_defense_are_told_what_to_do(defended, pub
     assert all(torch.equal(w, before[n]) for n, w in party.model.named_parameters())
     assert fresh.penalty(None) is not None
     assert parties is not None
-
-
-def test_the_published_head_reads_little_and_the_current_one_reads_all():
-    class Attacks:
-        @hookimpl
-        def vflair_attacks(self):
-            return offered()
-
-    manager = plugin_manager([CONTRACT / "mine.py"], entry_point_group="vflair.none")
-    manager.register(Attacks())
-    manager.register(vflair_defenses)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    table = {
-        "task": {"name": "words"},
-        "model": {"config": {"model_type": "llama", **sizes, **heads}, "vocab_size": 300},
-        "partition": {"head": 1, "tail": 1},
-        "train": {"steps": 2, "batch_size": 4, "max_length": 16},
-        "victims": {"count": 6, "max_length": 12, "bypass": 2, "phase": "inference"},
-        "defenses": [{"name": "dual-guard", "options": {"steps": 60, "rate": 0.01}}],
-        "isolation": "inline",
-        "attacks": [
-            {"name": "vocabulary-search", "knowledge": knowledge, "options": {"prior": 0.0}}
-            for knowledge in ("K2", "K3")
-        ],
-    }
-    numbers = run(experiment_from(table), plugins=manager).numbers
-    reached = {
-        arm: [row["attack_performance"] for row in numbers[arm]["attacks"]]
-        for arm in ("undefended", "defended")
-    }
-    assert reached["undefended"] == [1.0, 1.0]
-    assert reached["defended"][0] < 0.3
-    assert reached["defended"][1] == 1.0

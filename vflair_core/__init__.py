@@ -24,6 +24,7 @@ _HOMES = {
     "verify": "verification",
     "Defense": "defense",
     "Guarantee": "guarantee",
+    "Adversary": "adversary",
     "Guess": "attack",
     "Task": "task",
     "TaskCard": "task",
@@ -63,6 +64,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from vflair_core.adversary import Adversary as Adversary
     from vflair_core.attack import Guess as Guess
     from vflair_core.channel import Channel as Channel
     from vflair_core.channel import LocalChannel as LocalChannel

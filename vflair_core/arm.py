@@ -19,8 +19,10 @@ from vflair_core.errors import ExperimentError
 from vflair_core.evaluation import Evaluation, evaluate_party
 from vflair_core.experiment import Experiment
 from vflair_core.grading import Grade
+from vflair_core.hosting import acting
 from vflair_core.judging import Reference
 from vflair_core.message import Message
+from vflair_core.outset import opening_of
 from vflair_core.partition import split
 from vflair_core.preparing import Preparing
 from vflair_core.recording import let_cross
@@ -52,26 +54,46 @@ class Arm:
 
 
 def run_arm(
-    name: str, model: Any, defenses: list[Defense], setting: Setting, references: list[Reference]
+    name: str,
+    model: Any,
+    defenses: list[Defense],
+    setting: Setting,
+    references: list[Reference],
+    *,
+    active: bool = False,
 ) -> Arm:
-    """Run one arm on `model`, which it consumes; `references` come from the undefended arm."""
+    """Run one arm on `model`, which it consumes; `references` come from the undefended arm.
+
+    In an `active` arm the adversary of the experiment is in the model party's place.
+    """
     e, clock = setting.experiment, Clock()
     party, model_party, trained = _cut(model, defenses, setting)
     party.preparing = Preparing(
         setting.cache, lambda what, done, total: setting.report(f"{name}: {what}", done, total)
     )
-    with clock("preparing"):
-        for defense in defenses:
-            defense.prepare(setting.task.public, party)
-    with _watched(party, setting):
-        with clock("fine-tuning"):
-            losses, evaluations, chance = _fine_tune(name, party, setting)
-        if e.save:
-            _save(name, party, model_party, setting)
-        with clock("victims"):
-            crossed = let_cross(party, setting, defended=bool(defenses))
+    opening = opening_of(setting.adversary) if active and setting.adversary else None
+    with acting(opening, party, model_party, setting) as kept:
+        with clock("preparing"):
+            for defense in defenses:
+                defense.prepare(setting.task.public, party)
+        with _watched(party, setting):
+            with clock("fine-tuning"):
+                losses, evaluations, chance = _fine_tune(name, party, setting)
+            if e.save:
+                _save(name, party, model_party, setting)
+            with clock("victims"):
+                crossed = let_cross(party, setting, defended=bool(defenses))
+        state = kept()
     with clock("attacks"):
-        grades, truth = attack_arm(name, party, model_party, setting, crossed, references)
+        grades, truth = attack_arm(
+            name,
+            party,
+            model_party,
+            setting,
+            crossed,
+            references,
+            adversary=state if active else None,
+        )
     for grade in grades:
         setting.tell("vflair_attack_finished", name=grade.attack, grade=grade.to_dict())
     metrics = evaluations[-1]["metrics"]

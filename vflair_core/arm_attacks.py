@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from vflair_core.answer_key import AnswerKey
+from vflair_core.attack import Launch, wants
 from vflair_core.attacking import Isolation, attack_and_grade
 from vflair_core.auxiliary import auxiliary_of, candidates_of
 from vflair_core.channel import Transcript
@@ -29,7 +32,12 @@ if TYPE_CHECKING:
     from vflair_core.data_party import DataParty
     from vflair_core.model_party import ModelParty
 
-ARMS = ("undefended", "defended")
+REFERENCES = {  # each arm, and the one whose grades it is compared with
+    "undefended": "",
+    "defended": "undefended",
+    "active-undefended": "",
+    "active-defended": "active-undefended",
+}
 KEY = "answer-key.json"  # beside the evidence that is kept, and never in reach of an attack
 
 
@@ -40,10 +48,18 @@ def attack_arm(
     setting: Setting,
     crossed: tuple[Crossed, Crossed | None, dict[str, Transcript]],
     references: list[Reference],
+    *,
+    adversary: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[Grade], Truth]:
-    """Let the attacks work on what crossed, and grade them; return the grades and the truth."""
+    """Let the attacks work on what crossed, and grade them; return the grades and the truth.
+
+    `adversary` is what the active adversary kept, where there was one; its own attack then comes last.
+    """
     e, (main, bypassed, queries) = setting.experiment, crossed
     again, length = crossing_again(setting), setting.victim_length
+    launches = list(setting.launches)
+    if adversary is not None and setting.adversary is not None:
+        launches.append(setting.adversary)
     victims = {"main": len(setting.victims)} | ({"bypassed": len(again)} if bypassed else {})
     evidence = Evidence(
         party=party,
@@ -58,6 +74,7 @@ def attack_arm(
         auxiliary=auxiliary_of(setting.task, e.victims, e.seed),
         queries=queries,
         updates={"main": main.updates} | ({"bypassed": bypassed.updates} if bypassed else {}),
+        adversary=adversary,
     )
     told: dict[str, Any] = {
         "known": e.victims.known,
@@ -71,11 +88,11 @@ def attack_arm(
         e.victims.development,
     )
     with _store(name, setting) as store:
-        save_evidence(store, evidence, FILES if setting.keep else needed(setting.launches))
+        save_evidence(store, evidence, FILES if setting.keep else needed(launches))
         if setting.keep:
             key.save(store / KEY)
         grades = attack_and_grade(
-            setting.launches,
+            launches,
             store,
             key,
             decode=getattr(party.tokenizer, "decode", None),
@@ -85,6 +102,11 @@ def attack_arm(
             threads=e.threads or None,
         )
     return grades, key.truth
+
+
+def is_active(launch: Launch) -> bool:
+    """Whether it can only guess after an active adversary of its own."""
+    return "adversary_state" in wants(launch.attack)[0]
 
 
 @contextmanager
@@ -115,7 +137,7 @@ def attack_again(
     Raises:
         AttackError: The run kept no evidence, or an attack needs what the run did not make or more than is granted.
     """
-    stores = {arm: Path(run) / f"evidence-{arm}" for arm in ARMS}
+    stores = {arm: Path(run) / f"evidence-{arm}" for arm in REFERENCES}
     stores = {arm: store for arm, store in stores.items() if (store / KEY).exists()}
     if not stores:
         raise AttackError(
@@ -126,18 +148,19 @@ def attack_again(
     launches = make_launches(attacks, plugins if plugins is not None else plugin_manager(), seed)
     grades: dict[str, list[Grade]] = {}
     for arm, store in stores.items():
-        for launch in launches:
+        here = [launch for launch in launches if arm.startswith("active") or not is_active(launch)]
+        for launch in here:
             check_held(store, launch)
 
         def told(label: str, done: int, total: int, *, arm: str = arm) -> None:
             report(f"{arm}: {label}", done, total)
 
         grades[arm] = attack_and_grade(
-            launches,
+            here,
             store,
             AnswerKey.load(store / KEY),
             decode=_decoder(store),
-            references=references_of(grades["undefended"]) if arm == "defended" else None,
+            references=references_of(grades[REFERENCES[arm]]) if REFERENCES[arm] else None,
             isolation=isolation,
             progress=told,
         )

@@ -97,12 +97,21 @@ def wants(attack: Attack) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 @frozen(eq=False)
 class Launch:
-    """One attack of a run: the callable, what it may know, and the seed of its random stream."""
+    """One attack of a run: the callable, what it may know, and the seed of its random stream.
+
+    With `opening` it is the attack's method `adversary` that is called, before anything crosses.
+    """
 
     name: str
     attack: Callable[..., Any]
     knowledge: str | tuple[str, ...] = "K4"
     seed: int = 0
+    opening: bool = False
+
+    @property
+    def called(self) -> Callable[..., Any]:
+        """What is called with knowledge."""
+        return self.attack.adversary if self.opening else self.attack  # type: ignore[attr-defined, no-any-return]
 
     @property
     def granted(self) -> frozenset[str]:
@@ -111,7 +120,7 @@ class Launch:
 
     def check(self) -> None:
         """See that the attack asks for nothing it is not granted; raises `AttackError`."""
-        check(self.attack, self.granted)
+        check(self.called, self.granted)
 
     @property
     def label(self) -> str:
@@ -148,11 +157,7 @@ def launch(attack: Attack, knowledge: Mapping[str, Any]) -> Guess:
     Raises:
         AttackError: It asks for more than there is, or returns something else than a `Guess`.
     """
-    check(attack, knowledge.keys(), {*VOCABULARY, *knowledge})
-    needed, optional = wants(attack)
-    arguments = {name: knowledge[name] for name in needed}
-    arguments |= {name: knowledge[name] for name in optional if name in knowledge}
-    guess = attack(**arguments)
+    guess = call(attack, knowledge)
     if not isinstance(guess, Guess):
         raise AttackError(
             f"{_name(attack)} returned a {type(guess).__name__}; it must return a Guess."
@@ -160,8 +165,21 @@ def launch(attack: Attack, knowledge: Mapping[str, Any]) -> Guess:
     return guess
 
 
+def call(attack: Callable[..., Any], knowledge: Mapping[str, Any]) -> Any:
+    """Call whatever names what it needs with what it asks for of `knowledge` (name → value).
+
+    Raises:
+        AttackError: It asks for more than there is.
+    """
+    check(attack, knowledge.keys(), {*VOCABULARY, *knowledge})
+    needed, optional = wants(attack)
+    arguments = {name: knowledge[name] for name in needed}
+    arguments |= {name: knowledge[name] for name in optional if name in knowledge}
+    return attack(**arguments)
+
+
 def _name(attack: Attack) -> str:
-    return getattr(attack, "__name__", type(attack).__name__)
+    return getattr(attack, "__qualname__", type(attack).__name__)
 
 
 @define

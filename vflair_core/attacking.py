@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from vflair_core.evidence import furnish, has_mechanism, read_facts
 from vflair_core.grading import Grade
 from vflair_core.guesses import read_guess, take_so_far
 from vflair_core.judging import Reference, grade, judge, performance
+from vflair_core.processes import environment
 from vflair_core.worker import MARK, Progress, work
 
 log = structlog.get_logger()
@@ -141,7 +141,7 @@ def _run(folder: Path, isolation: Isolation, progress: Progress) -> None:
             stderr=errors,
             text=True,
             cwd=folder,
-            env=_environment(),
+            env=environment(),
         ) as process,
     ):
         assert process.stdout is not None  # PIPE was asked for
@@ -157,18 +157,3 @@ def _run(folder: Path, isolation: Isolation, progress: Progress) -> None:
             raise AttackError(f"An attack failed: {facts['error']}")
         said = (folder / "stderr.txt").read_text()[-2000:]
         raise AttackError(f"The attack worker ended with code {code}: {said}")
-
-
-def _environment() -> dict[str, str]:
-    """What the worker needs of this process's environment, and nothing else of it."""
-    kept = (
-        "PATH",
-        "PYTHONPATH",
-        "VIRTUAL_ENV",
-        "HOME",
-        "TMPDIR",
-        "LD_LIBRARY_PATH",
-        "HF_HUB_OFFLINE",
-    )
-    here = os.pathsep.join(path for path in sys.path if path)
-    return {name: os.environ[name] for name in kept if name in os.environ} | {"PYTHONPATH": here}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from attrs import frozen
 
+from vflair_core.arm_attacks import REFERENCES
 from vflair_core.errors import ExperimentError
 from vflair_core.experiment import Experiment
 from vflair_core.result import Result
@@ -105,7 +106,7 @@ def recoveries(result: Result, head: int) -> list[Recovery]:
             main_performance=numbers["main_performance"],
         )
         for arm, numbers in result.numbers.items()
-        if arm in ("undefended", "defended")
+        if arm in REFERENCES
         for grade in numbers["attacks"]
     ]
 

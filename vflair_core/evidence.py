@@ -44,6 +44,7 @@ FILES = {  # what else there is, and the knowledge that asks for it
     "queries-bypassed.safetensors": {"queries"},
     "updates-main.safetensors": {"updates"},
     "updates-bypassed.safetensors": {"updates"},
+    "adversary.safetensors": {"adversary_state"},
 }
 GRANTS = {  # files that need one of these grants besides, whatever was asked for
     "current.safetensors": {"current_head", "current_tail"},
@@ -70,6 +71,7 @@ class Evidence:
     auxiliary: dict[str, Any] = field(factory=dict)
     queries: Mapping[str, Transcript] = field(factory=dict)
     updates: Mapping[str, list[dict[str, Tensor]]] = field(factory=dict)
+    adversary: Mapping[str, Tensor] | None = None  # what the active one kept, if there was one
 
 
 def needed(launches: Sequence[Launch]) -> set[str]:
@@ -84,7 +86,7 @@ def needed(launches: Sequence[Launch]) -> set[str]:
 
 
 def _asked(launches: Sequence[Launch]) -> set[str]:
-    names = {name for launch in launches for kind in wants(launch.attack) for name in kind}
+    names = {name for launch in launches for kind in wants(launch.called) for name in kind}
     return names & {name for launch in launches for name in launch.granted}
 
 
@@ -139,6 +141,8 @@ def _weights(file: str, evidence: Evidence) -> dict[str, Tensor] | None:
         case "defenses.safetensors":
             each = enumerate(party.defenses.each)
             return {f"{n}.{k}": v for n, defense in each for k, v in defense.state().items()}
+        case "adversary.safetensors":
+            return None if evidence.adversary is None else dict(evidence.adversary)
         case _:
             return None
 
@@ -183,12 +187,12 @@ def check_held(store: Path, launch: Launch) -> None:
     """
     made = read_facts(store)["auxiliary"]
     for name in wants(launch.attack)[0]:
-        recorded = store / f"{name}-main.safetensors"
-        lacks = f"{name}-main.safetensors" in FILES and not recorded.exists()
+        files = [f for f, names in FILES.items() if names == {name} and "bypassed" not in f]
+        lacks = any(not (store / file).exists() for file in files)
         if lacks or (name in AUXILIARY and name not in made):
             raise AttackError(
                 f"{launch.name} needs {name}, which this run did not make. Run the experiment again with it (see "
-                "[victims]), or choose another attack."
+                "[victims] and [adversary]), or choose another attack."
             )
 
 

@@ -146,6 +146,7 @@ class Experiment:
         train: The private fine-tuning.
         defenses: Applied in this order; with any, an undefended reference runs first.
         attacks: Attacks on both.
+        adversary: An attack whose model party cheats in fine-tuning; both arms run once more under it, and are reported apart.
         victims: Whose messages are attacked.
         check_unsplit: Train the unsplit model beside the undefended split and compare all losses.
         cut: Name of the plugin that chooses the cut by `vflair_partition`; empty takes `partition` as it is.
@@ -166,6 +167,7 @@ class Experiment:
     train: Train = Train()
     defenses: tuple[Named, ...] = ()
     attacks: tuple[AttackSpec, ...] = ()
+    adversary: AttackSpec | None = None
     victims: Victims = Victims()
     check_unsplit: bool = False
     cut: str = ""

@@ -53,13 +53,21 @@ AUXILIARY = {
     "candidates": "Texts of which some are victims, for attacks on membership: list of str; only with `victims.candidates`.",
     "queries": "Public texts and the smashed data they gave in the defended pipeline: list of (str, (T, D)).",
 }
-VOCABULARY = OBSERVABLES | ALWAYS | WEIGHTS | DEFENSE | AUXILIARY
+ACTIVE = {
+    "adversary_state": "What the active adversary of the run kept, as its `state()` returned it: dict of tensors; only for the attack under [adversary].",
+}
+VOCABULARY = OBSERVABLES | ALWAYS | WEIGHTS | DEFENSE | AUXILIARY | ACTIVE
 
 _K0 = frozenset(OBSERVABLES) | frozenset(ALWAYS)
 _K1 = _K0 | {"embeddings", "tokenizer", "public_texts"}
 _K2 = _K1 | {"pretrained_head", "pretrained_tail", "pretrained_model", "head", "tail"}
 _K3 = _K2 | {"current_head", "current_tail"}
 _K4 = _K3 | {"mechanism", "parameters"}
+BEFORE = frozenset(ALWAYS | WEIGHTS) - {"progress", "current_head", "current_tail"} | {
+    "public_texts",
+    "in_domain",
+    "few_labelled",
+}  # what there is for an active adversary before anything crosses
 PRESETS = {"K0": _K0, "K1": _K1, "K2": _K2, "K3": _K3, "K4": _K4}
 
 

@@ -12,6 +12,7 @@ from vflair_core.attack import Launch, wants
 from vflair_core.defense import Defense
 from vflair_core.errors import ExperimentError
 from vflair_core.experiment import AttackSpec, Experiment, Victims
+from vflair_core.knowledge import BEFORE
 from vflair_core.plugins import build, find
 from vflair_core.pretraining import prepare_model, prior_guess
 from vflair_core.setting import Clock, Reporter, Setting
@@ -43,6 +44,9 @@ def set_up(
     launches = make_launches(e.attacks, plugins, e.seed)
     for launch in launches:
         _check_offered(launch, e.victims)
+    adversary = make_adversary(e.adversary, plugins, e.seed) if e.adversary else None
+    if adversary is not None:
+        _check_offered(adversary, e.victims, active=True)
     make_defenses(e, plugins)  # what does not exist is told before the public phase
     with clock("pretraining"):
         model, tokenizer, processor = prepare_model(e, task, report)
@@ -57,6 +61,7 @@ def set_up(
         processor=processor,
         pretrained={key: value.clone() for key, value in model.state_dict().items()},
         launches=launches,
+        adversary=adversary,
         victims=_victims(e, task),
         prior=_prior(e, task, model, tokenizer),
         keep=keep,
@@ -79,6 +84,32 @@ def make_launches(
     return launches
 
 
+def make_adversary(spec: AttackSpec, plugins: pluggy.PluginManager, seed: int) -> Launch:
+    """Build the attack whose model party cheats; it is launched when all is over, with what it kept.
+
+    Raises:
+        ExperimentError: It is no active attack.
+        AttackError: It asks for more than it is granted, then or before.
+    """
+    attack = _attack(plugins, spec)
+    if not hasattr(attack, "adversary"):
+        raise ExperimentError(
+            f"{spec.name!r} under [adversary] only watches: it has no method `adversary`. List it under [[attacks]]; "
+            "an active one is feature-space-hijacking."
+        )
+    asked = (spec.knowledge,) if isinstance(spec.knowledge, str) else spec.knowledge
+    launch = Launch(spec.name, attack, (*asked, "adversary_state"), seed)
+    launch.check()
+    opening_of(launch).check()
+    return launch
+
+
+def opening_of(launch: Launch) -> Launch:
+    """What an active attack is granted before anything crosses."""
+    there = tuple(sorted(launch.granted & BEFORE))
+    return Launch(launch.name, launch.attack, there, launch.seed, opening=True)
+
+
 def _attack(plugins: pluggy.PluginManager, spec: AttackSpec) -> Callable[..., Any]:
     """A class of the plugin is built with its options; a function is the attack itself."""
     offered = find(plugins, "attacks", spec.name)
@@ -92,9 +123,10 @@ def _attack(plugins: pluggy.PluginManager, spec: AttackSpec) -> Callable[..., An
     return thing
 
 
-def _check_offered(launch: Launch, victims: Victims) -> None:
+def _check_offered(launch: Launch, victims: Victims, *, active: bool = False) -> None:
     """Some knowledge exists only if the experiment makes it."""
     made = {
+        "adversary_state": (active, f"[adversary] name = {launch.name!r}"),
         "updates": (victims.share_updates, "victims.share_updates = true"),
         "known_labels": (victims.known, "victims.known = 8"),
         "candidates": (victims.candidates, "victims.candidates = 8"),

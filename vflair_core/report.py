@@ -15,7 +15,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from vflair_core.arm_attacks import ARMS
+from vflair_core.arm_attacks import REFERENCES
 from vflair_core.cuts import Recovery
 from vflair_core.grading import Grade
 from vflair_core.ranking import NOT_EVALUATED
@@ -46,9 +46,14 @@ def bars(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
 def show_result(result: Result, folder: Path) -> None:
     """Print the numbers and, side by side, a private sentence and what was recovered of it."""
     console = Console()
-    arms = [arm for arm in ARMS if arm in result.numbers]
-    console.print(_utility(result, arms), _privacy(result, arms), sep="\n")
-    for line in (*_remarks(result, arms), *_seeds(result)):
+    there = [arm for arm in REFERENCES if arm in result.numbers]
+    arms = [arm for arm in there if not arm.startswith("active")]
+    active = [arm for arm in there if arm.startswith("active")]
+    scores = result.numbers.get("dcs", {}).get("per_attack", ())
+    console.print(_utility(result, there), _privacy(result, arms, scores), sep="\n")
+    if active:
+        console.print(_privacy(result, active))
+    for line in (*_remarks(result, there), *_seeds(result)):
         warns = "failed" in line or "NOT EVALUATED" in line
         console.print(line, style="yellow" if warns else "", highlight=False)
     sentence = _sentence(result, arms)
@@ -121,7 +126,7 @@ def _promise(guarantee: dict[str, Any]) -> str:
     return f"ε {guarantee['epsilon']:.4g}, δ {guarantee['delta']:g}"
 
 
-def _privacy(result: Result, arms: list[str]) -> Table:
+def _privacy(result: Result, arms: list[str], scores: Sequence[dict[str, Any]] = ()) -> Table:
     table = Table(
         box=SIMPLE, title="AP with its 95 % interval", title_justify="left", padding=(0, 1, 0, 0)
     )
@@ -130,14 +135,13 @@ def _privacy(result: Result, arms: list[str]) -> Table:
     for arm in arms:
         table.add_column(f"AP {arm}")
     table.add_column("floor")
-    if len(arms) > 1:
+    if scores:
         table.add_column("DCS")
-    scores = result.numbers.get("dcs", {}).get("per_attack", ())
     for row, last in enumerate(result.numbers[arms[-1]]["attacks"]):
         grades = [result.numbers[arm]["attacks"][row] for arm in arms]
         cells = [_performance(grade) for grade in grades]
         cells.append(f"{last['floor']:.3f}")
-        if len(arms) > 1:
+        if scores:
             cells.append(f"{scores[row]['dcs']:.3f}")
         table.add_row(last["attack"], last["knowledge"], *cells)
     return table
@@ -192,22 +196,25 @@ def _strongest(arm: str, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def _seeds(result: Result) -> Iterator[str]:
     """What all seeds say together, where there are several."""
-    found = result.numbers.get("over_seeds")
-    if found is None:
-        return
+    for key, where in (("over_seeds", "seeds"), ("over_seeds_active", "seeds, active adversary")):
+        if key in result.numbers:
+            yield from _over(result.numbers[key], where)
+
+
+def _over(found: dict[str, Any], where: str) -> Iterator[str]:
     for row in found["attacks"]:
         if "change" not in row:
-            yield f"{len(found['seeds'])} seeds, {row['attack']}: AP {row['undefended']:.3f} undefended."
+            yield f"{len(found['seeds'])} {where}, {row['attack']}: AP {row['undefended']:.3f} undefended."
             continue
         low, high = row["change_interval"]
         yield (
-            f"{len(found['seeds'])} seeds, {row['attack']}: AP {row['undefended']:.3f} → {row['defended']:.3f}, "
+            f"{len(found['seeds'])} {where}, {row['attack']}: AP {row['undefended']:.3f} → {row['defended']:.3f}, "
             f"change {row['change']:+.3f} [{low:+.3f}, {high:+.3f}] (paired, 95 %)."
         )
     for row in found["adaptive"]:
         (blind, knowing), (low, high) = row["attack_performance"], row["gain_interval"]
         yield (
-            f"{len(found['seeds'])} seeds, {row['attack']} through the defense: AP {blind:.3f} ({row['blind']}, blind) → "
+            f"{len(found['seeds'])} {where}, {row['attack']} through the defense: AP {blind:.3f} ({row['blind']}, blind) → "
             f"{knowing:.3f} ({row['adaptive']}), gain {row['gain']:+.3f} [{low:+.3f}, {high:+.3f}] (paired, 95 %)."
         )
 

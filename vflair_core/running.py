@@ -96,9 +96,20 @@ def _run_seeds(
     transcripts = {name: arm.transcript for name, arm in next(iter(runs.values())).items()}
     if not e.seeds:
         return first, transcripts
-    numbers = {**first.numbers, "over_seeds": over_seeds(runs)}
+    numbers = {**first.numbers, "over_seeds": over_seeds(_of_arms(runs, ""))}
+    if e.adversary is not None:
+        numbers["over_seeds_active"] = over_seeds(_of_arms(runs, "active-"))
     whole = attrs.evolve(first, numbers=numbers, experiment=e.to_dict(), config_hash=e.digest)
     return whole, transcripts
+
+
+def _of_arms(runs: Mapping[int, Mapping[str, Arm]], prefix: str) -> dict[int, dict[str, Arm]]:
+    """The arms of each seed with or without an active adversary, under the names of those without."""
+    names = ("undefended", "defended")
+    return {
+        seed: {name: arms[prefix + name] for name in names if prefix + name in arms}
+        for seed, arms in runs.items()
+    }
 
 
 def _go(e: Experiment, out: Path | None, **options: Any) -> tuple[Result, dict[str, Arm]]:
@@ -113,7 +124,10 @@ def _go(e: Experiment, out: Path | None, **options: Any) -> tuple[Result, dict[s
             _compare_unsplit(copy.deepcopy(model), setting, arms["undefended"])
     if defenses:
         references = arms["undefended"].references
-        arms["defended"] = run_arm("defended", model, defenses, setting, references)
+        spare = copy.deepcopy(model) if setting.adversary else model
+        arms["defended"] = run_arm("defended", spare, defenses, setting, references)
+    if setting.adversary is not None:
+        _go_active(arms, model, setting)
     numbers: dict[str, Any] = {name: arm.numbers for name, arm in arms.items()}
     if "defended" in arms and arms["defended"].grades:
         numbers["dcs"] = _scores(arms["undefended"], arms["defended"])
@@ -139,6 +153,17 @@ def _go(e: Experiment, out: Path | None, **options: Any) -> tuple[Result, dict[s
         samples=[{"arm": name, **row} for name, arm in arms.items() for row in arm.samples],
     )
     return result, arms
+
+
+def _go_active(arms: dict[str, Arm], model: Any, setting: Setting) -> None:
+    """Add both arms once more, under the active adversary."""
+    plain = run_arm("active-undefended", copy.deepcopy(model), [], setting, [], active=True)
+    arms["active-undefended"] = plain
+    if "defended" in arms:
+        defenses = make_defenses(setting.experiment, setting.plugins)
+        arms["active-defended"] = run_arm(
+            "active-defended", model, defenses, setting, plain.references, active=True
+        )
 
 
 def _compare_unsplit(whole: Any, setting: Setting, arm: Arm) -> None:
@@ -187,13 +212,13 @@ def _scores(undefended: Arm, defended: Arm) -> dict[str, Any]:
 def _write(
     out: Path, experiment: Experiment, result: Result, transcripts: dict[str, Transcript]
 ) -> None:
-    """The transcript of the last arm is the one to attack again; the undefended one lies beside it."""
+    """The transcript of the defended arm is the one to look at; those of other arms lie beside it."""
     from vflair_core.config import to_toml
 
     out.mkdir(parents=True, exist_ok=True)
     (out / "experiment.toml").write_text(to_toml(experiment))
     for arm, transcript in transcripts.items():
-        last = arm == list(transcripts)[-1]
+        last = arm == ("defended" if "defended" in transcripts else "undefended")
         transcript.save(
             out / ("transcript.safetensors" if last else f"transcript-{arm}.safetensors")
         )

@@ -63,6 +63,7 @@ class Setting:
     processor: Any  # of pictures and text, for image-text tasks
     pretrained: dict[str, Tensor]
     launches: list[Launch]
+    adversary: Launch | None  # the attack whose model party cheats
     victims: list[Example]
     prior: Tensor | None
     cache: Path | None = None  # of what defenses prepare

@@ -175,6 +175,8 @@ class Granted(Mapping[str, Any]):
             names -= {"tail", "pretrained_tail", "current_tail"}
         if not (room.folder / f"updates-{which}.safetensors").exists():
             names -= {"updates"}
+        if not (room.folder / "adversary.safetensors").exists():
+            names -= {"adversary_state"}
         absent = set(AUXILIARY) - set(room.job["auxiliary"])  # the task has none
         self.names = [n for n in sorted(names - absent) if n not in _SEEN or n in self.seen]
 
@@ -205,6 +207,8 @@ class Granted(Mapping[str, Any]):
                 return getattr(room, name)
             case "embeddings":
                 return load_file(room.folder / "embeddings.safetensors")["embeddings"]
+            case "adversary_state":
+                return load_file(room.folder / "adversary.safetensors")
             case "head" | "pretrained_head" | "current_head":
                 return (held or room.pretrained)[0]
             case "tail" | "pretrained_tail" | "current_tail":

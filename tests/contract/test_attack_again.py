@@ -11,7 +11,7 @@ import vflair_defenses
 from vflair_attacks import vflair_attacks as offered
 from vflair_core import AttackError, hookimpl, plugin_manager, run
 from vflair_core.answer_key import AnswerKey
-from vflair_core.arm_attacks import ARMS, KEY, attack_again
+from vflair_core.arm_attacks import KEY, attack_again
 from vflair_core.config import experiment_from
 from vflair_core.errors import ExperimentError
 from vflair_core.evidence import needed
@@ -77,7 +77,7 @@ def kept(pm, tmp_path_factory):
 def test_attacks_that_come_later_get_the_grades_of_a_run_that_had_them(kept, pm):
     whole = run(experiment(ATTACKS), plugins=pm)
     again = attack_again(kept, ATTACKS, plugins=pm, isolation="inline")
-    for arm in ARMS:
+    for arm in ("undefended", "defended"):
         there = whole.numbers[arm]["attacks"]
         for then, now in zip(there, again[arm], strict=True):
             plain = now.to_dict()

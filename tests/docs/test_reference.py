@@ -71,7 +71,8 @@ def type_word(kind: Any) -> str:
             f"list of {'tables' if attrs.has(get_args(kind)[0]) else type_word(get_args(kind)[0])}"
         )
     if isinstance(kind, types.UnionType):
-        return " or ".join(type_word(part) for part in get_args(kind))
+        parts = [part for part in get_args(kind) if part is not types.NoneType]
+        return " or ".join(type_word(part) for part in parts)
     if attrs.has(kind) or get_origin(kind) is Mapping:
         return "table"
     return {int: "integer", float: "number", str: "text", bool: "boolean"}[kind]
@@ -83,6 +84,8 @@ def default_word(field: Any) -> str:
         default = default.factory()
     if default is attrs.NOTHING:
         return "needed"
+    if default is None:  # a key that TOML can only leave out
+        return "left out"
     if attrs.has(type(default)):
         return "its defaults"
     if isinstance(default, Mapping):

@@ -38,3 +38,18 @@ def test_labels_cross_in_ht_classification_and_the_report_shows_it():
     assert sign["attack_performance"] == 1.0
     assert numbers["defended"]["covers"] == ["prompt", "response"]
     assert numbers["defended"]["attacks"][0]["attack_performance"] == 1.0
+
+
+@pytest.mark.slow
+def test_a_cheating_model_party_reads_what_a_watching_one_cannot():
+    """The head starts random and secret: at K1 nobody reads it, unless its training is hijacked."""
+    shorter = ["train.steps=120", "victims.count=8", "isolation=inline"]
+    numbers = run(
+        read_experiment(EXAMPLES / "hijacking.toml", shorter), plugins=plugin_manager()
+    ).numbers
+    (watching,) = numbers["undefended"]["attacks"]
+    nearest, hijacking = numbers["active-undefended"]["attacks"]
+    assert watching["attack_performance"] < 0.1
+    assert hijacking["attack_performance"] > 0.3
+    assert nearest["attack_performance"] > 0.3
+    assert numbers["active-undefended"]["main_performance"] < numbers["undefended"]["main_performance"]  # fmt: skip

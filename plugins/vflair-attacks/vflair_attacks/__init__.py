@@ -26,6 +26,7 @@
 | dlg, tag, lamp | gradient_matching.py | the gradient of hidden states (HBT training), a tail |
 | dager | dager.py | shared updates, a causal head |
 | membership-residual | membership.py | shared updates, a head, candidate texts |
+| feature-space-hijacking | feature_space_hijacking.py | a model party that cheats in training; public text |
 | attribute-probe | attributes.py | smashed data, a head, labelled texts |
 """
 
@@ -62,5 +63,6 @@ def vflair_attacks() -> dict[str, str]:
         "lamp": "vflair_attacks.gradient_matching:Lamp",
         "dager": "vflair_attacks.dager:Dager",
         "membership-residual": "vflair_attacks.membership:MembershipResidual",
+        "feature-space-hijacking": "vflair_attacks.feature_space_hijacking:FeatureSpaceHijacking",
         "attribute-probe": "vflair_attacks.attributes:AttributeProbe",
     }

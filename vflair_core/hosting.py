@@ -1,0 +1,207 @@
+"""Hosts an active adversary in a process of its own: ``python -m vflair_core.hosting FOLDER``.
+
+Like the worker of attacks it holds what is granted, and no truth; what crosses reaches it through its pipes, frame by
+frame: a request and its honest reply go in, the reply that the data party gets comes out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Self
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from vflair_core.adversary import Adversary, Tampered
+from vflair_core.attack import Launch, call
+from vflair_core.auxiliary import auxiliary_of
+from vflair_core.channel import Transcript
+from vflair_core.codec import decode, encode
+from vflair_core.errors import AttackError
+from vflair_core.evidence import Evidence, furnish, needed, save_evidence
+from vflair_core.message import Message
+from vflair_core.plugins import load_target
+from vflair_core.processes import environment
+from vflair_core.worker import Granted, Room
+
+if TYPE_CHECKING:
+    from vflair_core.data_party import DataParty
+    from vflair_core.model_party import ModelParty
+    from vflair_core.setting import Setting
+
+
+@contextmanager
+def acting(
+    opening: Launch | None, party: DataParty, model_party: ModelParty, setting: Setting
+) -> Iterator[Callable[[], dict[str, Tensor]]]:
+    """Put the adversary of `opening`, if there is one, in the model party's place; yield what tells its state.
+
+    Raises:
+        AttackError: It asks for more than it is granted, fails, or answers what is no answer.
+    """
+    if opening is None:
+        yield dict
+        return
+    e = setting.experiment
+    evidence = Evidence(
+        party=party,
+        model_party=model_party,
+        pretrained=setting.pretrained,
+        main=Transcript(),
+        bypassed=None,
+        releases=1,
+        task_kind=setting.task.kind,
+        victims={"main": 0},
+        seed=e.seed,
+        auxiliary=auxiliary_of(setting.task, e.victims, e.seed),
+    )
+    with tempfile.TemporaryDirectory(prefix="vflair-") as name:
+        store, folder = Path(name, "store"), Path(name, "granted")
+        folder.mkdir()
+        save_evidence(store, evidence, needed([opening]))
+        furnish(folder, store, [opening], e.threads or torch.get_num_threads())
+        with (_Inline if e.isolation == "inline" else _Process)(folder) as host:
+            honest = party.line.channel
+            party.channel = party.line.channel = Tampered(honest, host.tamper)
+            yield host.state
+
+
+def _build(folder: Path) -> Adversary:
+    """Make the adversary that the job in a folder describes, with what is granted there."""
+    room = Room(folder)
+    (spec,) = room.job["attacks"]
+    attack: Any = load_target(spec["target"])(**spec["options"])
+    torch.manual_seed(spec["seed"])
+    adversary = call(attack.adversary, Granted(room, spec, "main", lambda *_: None))
+    if not isinstance(adversary, Adversary):
+        raise AttackError(
+            f"{spec['target']}.adversary returned a {type(adversary).__name__}, not an Adversary."
+        )
+    return adversary
+
+
+class _Inline:
+    """The adversary in this process: for notebooks and objects that cannot be imported."""
+
+    def __init__(self, folder: Path) -> None:
+        with torch.random.fork_rng():
+            self.adversary = _build(folder)
+        self.state = self.adversary.state
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def tamper(self, request: Message, reply: Message) -> Message:
+        with torch.random.fork_rng(), torch.enable_grad():
+            return self.adversary.tamper(request, reply)
+
+
+class _Process:
+    """The adversary in a process that holds its folder and sees the messages."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> Self:
+        self.errors = (self.folder / "stderr.txt").open("w")
+        self.process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", "vflair_core.hosting", str(self.folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            cwd=self.folder,
+            env=environment(),
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self.process:  # closes its pipes, at which it ends, and waits for it
+            self.errors.close()
+
+    def tamper(self, request: Message, reply: Message) -> Message:
+        return decode(self._ask(encode(request), encode(reply)))
+
+    def state(self) -> dict[str, Tensor]:
+        """What the adversary learned so far."""
+        return load(self._ask(b""))
+
+    def _ask(self, *frames: bytes) -> bytes:
+        assert self.process.stdin is not None  # PIPE was asked for
+        assert self.process.stdout is not None
+        try:
+            for frame in frames:
+                _write(self.process.stdin, frame)
+            answer = _read(self.process.stdout)
+        except BrokenPipeError:
+            answer = None
+        if answer is None:
+            raise AttackError(self._why())
+        return answer
+
+    def _why(self) -> str:
+        code, report = self.process.wait(), self.folder / "error.json"
+        if report.exists():
+            facts = json.loads(report.read_text())
+            return f"The adversary failed: {facts['error']}\n{facts['traceback']}"
+        said = (self.folder / "stderr.txt").read_text()[-2000:]
+        return f"The process of the adversary ended with code {code}: {said}"
+
+
+def _write(pipe: IO[bytes], frame: bytes) -> None:
+    pipe.write(len(frame).to_bytes(8, "little"))
+    pipe.write(frame)
+    pipe.flush()
+
+
+def _read(pipe: IO[bytes]) -> bytes | None:
+    """Return the next frame; None if the other end is gone."""
+    size = pipe.read(8)
+    if len(size) < 8:
+        return None
+    length = int.from_bytes(size, "little")
+    frame = pipe.read(length)
+    return frame if len(frame) == length else None
+
+
+def _serve(adversary: Adversary, requests: IO[bytes], replies: IO[bytes]) -> None:
+    """Answer until the pipe is closed; an empty request asks for the state."""
+    while (frame := _read(requests)) is not None:
+        if not frame:
+            kept = {name: value.contiguous() for name, value in adversary.state().items()}
+            _write(replies, save(kept))
+            continue
+        honest = _read(requests)
+        if honest is None:
+            return
+        _write(replies, encode(adversary.tamper(decode(frame), decode(honest))))
+
+
+def main(folder: str) -> int:
+    """Entry point of the process."""
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a plugin prints must not end up among the frames
+    place = Path(folder)
+    torch.set_num_threads(json.loads((place / "job.json").read_text())["threads"])
+    try:
+        _serve(_build(place), sys.stdin.buffer, replies)
+    except Exception as error:  # noqa: BLE001 - the parent raises it by name
+        report = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        (place / "error.json").write_text(json.dumps(report))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

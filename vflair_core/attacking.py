@@ -16,10 +16,11 @@ import torch
 from vflair_core.answer_key import AnswerKey
 from vflair_core.attack import Guess, Launch, wants
 from vflair_core.errors import AttackError
-from vflair_core.evidence import furnish, has_mechanism, read_facts
+from vflair_core.evidence import furnish, read_facts
 from vflair_core.grading import Grade
 from vflair_core.guesses import read_guess, take_so_far
 from vflair_core.judging import Reference, grade, judge, performance
+from vflair_core.mechanisms import has_mechanism
 from vflair_core.processes import environment
 from vflair_core.worker import MARK, Progress, work
 
@@ -117,9 +118,12 @@ def _recovered(folder: Path, key: AnswerKey) -> str:
 def _is_adaptive(launch: Launch, facts: Mapping[str, Any]) -> bool:
     """Whether the attack can take the defense into account: told of its mechanism, or of what comes through it."""
     asked = {name for kind in wants(launch.attack) for name in kind} & launch.granted
-    told = any(has_mechanism(spec) for spec in facts["defenses"])
-    used = ("mechanism", "parameters") if told else ()
-    return bool(facts["defenses"]) and bool(asked & {"queries", *used})
+    specs, used = facts["defenses"], {"queries"}
+    if has_mechanism(specs, "mechanism"):
+        used |= {"mechanism", "parameters"}
+    if has_mechanism(specs, "gradient_mechanism"):
+        used.add("gradient_mechanism")
+    return bool(specs) and bool(asked & used)
 
 
 def _accuracy_of(guess: Any, key: AnswerKey) -> float:

@@ -152,6 +152,14 @@ class Defense:
         """Return what an adaptive attacker may know; None when nothing could help one."""
         return None
 
+    def gradient_mechanism(self) -> Mechanism | None:
+        """Return what an adaptive attacker may know of what it does to the gradient that is sent, or to labels.
+
+        It is asked for the gradients (K, T, D) that K guesses about one example would give: what binds the rows of an
+        example together, a clip, binds the last two dimensions.
+        """
+        return None
+
     def state(self) -> dict[str, Tensor]:
         """Return calibrated or learned values, so that `load_state` on an equal defense restores them."""
         return {}

@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from vflair_core.attack import Launch, wants
 from vflair_core.channel import Transcript
 from vflair_core.data_party import DataParty
-from vflair_core.defense import Defense
 from vflair_core.errors import AttackError
-from vflair_core.knowledge import AUXILIARY
+from vflair_core.knowledge import AUXILIARY, DEFENSE
 from vflair_core.model_party import ModelParty
-from vflair_core.plugins import load_target, target_of
+from vflair_core.plugins import target_of
 from vflair_core.tuning import plain_state
 from vflair_core.worker import stream_seed
 
@@ -39,7 +38,7 @@ FILES = {  # what else there is, and the knowledge that asks for it
     "current.safetensors": HALVES - {"pretrained_head", "pretrained_tail"},
     "body.safetensors": {"body"},
     "embeddings.safetensors": {"embeddings"},
-    "defenses.safetensors": {"mechanism", "parameters"},
+    "defenses.safetensors": set(DEFENSE),
     "queries-main.safetensors": {"queries"},
     "queries-bypassed.safetensors": {"queries"},
     "updates-main.safetensors": {"updates"},
@@ -166,7 +165,7 @@ def furnish(folder: Path, store: Path, launches: Sequence[Launch], threads: int)
             shutil.copytree(source, folder, dirs_exist_ok=True)
         elif source.exists():
             _link(source, folder / file)
-    tells = bool(asked & {"mechanism", "parameters"})
+    tells = bool(asked & set(DEFENSE))
     same = ("releases", "victims", "partition", "task_kind", "model_class")
     passes = list(facts["victims"])
     job = {
@@ -194,12 +193,6 @@ def check_held(store: Path, launch: Launch) -> None:
                 f"{launch.name} needs {name}, which this run did not make. Run the experiment again with it (see "
                 "[victims] and [adversary]), or choose another attack."
             )
-
-
-def has_mechanism(spec: Mapping[str, Any]) -> bool:
-    """Whether knowing this defense could help an attacker."""
-    target: Any = load_target(spec["target"])
-    return target.mechanism is not Defense.mechanism
 
 
 def _describe(number: int, launch: Launch, passes: list[str]) -> dict[str, Any]:

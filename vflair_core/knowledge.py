@@ -43,6 +43,7 @@ WEIGHTS = {
 }
 DEFENSE = {
     "mechanism": "How the defense works, without what it calibrated or learned: `Mechanism`.",
+    "gradient_mechanism": "The same of what it does to the gradient that is sent: a `Mechanism` of the gradients (K, T, D) that K guesses would give.",
     "parameters": "What the defense calibrated or learned; `mechanism` then has it too.",
 }
 AUXILIARY = {
@@ -62,7 +63,7 @@ _K0 = frozenset(OBSERVABLES) | frozenset(ALWAYS)
 _K1 = _K0 | {"embeddings", "tokenizer", "public_texts"}
 _K2 = _K1 | {"pretrained_head", "pretrained_tail", "pretrained_model", "head", "tail"}
 _K3 = _K2 | {"current_head", "current_tail"}
-_K4 = _K3 | {"mechanism", "parameters"}
+_K4 = _K3 | frozenset(DEFENSE)
 BEFORE = frozenset(ALWAYS | WEIGHTS) - {"progress", "current_head", "current_tail"} | {
     "public_texts",
     "in_domain",

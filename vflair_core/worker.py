@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import define
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vflair_core.attack import Observables, launch
 from vflair_core.channel import Transcript
-from vflair_core.defense import Defense, Mechanism
+from vflair_core.defense import Mechanism
 from vflair_core.errors import AttackError
 from vflair_core.guesses import leave_so_far, write_guess
 from vflair_core.halves import Head, Tail, halves
-from vflair_core.knowledge import AUXILIARY
+from vflair_core.knowledge import AUXILIARY, DEFENSE
+from vflair_core.mechanisms import Side, has_mechanism, told
 from vflair_core.partition import Partition
 from vflair_core.plugins import load_target
 from vflair_core.task import Example
@@ -100,62 +100,14 @@ class Room:
 
         return AutoTokenizer.from_pretrained(self.folder)
 
-    @cached_property
-    def has_mechanism(self) -> bool:
-        """Whether knowing the defenses could help: one that has no mechanism leaves nothing to know."""
-        specs = self.job["defenses"]
-        return all(specs) and any(
-            load_target(spec["target"]).mechanism is not Defense.mechanism  # type: ignore[attr-defined]
-            for spec in specs
-        )
+    def has_mechanism(self, side: Side) -> bool:
+        """Whether knowing the defenses could help against one side of them."""
+        return has_mechanism(self.job["defenses"], side)
 
-    def mechanism(self, *, with_parameters: bool) -> Mechanism:
+    def mechanism(self, side: Side, *, with_parameters: bool) -> Mechanism:
         """The defenses of the run as one mechanism, in their order."""
-        parts = []
-        for number, spec in enumerate(self.job["defenses"]):
-            defense: Defense = load_target(spec["target"])(**spec["options"])
-            if with_parameters:
-                state = load_file(self.folder / "defenses.safetensors")
-                prefix = f"{number}."
-                defense.load_state(
-                    {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-                )
-            if (part := defense.mechanism()) is not None:
-                parts.append(part)
-        return Chain(parts)
-
-
-@define
-class Chain(Mechanism):
-    """Several mechanisms, one after the other; the last one's noise is the one that is seen."""
-
-    parts: list[Mechanism]
-
-    @property
-    def in_nats(self) -> bool:  # type: ignore[override]
-        """Whether the noise that is seen has a likelihood."""
-        return bool(self.parts) and self.parts[-1].in_nats
-
-    def expected(self, hidden: Tensor) -> Tensor:
-        for part in self.parts:
-            hidden = part.expected(hidden)
-        return hidden
-
-    def log_likelihood(self, observed: Tensor, hidden: Tensor) -> Tensor:
-        for part in self.parts[:-1]:
-            hidden = part.expected(hidden)
-        last = self.parts[-1] if self.parts else Mechanism()
-        return last.log_likelihood(observed, hidden)
-
-    def sample(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
-        for part in self.parts:
-            hidden = part.sample(hidden, generator)
-        return hidden
-
-    def sample_embeddings(self, embeddings: Tensor, generator: torch.Generator) -> Tensor:
-        for part in self.parts:
-            embeddings = part.sample_embeddings(embeddings, generator)
-        return embeddings
+        state = load_file(self.folder / "defenses.safetensors") if with_parameters else None
+        return told(self.job["defenses"], side, state)
 
 
 class Granted(Mapping[str, Any]):
@@ -166,11 +118,13 @@ class Granted(Mapping[str, Any]):
         self.seen = room.observables(which)
         names = set(attack["granted"])
         if which == "bypassed" or not room.job["defenses"]:
-            names -= {"mechanism", "parameters"}  # nothing was applied to these messages
+            names -= set(DEFENSE)  # nothing was applied to these messages
         if room.job["task_kind"] != "causal-lm":
             names -= {"pretrained_model"}  # it is a classifier, no language-model prior
-        if names & {"mechanism", "parameters"} and not room.has_mechanism:
+        if names & {"mechanism", "parameters"} and not room.has_mechanism("mechanism"):
             names -= {"mechanism", "parameters"}
+        if "gradient_mechanism" in names and not room.has_mechanism("gradient_mechanism"):
+            names -= {"gradient_mechanism"}
         if room.partition.kind == "HT":
             names -= {"tail", "pretrained_tail", "current_tail"}
         if not (room.folder / f"updates-{which}.safetensors").exists():
@@ -213,8 +167,9 @@ class Granted(Mapping[str, Any]):
                 return (held or room.pretrained)[0]
             case "tail" | "pretrained_tail" | "current_tail":
                 return (held or room.pretrained)[1]
-            case "mechanism" | "parameters":
-                return room.mechanism(with_parameters="parameters" in self.attack["granted"])
+            case "mechanism" | "parameters" | "gradient_mechanism":
+                side: Side = "gradient_mechanism" if name == "gradient_mechanism" else "mechanism"
+                return room.mechanism(side, with_parameters="parameters" in self.attack["granted"])
             case "updates":
                 return room.updates(self.which)
             case "known_labels":

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from attrs import frozen
-from torch import Tensor
+from typing import Any
 
+import torch
+from attrs import field, frozen, validators
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from vflair_attacks.tails import likeliest
 from vflair_core import AttackError, Guess
 
 
@@ -15,18 +19,40 @@ class GradientSign:
 
     iDLG (Zhao et al., arXiv 2001.02610) for the last layer's gradient; here it crosses as it is. For causal
     language models the label of row t is token t + 1, so the text follows; the first token is not seen.
-    Rows whose gradient is zero carry no label and are left out.
+    Rows whose gradient is zero carry no label and are left out. Who knows the defense of gradients, and sees the logits,
+    takes the likeliest label through it, with the model's own probabilities as prior; the factor by which a mean of
+    losses or a clip has scaled an example's gradient is fitted.
+
+    Attributes:
+        candidates: Labels of a row that are tried through a known defense.
     """
 
+    candidates: int = field(default=64, validator=validators.ge(2))
+
     def __call__(
-        self, hidden_grad: Tensor, lengths: Tensor, partition: object, task_kind: str
+        self,
+        hidden_grad: Tensor,  # (N, T, V), or (N, C)
+        lengths: Tensor,  # (N,)
+        partition: object,
+        task_kind: str,
+        logits: Tensor | None = None,  # as hidden_grad
+        gradient_mechanism: Any = None,
     ) -> Guess:
+        """Return labels (N,), or for a causal language model tokens (N, T)."""
         if getattr(partition, "kind", "") != "HT":
             raise AttackError(
                 "In HBT the gradient that crosses is of hidden states, not of logits, so it has no label "
                 "sign. Use HT (tail = 0) or another label attack."
             )
-        found = hidden_grad.argmin(-1)  # (N, T) or (N,)
+        if gradient_mechanism is not None and logits is not None:
+            if (
+                task_kind != "causal-lm" and logits.dim() > 2
+            ):  # a decoder: its last token's row has the gradient
+                rows = torch.arange(len(logits)), lengths - 1
+                hidden_grad, logits = hidden_grad[rows], logits[rows]
+            found = self._adaptive(hidden_grad, logits, gradient_mechanism)
+        else:
+            found = hidden_grad.argmin(-1)  # (N, T) or (N,)
         size = hidden_grad.abs().amax(-1)
         if task_kind == "causal-lm":
             tokens = torch.full_like(found, -1)
@@ -36,3 +62,28 @@ class GradientSign:
         if found.dim() > 1:  # decoder classifiers: only the row of the last token has a gradient
             found = found.gather(1, size.argmax(1, keepdim=True)).squeeze(1)
         return Guess(labels=found)
+
+    def _adaptive(self, sent: Tensor, logits: Tensor, mechanism: Any) -> Tensor:
+        """The likeliest labels of all examples: (N, T) or (N,)."""
+        classes = sent.shape[-1]
+        pairs = zip(
+            sent.view(len(sent), -1, classes), logits.view(len(sent), -1, classes), strict=True
+        )
+        return torch.stack([self._through(*pair, mechanism) for pair in pairs]).view(
+            sent.shape[:-1]
+        )
+
+    def _through(self, sent: Tensor, logits: Tensor, mechanism: Any) -> Tensor:
+        """The likeliest label of each row of an example: (T, C), (T, C) -> (T,)."""
+        chances = logits.softmax(-1)
+        classes = chances.shape[-1]
+        told = chances - one_hot(sent.argmin(-1), classes)
+        factor = (sent * told).sum() / told.square().sum()  # what the first guess says of the scale
+        count = min(self.candidates, classes)
+        shortlist = (sent - factor * chances).topk(count, largest=False).indices  # (T, K)
+        found = []
+        for row, chance, tried in zip(sent, chances, shortlist, strict=True):
+            guesses = factor * (chance - one_hot(tried, classes))[:, None]  # (K, 1, C)
+            prior = chance[tried].clamp_min(1e-30).log()
+            found.append(tried[likeliest(row[None], guesses, mechanism, prior).argmax()])
+        return torch.stack(found)

@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from attrs import define, field, frozen, validators
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
-from vflair_attacks.tails import class_gradients, each_example, need_hidden_states, token_gradients
+from vflair_attacks.tails import (
+    class_gradients,
+    each_example,
+    likeliest,
+    need_hidden_states,
+    token_gradients,
+)
 from vflair_core import AttackError, Guess
 
 Progress = Callable[[int, int], None]
@@ -24,7 +29,8 @@ class LabelEnumeration:
     Replacement Attacks in Vertical Federated Learning", IEEE Trans. Big Data 2022, arXiv 2112.05409: one gradient
     per class instead of an optimisation. For causal language models row t of G_O depends on the labels from t on, so
     positions are solved from the last to the first and each solved term is subtracted; a directional
-    derivative of the logits chooses which tokens are tried.
+    derivative of the logits chooses which tokens are tried. Who knows the defense of gradients takes the likelihood
+    through it instead of the cosine, with the tail's own probabilities as prior.
 
     Attributes:
         candidates: Tokens tried per position of a language model.
@@ -42,6 +48,7 @@ class LabelEnumeration:
         tail: Any,
         partition: object,
         task_kind: str,
+        gradient_mechanism: Any = None,
         progress: Progress = lambda *_: None,
     ) -> Guess:
         """Return labels (N,), or for a causal language model tokens (N, T)."""
@@ -51,7 +58,7 @@ class LabelEnumeration:
             tokens = torch.full(returned.shape[:2], -1)
             spent = 0
             for n, (states, gradient) in enumerate(rows):
-                solver = _Backwards(tail, states, gradient, self)
+                solver = _Backwards(tail, states, gradient, self, gradient_mechanism)
                 labels = solver.solve()  # (T,): the label of row t is token t + 1
                 tokens[n, 1 : len(labels)] = labels[:-1]
                 spent += solver.forwards
@@ -63,8 +70,8 @@ class LabelEnumeration:
             )
         found, spent = [], 0
         for n, (states, gradient) in enumerate(rows):
-            each, _ = class_gradients(tail, states)
-            found.append(cosine_similarity(each.flatten(1), gradient.flatten()[None]).argmax())
+            each, prior = class_gradients(tail, states)
+            found.append(likeliest(gradient, each, gradient_mechanism, prior).argmax())
             spent += len(each)
             progress(n + 1, len(lengths))
         return Guess(labels=torch.stack(found), budget={"forwards": spent})
@@ -72,43 +79,60 @@ class LabelEnumeration:
 
 @define(slots=False)
 class _Backwards:
-    """The labels of one text, last position first; `left` is what the solved labels do not explain."""
+    """The labels of one text, last position first.
+
+    `explained` is the gradient of a sum of losses of the solved labels. The loss is a mean over as many labels as there
+    are, and a defense may have scaled it: all solved rows together say by what `factor`.
+    """
 
     tail: Any
     states: Tensor  # (1, T, D)
     gradient: Tensor  # (T, D)
     plan: LabelEnumeration
+    mechanism: Any
     forwards: int = 0
 
     def solve(self) -> Tensor:
-        self.left, self.factor = self.gradient.clone(), 0.0
-        labels = torch.full((len(self.left),), -1)
+        length = len(self.gradient)
+        self.explained, self.factor = torch.zeros_like(self.gradient), 1 / max(length - 1, 1)
+        labels = torch.full((length,), -1)
         floor = self.plan.silent * self.gradient.norm(dim=1).max()
-        for position in range(len(self.left) - 2, -1, -1):  # the last row predicts nothing
-            if self.left[position].norm() > floor:
-                labels[position] = self._solve(position)
+        for position in range(length - 2, -1, -1):  # the last row predicts nothing
+            left = self.gradient[position] - self._sent(self.explained[position:])[0]
+            if left.norm() > floor:
+                labels[position] = self._solve(position, left)
         return labels
 
-    def _solve(self, position: int) -> int:
-        """Find the label of one row and subtract what it explains of this row and the earlier ones."""
-        upto, seen = self.states[:, : position + 1], self.left[position]
-        tokens = self._shortlist(upto, seen)
+    def _sent(self, rows: Tensor) -> Tensor:  # (..., T', D)
+        """What would be sent for a sum of losses, as far as the defense is known."""
+        made = self.factor * rows
+        return made if self.mechanism is None else self.mechanism.expected(made)
+
+    def _solve(self, position: int, left: Tensor) -> int:
+        """Find the label of one row and add what it explains of this row and the earlier ones."""
+        upto = self.states[:, : position + 1]
+        tokens, prior = self._shortlist(upto, left)
         each = token_gradients(self.tail, upto, tokens)  # (K, t, D)
         self.forwards += len(tokens)
-        best = int(cosine_similarity(each[:, -1], seen[None]).argmax())
-        own = each[best, -1]
-        # The loss is a mean over as many labels as there are, and a defense may have scaled it:
-        # the row found first says by how much.
-        self.factor = self.factor or float(seen @ own / own.square().sum())
-        self.left[: position + 1] -= self.factor * each[best]
+        seen, guesses = left, each[:, -1:]  # (K, 1, D)
+        if self.mechanism is not None:
+            seen, guesses = (
+                self.gradient[position],
+                self.factor * (self.explained[position] + guesses),
+            )
+        best = int(likeliest(seen[None], guesses, self.mechanism, prior).argmax())
+        self.explained[: position + 1] += each[best]
+        solved = self._sent(self.explained[position:])
+        self.factor *= float((self.gradient[position:] * solved).sum() / solved.square().sum())
         return int(tokens[best])
 
-    def _shortlist(self, upto: Tensor, seen: Tensor) -> Tensor:
-        """The tokens whose logits fall most when the state moves along the gradient that was seen."""
+    def _shortlist(self, upto: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens whose logits fall most when the state moves along what is left, and their log-probabilities."""
         step = torch.zeros_like(upto)
         step[0, -1] = seen * (1e-2 * upto[0, -1].norm() / seen.norm())
         with torch.no_grad():
             ahead, behind = self.tail(upto + step)[0, -1], self.tail(upto - step)[0, -1]
         self.forwards += 2
         slope = ahead - behind  # (V,), of d logits
-        return slope.topk(min(self.plan.candidates, len(slope)), largest=False).indices
+        tokens = slope.topk(min(self.plan.candidates, len(slope)), largest=False).indices
+        return tokens, ((ahead + behind) / 2).log_softmax(-1)[tokens]

@@ -22,7 +22,8 @@ class BatchLabelReconstruction:
     Zou et al., "Defending Batch-Level Label Inference and Replacement Attacks in Vertical Federated Learning",
     IEEE Trans. Big Data 2022, arXiv 2112.05409. Differs from the paper: each example is matched by itself, as its
     gradient crosses by itself, and the gradient, which is linear in softmax(ŷ), is assembled from one gradient
-    per class instead of being differentiated again in every iteration. The attacker's tail is in eval mode.
+    per class instead of being differentiated again in every iteration. The attacker's tail is in eval mode. What a known
+    defense of gradients does on purpose is done to the dummy's gradient too.
 
     Attributes:
         iterations: Steps of Adam.
@@ -40,6 +41,7 @@ class BatchLabelReconstruction:
         tail: Any,
         partition: object,
         task_kind: str,
+        gradient_mechanism: Any = None,
         progress: Progress = lambda *_: None,
     ) -> Guess:
         """Return labels (N,)."""
@@ -52,20 +54,23 @@ class BatchLabelReconstruction:
         labels, spent = [], 0
         for n, (states, gradient) in enumerate(each_example(returned, hidden_grad, lengths)):
             each, _ = class_gradients(tail, states)
-            labels.append(self._match(each.flatten(1), gradient.flatten()).argmax())
+            labels.append(self._match(each, gradient, gradient_mechanism).argmax())
             spent += len(each)
             progress(n + 1, len(lengths))
         budget = {"forwards": spent, "iterations": self.iterations * len(labels)}
         return Guess(labels=torch.stack(labels), budget=budget)
 
-    def _match(self, each: Tensor, target: Tensor) -> Tensor:  # (C, T·D), (T·D,)
+    def _match(self, each: Tensor, target: Tensor, mechanism: Any) -> Tensor:  # (C, T, D), (T, D)
         """Return the dummy labels (C,) after the last iteration."""
         dummy = torch.zeros(len(each), requires_grad=True)
         optimizer = torch.optim.Adam([dummy], lr=self.learning_rate)
         scale = target.square().sum().clamp_min(1e-30)  # Adam hardly sees it; its epsilon does
         for _ in range(self.iterations):
             optimizer.zero_grad()
-            loss = (dummy.softmax(0) @ each - target).square().sum() / scale
+            made = torch.tensordot(dummy.softmax(0), each, 1)
+            if mechanism is not None:
+                made = mechanism.expected(made)
+            loss = (made - target).square().sum() / scale
             loss.backward()
             optimizer.step()
         return dummy.detach()

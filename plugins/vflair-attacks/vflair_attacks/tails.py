@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy
 
 from vflair_core import AttackError
 
@@ -51,6 +51,18 @@ def class_gradients(tail: Any, states: Tensor, mask: Tensor | None = None) -> tu
     loss = cross_entropy(tail(copies, attention_mask=wide), torch.arange(classes), reduction="sum")
     (gradients,) = torch.autograd.grad(loss, copies)
     return gradients, scores.log_softmax(-1)
+
+
+def likeliest(observed: Tensor, guesses: Tensor, mechanism: Any, prior: Tensor) -> Tensor:
+    """Score the gradients (K, T, D) that K guesses would give against the one that was sent, (T, D): (K,).
+
+    Who does not know the defense of gradients compares directions; who does takes the likelihood through it and, where that is
+    in nats, adds the guesses' `prior` log-probabilities (K,).
+    """
+    if mechanism is None:
+        return cosine_similarity(guesses.flatten(1), observed.flatten()[None])
+    explained = mechanism.log_likelihood(observed[None], guesses).sum(-1)  # (K,)
+    return explained + prior if mechanism.in_nats else explained
 
 
 def token_gradients(tail: Any, states: Tensor, tokens: Tensor) -> Tensor:

@@ -14,7 +14,14 @@ from torch import Tensor
 from vflair_core import Defense, DefenseError, Guarantee
 from vflair_core.defense import Exchange, Mechanism
 from vflair_defenses.accounting import gaussian_epsilon, gaussian_sigma
-from vflair_defenses.rows import clip_examples, clip_rows, is_off, noise_like, public_rows
+from vflair_defenses.rows import (
+    clip_examples,
+    clip_guesses,
+    clip_rows,
+    is_off,
+    noise_like,
+    public_rows,
+)
 
 if TYPE_CHECKING:
     from vflair_core.data_party import DataParty
@@ -92,6 +99,12 @@ class GaussianNoise(Defense):
             return None
         return GaussianMechanism(self._bound, self.ratio * self._bound)
 
+    def gradient_mechanism(self) -> Mechanism | None:
+        """Clip of an example and noise scale."""
+        if not self.gradient_multiplier:
+            return None
+        return GaussianGradient(self.gradient_clip, self.gradient_multiplier * self.gradient_clip)
+
     def state(self) -> dict[str, Tensor]:
         return {"bound": torch.tensor(self._bound, dtype=torch.float64)}
 
@@ -149,6 +162,25 @@ class GaussianMechanism(Mechanism):
         residual = (observed - self.expected(hidden)).square().sum(-1)
         smallest = 1e-6 * self.bound  # clipping alone still leaves rounding
         return -residual / (2 * max(self.sigma, smallest) ** 2)
+
+    def sample(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(hidden.shape, generator=generator).to(hidden.device)
+        return self.expected(hidden) + self.sigma * noise
+
+
+@attrs.frozen
+class GaussianGradient(Mechanism):
+    """What an adaptive attacker knows of the gradient: the clip of an example and the noise scale."""
+
+    bound: float
+    sigma: float
+    in_nats = True
+
+    def expected(self, hidden: Tensor) -> Tensor:  # (..., T, D)
+        return clip_guesses(hidden, self.bound)
+
+    def log_likelihood(self, observed: Tensor, hidden: Tensor) -> Tensor:
+        return -(observed - self.expected(hidden)).square().sum(-1) / (2 * self.sigma**2)
 
     def sample(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
         noise = torch.randn(hidden.shape, generator=generator).to(hidden.device)

@@ -12,7 +12,7 @@ from attrs import define, field, validators
 from torch import Tensor
 
 from vflair_core import Defense, DefenseError, Guarantee
-from vflair_core.defense import Exchange
+from vflair_core.defense import Exchange, Mechanism
 from vflair_defenses.rows import classes_of
 
 if TYPE_CHECKING:
@@ -67,6 +67,10 @@ class LabelRandomisedResponse(Defense):
         kept = torch.rand(labels.shape, generator=generator) < keep
         shift = torch.randint(1, max(self._classes, 2), labels.shape, generator=generator)
         return torch.where(kept, labels, (labels + shift) % self._classes)
+
+    def gradient_mechanism(self) -> Mechanism:
+        """The gradient is that of the answer, and the answer the likeliest label: there is no more to know."""
+        return Mechanism()
 
     def state(self) -> dict[str, Tensor]:
         """The number of classes. The answers are randomness, which nobody is told."""

@@ -16,6 +16,7 @@ from vflair_core.defense import Exchange, Mechanism
 from vflair_defenses.gaussian_noise import gradient_cover
 from vflair_defenses.rows import (
     clip_examples,
+    clip_guesses,
     clip_rows,
     drawing,
     is_off,
@@ -88,6 +89,12 @@ class LaplaceNoise(Defense):
             return None
         return LaplaceMechanism(self._bound, 2 * self._bound / self.epsilon)
 
+    def gradient_mechanism(self) -> Mechanism | None:
+        """Clip of an example and noise scale."""
+        if not self.gradient_epsilon:
+            return None
+        return LaplaceGradient(self.gradient_clip, 2 * self.gradient_clip / self.gradient_epsilon)
+
     def state(self) -> dict[str, Tensor]:
         return {"bound": torch.tensor(self._bound, dtype=torch.float64)}
 
@@ -142,3 +149,21 @@ class LaplaceMechanism(Mechanism):
     def log_likelihood(self, observed: Tensor, hidden: Tensor) -> Tensor:
         residual = (observed - self.expected(hidden)).abs().sum(-1)
         return -residual / max(self.scale, 1e-6 * self.bound)
+
+
+@attrs.frozen
+class LaplaceGradient(Mechanism):
+    """What an adaptive attacker knows of the gradient: the clip of an example and the noise scale."""
+
+    bound: float
+    scale: float
+    in_nats = True
+
+    def expected(self, hidden: Tensor) -> Tensor:  # (..., T, D)
+        return clip_guesses(hidden, self.bound, order=1)
+
+    def sample(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        return self.expected(hidden) + self.scale * laplace_like(hidden, drawing(generator))
+
+    def log_likelihood(self, observed: Tensor, hidden: Tensor) -> Tensor:
+        return -(observed - self.expected(hidden)).abs().sum(-1) / self.scale

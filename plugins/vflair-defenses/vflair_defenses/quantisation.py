@@ -47,6 +47,9 @@ class Quantisation(Defense):
     def mechanism(self) -> Mechanism:
         return RoundingMechanism(self.bits)
 
+    def gradient_mechanism(self) -> Mechanism | None:
+        return RoundingMechanism(self.bits) if self.gradients else None
+
 
 @attrs.frozen
 class RoundingMechanism(Mechanism):

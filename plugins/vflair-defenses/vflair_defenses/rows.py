@@ -74,6 +74,11 @@ def clip_examples(tensor: Tensor, bound: float, exchange: Exchange, order: float
     return clipped.transpose(0, 1) if exchange.axes == "TBD" else clipped
 
 
+def clip_guesses(gradients: Tensor, bound: float, order: float = 2) -> Tensor:
+    """Scale the gradient that each guess about an example would give, (..., T, D), down to norm `bound`."""
+    return clip_rows(gradients.flatten(-2), bound, order).view(gradients.shape)
+
+
 def examples_first(tensor: Tensor, exchange: Exchange) -> Tensor:
     """Return the tensor with the batch as its first dimension.
 

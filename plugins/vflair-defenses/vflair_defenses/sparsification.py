@@ -52,6 +52,9 @@ class Sparsification(Defense):
     def mechanism(self) -> Mechanism:
         return SparseMechanism(self)
 
+    def gradient_mechanism(self) -> Mechanism | None:
+        return SparseMechanism(self) if self.gradients else None
+
 
 @attrs.frozen
 class SparseMechanism(Mechanism):

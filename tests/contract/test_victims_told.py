@@ -71,7 +71,7 @@ def test_labels_that_were_told_are_not_graded(pm):
 
 
 def test_shared_updates_give_the_text_and_the_result_says_that_they_were_assumed(pm):
-    attacks = [{"name": "dager", "knowledge": "K3"}]
+    attacks = [{"name": "dager", "knowledge": ["K3", "updates"]}]
     result = run(
         told("words", attacks=attacks, share_updates=True, isolation="process"), plugins=pm
     )
@@ -83,7 +83,7 @@ def test_shared_updates_give_the_text_and_the_result_says_that_they_were_assumed
 
 
 def test_members_are_told_from_texts_that_were_never_used(pm):
-    attacks = [{"name": "membership-residual", "knowledge": ["K3", "candidates"]}]
+    attacks = [{"name": "membership-residual", "knowledge": ["K3", "candidates", "updates"]}]
     e = told("words", attacks=attacks, share_updates=True, candidates=12)
     (grade,) = grades(run(e, plugins=pm)).values()
     assert (grade["target"], grade["attack_performance"]) == ("members", 1.0)
@@ -112,7 +112,7 @@ def test_the_positive_control_of_a_label_attack_leaves_out_what_was_told(pm):
     ],
 )
 def test_what_the_experiment_does_not_make_is_missed_before_anything_runs(pm, attack, hint):
-    knowledge = ["K4", "known_labels", "candidates"]
+    knowledge = ["K4", "known_labels", "candidates", "updates"]
     with pytest.raises(ExperimentError, match=hint):
         run(told(attacks=[{"name": attack, "knowledge": knowledge}]), plugins=pm)
 

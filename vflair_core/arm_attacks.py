@@ -58,6 +58,7 @@ def attack_arm(
         auxiliary=auxiliary_of(setting.task, e.victims, e.seed),
         queries=queries,
         updates={"main": main.updates} | ({"bypassed": bypassed.updates} if bypassed else {}),
+        update_batch=e.victims.update_batch,
     )
     told: dict[str, Any] = {
         "known": e.victims.known,
@@ -69,6 +70,7 @@ def attack_arm(
         truth_of(party, again, bypassed.rows, length, **told) if bypassed else None,
         setting.prior,
         e.victims.development,
+        e.victims.update_batch,
     )
     with _store(name, setting) as store:
         save_evidence(store, evidence, FILES if setting.keep else needed(setting.launches))

@@ -82,6 +82,35 @@ def test_shared_updates_give_the_text_and_the_result_says_that_they_were_assumed
     assert without.numbers["undefended"]["assumes_shared_updates"] is False
 
 
+def test_updates_of_batches_give_the_text_and_change_nothing_of_what_crossed_alone(pm):
+    attacks = [
+        {"name": "dager", "knowledge": ["K3", "updates"]},
+        {"name": "vocabulary-search", "knowledge": "K2"},
+    ]
+    told_of = {"attacks": attacks, "share_updates": True}
+    alone = run(told("words", **told_of), plugins=pm)
+    shared = run(told("words", **told_of, update_batch=2, isolation="process"), plugins=pm)
+    assert grades(shared)["vocabulary-search"] == grades(alone)["vocabulary-search"]
+    found = grades(shared)["dager"]
+    assert found["attack_performance"] == 1.0
+    assert found["floors"]["others"] > found["floors"]["prior"]
+    assert found["verdict"] == "ok"
+    (row,) = [row for row in shared.numbers["undefended"]["strongest"] if row["attack"] == "dager"][
+        :1
+    ]
+    assert row["knowledge"] == "K3 + updates"
+
+
+def test_the_positive_control_of_an_attack_on_batches_is_of_batches(pm):
+    """The shift moves what crosses, and the head's gradient with it: dager reads the head's own inputs all the same."""
+    attacks = [{"name": "dager", "knowledge": ["K3", "updates"]}]
+    e = told("words", attacks=attacks, share_updates=True, update_batch=2)
+    table = {**e.to_dict(), "defenses": [{"name": "shift", "options": {"by": 0.5}}]}
+    (grade,) = grades(run(experiment_from(table), plugins=pm), "defended").values()
+    assert (grade["attack_performance"], grade["positive_control"]) == (1.0, 1.0)
+    assert grade["reference"] == 1.0
+
+
 def test_members_are_told_from_texts_that_were_never_used(pm):
     attacks = [{"name": "membership-residual", "knowledge": ["K3", "candidates", "updates"]}]
     e = told("words", attacks=attacks, share_updates=True, candidates=12)

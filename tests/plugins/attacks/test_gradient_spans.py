@@ -131,6 +131,21 @@ def test_the_output_layers_gradient_gives_all_tokens_below_its_rank(kind):
         assert torch.equal(found[1 : len(row)], row[1:])
 
 
+@pytest.mark.parametrize("lengths", [(9, 6), (5, 9)])
+def test_the_rows_of_a_batch_are_solved_for_together(lengths):
+    """Each text's states say which rows are its own: the order within the update is not lost."""
+    rows, partition = words(*lengths, seed=5), Partition(1, 2)
+    updates, _, _, party = shared(
+        sized("llama", tie_word_embeddings=False), partition, rows, size=2
+    )
+    _, tail = halves(sized("llama", tie_word_embeddings=False), partition)
+    guess = LabelLeastSquares()(
+        updates, returned_of(party, rows), torch.tensor(lengths), partition, "causal-lm", tail
+    )
+    for found, row in zip(guess.tokens, rows, strict=True):
+        assert torch.equal(found[1 : len(row)], row[1:])
+
+
 def returned_of(party, rows):
     from vflair_core import Transcript
     from vflair_core.attack import Observables

@@ -111,6 +111,17 @@ def test_the_positive_control_of_an_attack_on_batches_is_of_batches(pm):
     assert grade["reference"] == 1.0
 
 
+@pytest.mark.slow
+def test_gradient_matching_runs_the_whole_model_in_the_worker_and_beats_its_floor(pm):
+    attacks = [
+        {"name": "dlg-updates", "knowledge": ["K3", "updates"], "options": {"iterations": 150}}
+    ]
+    e = told("words", attacks=attacks, share_updates=True, count=4, isolation="process")
+    (grade,) = grades(run(e, plugins=pm)).values()
+    assert grade["attack_performance"] > grade["floor"] + 0.1
+    assert grade["verdict"] == "ok"
+
+
 def test_members_are_told_from_texts_that_were_never_used(pm):
     attacks = [{"name": "membership-residual", "knowledge": ["K3", "candidates", "updates"]}]
     e = told("words", attacks=attacks, share_updates=True, candidates=12)

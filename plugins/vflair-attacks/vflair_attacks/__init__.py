@@ -24,6 +24,7 @@
 | label-completion | label_completion.py | forward states, known labels of two classes |
 | zero-rows | zero_rows.py | a gradient |
 | dlg, tag, lamp | gradient_matching.py | the gradient of hidden states (HBT training), a tail |
+| dlg-updates, tag-updates, lamp-updates | update_matching.py, update_search.py | shared updates, a head and in HBT a tail |
 | dager | dager.py | shared updates, a causal head |
 | membership-residual | membership.py | shared updates, a head, candidate texts |
 | attribute-probe | attributes.py | smashed data, a head, labelled texts |
@@ -60,6 +61,9 @@ def vflair_attacks() -> dict[str, str]:
         "dlg": "vflair_attacks.gradient_matching:DeepLeakage",
         "tag": "vflair_attacks.gradient_matching:Tag",
         "lamp": "vflair_attacks.gradient_matching:Lamp",
+        "dlg-updates": "vflair_attacks.update_matching:DeepLeakageOfUpdates",
+        "tag-updates": "vflair_attacks.update_matching:TagOfUpdates",
+        "lamp-updates": "vflair_attacks.update_matching:LampOfUpdates",
         "dager": "vflair_attacks.dager:Dager",
         "membership-residual": "vflair_attacks.membership:MembershipResidual",
         "attribute-probe": "vflair_attacks.attributes:AttributeProbe",

@@ -88,7 +88,9 @@ class Grade:
     adaptive: bool = False  # it knows the defense, or learned from what came through it
     development: float | None = None  # performance on the victims that only choose among attacks
     recovered: list[str] = field(factory=list)  # the guesses as text; not among the numbers
-    hits: list[tuple[int, int]] = field(factory=list)  # by victim; not among the numbers
+    hits: list[tuple[int, int]] = field(
+        factory=list
+    )  # by victim or shared update; not among the numbers
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for a result file, without what is kept of each victim."""
@@ -104,7 +106,7 @@ def grade_tokens(
         AttackError: The guess has not one row per victim, or ids that no tokenizer made.
     """
     tokens = checked_tokens(guess, truth)
-    hits = token_hits(tokens, truth)
+    hits = together(token_hits(tokens, truth), truth.update_batch)
     floors = _floors(tokens, truth, prior)
     details = _token_details(tokens, truth, decode)
     if truth.originals:
@@ -115,7 +117,7 @@ def grade_tokens(
         knowledge,
         "tokens",
         pooled(hits),
-        interval(together(hits, truth.update_batch)),
+        interval(hits),
         max(floors.values()),
         floors,
         details,

@@ -175,7 +175,8 @@ def _grade(
     knowledge: str,
     size: int = 1,
 ) -> Grade:
+    drawn = together(hits, size)
     return Grade(
-        name, knowledge, target, pooled(hits), interval(together(hits, size)), max(floors.values()), floors, details,
-        negative_control=floors["mismatched"], budget=dict(guess.budget or {}), hits=list(hits),
+        name, knowledge, target, pooled(drawn), interval(drawn), max(floors.values()), floors, details,
+        negative_control=floors["mismatched"], budget=dict(guess.budget or {}), hits=drawn,
     )  # fmt: skip

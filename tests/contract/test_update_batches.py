@@ -76,6 +76,7 @@ def test_the_order_within_an_update_does_not_count_and_the_order_of_updates_does
     whole = grade_tokens(
         Guess(tokens=swapped), there, None, lambda _: "", name="a", knowledge="K3+updates"
     )
+    assert whole.hits == [(10, 10), (11, 11)]
     assert (whole.attack_performance, whole.details["exact_sequences"]) == (1.0, 1.0)
     assert whole.floors["mismatched"] == whole.floors["others"]
     assert performance(Guess(tokens=exchanged), there, range(4)) < 0.3

@@ -8,6 +8,7 @@ import pytest
 
 import vflair_attacks
 from vflair_core import plugin_manager, run
+from vflair_core.arm_attacks import attack_again
 from vflair_core.config import experiment_from
 from vflair_core.errors import AttackError, ExperimentError
 
@@ -82,14 +83,15 @@ def test_shared_updates_give_the_text_and_the_result_says_that_they_were_assumed
     assert without.numbers["undefended"]["assumes_shared_updates"] is False
 
 
-def test_updates_of_batches_give_the_text_and_change_nothing_of_what_crossed_alone(pm):
+def test_updates_of_batches_give_the_text_and_change_nothing_of_what_crossed_alone(pm, tmp_path):
     attacks = [
         {"name": "dager", "knowledge": ["K3", "updates"]},
         {"name": "vocabulary-search", "knowledge": "K2"},
     ]
     told_of = {"attacks": attacks, "share_updates": True}
     alone = run(told("words", **told_of), plugins=pm)
-    shared = run(told("words", **told_of, update_batch=2, isolation="process"), plugins=pm)
+    e = told("words", **told_of, update_batch=2, isolation="process")
+    shared = run(e, plugins=pm, out=tmp_path, keep_evidence=True)
     assert grades(shared)["vocabulary-search"] == grades(alone)["vocabulary-search"]
     found = grades(shared)["dager"]
     assert found["attack_performance"] == 1.0
@@ -99,6 +101,9 @@ def test_updates_of_batches_give_the_text_and_change_nothing_of_what_crossed_alo
         :1
     ]
     assert row["knowledge"] == "K3 + updates"
+    again = attack_again(tmp_path, e.attacks[:1], plugins=pm, isolation="inline")
+    assert again["undefended"][0].attack_performance == 1.0
+    assert again["undefended"][0].floors == found["floors"]
 
 
 def test_the_positive_control_of_an_attack_on_batches_is_of_batches(pm):

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import copy
 import itertools
+import types
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vflair_core import Example, Guess, Partition, split
+from vflair_core import AttackError, Example, Guess, Partition, Task, split
 from vflair_core.answer_key import AnswerKey
 from vflair_core.config import experiment_from
 from vflair_core.errors import ExperimentError
 from vflair_core.grading import Truth, checked_tokens, grade_tokens
 from vflair_core.grouping import best_assignment, matched, together
+from vflair_core.halves import Head
 from vflair_core.judging import grade, performance
 from vflair_core.measures import interval
+from vflair_core.reading import Reading
+from vflair_core.releases import releases_per_example
 from vflair_core.testing import numbers_as_texts, tiny_model, tiny_tokenizer
 from vflair_core.training import FineTuning, Train
 from vflair_core.victims import record_updates, record_victims
@@ -199,6 +203,26 @@ def test_an_update_is_the_unsplit_models_gradient_of_the_padded_batch():
         assert set(update) == {name for name, _ in party.model.named_parameters()}
         for name, gradient in update.items():
             torch.testing.assert_close(gradient, weights[name].grad)
+
+
+def test_a_model_that_asks_twice_cannot_be_run_as_one_chain():
+    party = types.SimpleNamespace(stages=("encoder", "decoder"), model="T5")
+    nothing = torch.zeros(1, 1, 4)
+    with pytest.raises(AttackError, match="asks the model party 2 times in a forward"):
+        Head(party).returned(None, inputs_embeds=nothing, attention_mask=nothing[..., 0])
+
+
+def test_a_guarantee_counts_the_round_in_which_a_batch_crosses():
+    task = Task("t", "causal-lm", train=[Example("a")] * 8, test=[Example("b")] * 2, public=["c"])
+    victims = {"share_updates": True, "count": 8, "max_length": 16}
+    found = [
+        releases_per_example(
+            experiment_from({**SHORTEST, "train": {"steps": 0, "max_length": 16}, "victims": {**victims, **more}}),
+            task, Reading(kind="causal-lm"), evaluations=0,
+        )
+        for more in ({}, {"update_batch": 4})
+    ]  # fmt: skip
+    assert [(each.rows, each.gradients) for each in found] == [(16, 1), (32, 2)]
 
 
 SHORTEST = {"task": {"name": "words"}, "model": {"name": "m"}}

@@ -24,6 +24,7 @@ class AnswerKey:
         control: What really was there then; None in an arm without defenses.
         prior: (T,) the best guess of someone who knows the public text and saw no message.
         development: Last victims, which choose among attacks and are not reported.
+        update_batch: Victims that share an update.
     """
 
     truth: Truth
@@ -31,6 +32,7 @@ class AnswerKey:
     control: Truth | None = None
     prior: Tensor | None = None
     development: int = 0
+    update_batch: int = 1
 
     @property
     def reported(self) -> range:
@@ -42,6 +44,15 @@ class AnswerKey:
         """Victims that only choose among attacks."""
         return range(len(self.reported), len(self.truth.tokens))
 
+    def for_updates(self) -> AnswerKey:
+        """The same, for guesses made from updates: of victims that share one the guesses are in no order."""
+        truth, control = self.truth, self.control
+        return attrs.evolve(
+            self,
+            truth=attrs.evolve(truth, update_batch=self.update_batch),
+            control=control and attrs.evolve(control, update_batch=self.update_batch),
+        )
+
     def save(self, path: Path) -> None:
         """Write all of it as JSON: private text, in clear."""
         plain = {
@@ -50,6 +61,7 @@ class AnswerKey:
             "control": None if self.control is None else _plain(self.control),
             "prior": None if self.prior is None else self.prior.tolist(),
             "development": self.development,
+            "update_batch": self.update_batch,
         }
         path.write_text(json.dumps(plain))
 
@@ -63,6 +75,7 @@ class AnswerKey:
             None if plain["control"] is None else _truth(plain["control"]),
             None if plain["prior"] is None else torch.tensor(plain["prior"]),
             plain["development"],
+            plain["update_batch"],
         )
 
 
@@ -94,5 +107,10 @@ def _truth(plain: dict[str, Any]) -> Truth:
     }
     secrets = [tuple(each) for each in plain["secrets"]]
     return Truth(
-        **rows, **whole, texts=plain["texts"], secrets=secrets, known=frozenset(plain["known"])
+        **rows,
+        **whole,
+        texts=plain["texts"],
+        secrets=secrets,
+        known=frozenset(plain["known"]),
+        update_batch=plain["update_batch"],
     )

@@ -75,6 +75,7 @@ def attack_arm(
         queries=queries,
         updates={"main": main.updates} | ({"bypassed": bypassed.updates} if bypassed else {}),
         adversary=adversary,
+        update_batch=e.victims.update_batch,
     )
     told: dict[str, Any] = {
         "known": e.victims.known,
@@ -86,6 +87,7 @@ def attack_arm(
         truth_of(party, again, bypassed.rows, length, **told) if bypassed else None,
         setting.prior,
         e.victims.development,
+        e.victims.update_batch,
     )
     with _store(name, setting) as store:
         save_evidence(store, evidence, FILES if setting.keep else needed(launches))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vflair_core.channel import Record
 from vflair_core.errors import AttackError, did_you_mean
-from vflair_core.knowledge import VOCABULARY, granted
+from vflair_core.knowledge import PRESETS, VOCABULARY, granted
 
 Attack = Callable[..., "Guess"]
 GUESSED = ("tokens", "labels", "scores", "answers", "members")
@@ -145,9 +145,13 @@ def check(
             )
     missing = [name for name in needed if name not in allowed]
     if missing:
+        by_name = [name for name in missing if name in vocabulary and name not in PRESETS["K4"]]
+        hint = "Raise the attacker's knowledge"
+        if by_name:
+            hint += f" (no preset holds {', '.join(by_name)}: name it, as in {['K4', *by_name]})"
         raise AttackError(
             f"{_name(attack)} needs {', '.join(missing)}, which it is not granted. Granted: "
-            f"{', '.join(sorted(allowed))}. Raise the attacker's knowledge or choose another attack."
+            f"{', '.join(sorted(allowed))}. {hint} or choose another attack."
         )
 
 

@@ -59,16 +59,17 @@ def attack_and_grade(
     for launch in launches:
         launch.check()
     facts = read_facts(store)
+    keys = [key.for_updates() if "updates" in _asked(launch) else key for launch in launches]
     with tempfile.TemporaryDirectory(prefix="vflair-") as name:
         folder = Path(name)
         furnish(folder, store, launches, threads or torch.get_num_threads())
 
         def told(label: str, done: int, total: int) -> None:
-            progress(label + _recovered(folder, key), done, total)
+            progress(label + _recovered(folder, keys), done, total)
 
         _run(folder, isolation, told)
         return [
-            _graded(folder, number, launch, facts, key, decode, references[number] if references else None)
+            _graded(folder, number, launch, facts, keys[number], decode, references[number] if references else None)
             for number, launch in enumerate(launches)
         ]  # fmt: skip
 
@@ -103,12 +104,13 @@ def _graded(
     return judge(found, reference, bypassed)
 
 
-def _recovered(folder: Path, key: AnswerKey) -> str:
+def _recovered(folder: Path, keys: Sequence[AnswerKey]) -> str:
     """How much of the truth a guess in the making has, for who watches; the worker is not told."""
     left = take_so_far(folder)
     if left is None:
         return ""
-    _, which, tokens = left
+    number, which, tokens = left
+    key = keys[number]
     truth = key.truth if which == "main" or key.control is None else key.control
     if len(tokens) != len(truth.tokens):
         return ""
@@ -117,13 +119,17 @@ def _recovered(folder: Path, key: AnswerKey) -> str:
 
 def _is_adaptive(launch: Launch, facts: Mapping[str, Any]) -> bool:
     """Whether the attack can take the defense into account: told of its mechanism, or of what comes through it."""
-    asked = {name for kind in wants(launch.attack) for name in kind} & launch.granted
     specs, used = facts["defenses"], {"queries"}
     if has_mechanism(specs, "mechanism"):
         used |= {"mechanism", "parameters"}
     if has_mechanism(specs, "gradient_mechanism"):
         used.add("gradient_mechanism")
-    return bool(specs) and bool(asked & used)
+    return bool(specs) and bool(_asked(launch) & used)
+
+
+def _asked(launch: Launch) -> set[str]:
+    """What the attack asks for and is granted."""
+    return {name for kind in wants(launch.attack) for name in kind} & launch.granted
 
 
 def _accuracy_of(guess: Any, key: AnswerKey) -> float:

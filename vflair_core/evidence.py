@@ -71,6 +71,7 @@ class Evidence:
     queries: Mapping[str, Transcript] = field(factory=dict)
     updates: Mapping[str, list[dict[str, Tensor]]] = field(factory=dict)
     adversary: Mapping[str, Tensor] | None = None  # what the active one kept, if there was one
+    update_batch: int = 1
 
 
 def needed(launches: Sequence[Launch]) -> set[str]:
@@ -115,6 +116,7 @@ def save_evidence(
     facts = {
         "releases": dict.fromkeys(evidence.victims, evidence.releases),
         "victims": dict(evidence.victims),
+        "update_batch": evidence.update_batch,
         "partition": attrs.asdict(party.partition),
         "task_kind": evidence.task_kind,
         "model_class": type(model).__mro__[1].__name__,
@@ -166,7 +168,7 @@ def furnish(folder: Path, store: Path, launches: Sequence[Launch], threads: int)
         elif source.exists():
             _link(source, folder / file)
     tells = bool(asked & set(DEFENSE))
-    same = ("releases", "victims", "partition", "task_kind", "model_class")
+    same = ("releases", "victims", "update_batch", "partition", "task_kind", "model_class")
     passes = list(facts["victims"])
     job = {
         "attacks": [_describe(n, launch, passes) for n, launch in enumerate(launches)],

@@ -100,7 +100,8 @@ class Victims:
         known: First victims whose labels the attacker is told, for attacks that ask for `known_labels`; labels are graded on the others.
         development: Last victims, on which the strongest attack is chosen; grades are of the others.
         candidates: Texts offered to attacks on membership, one half victims, the other never used.
-        share_updates: The attacker also sees the gradients of the data party's weights for each victim, as an aggregator of several data parties would; an assumption that the result states.
+        share_updates: The attacker also sees the gradients of the data party's weights, as an aggregator of several data parties would; an assumption that the result states.
+        update_batch: Victims that share one of these updates: the gradient of a batch, as a party that trains on batches sends it.
     """
 
     count: int = field(default=16, validator=validators.ge(2))
@@ -114,6 +115,7 @@ class Victims:
     development: int = field(default=0, validator=validators.ge(0))
     candidates: int = field(default=0, validator=validators.ge(0))
     share_updates: bool = False
+    update_batch: int = field(default=1, validator=validators.ge(1))
 
     def __attrs_post_init__(self) -> None:
         if self.share_updates and self.phase != "train":
@@ -125,10 +127,33 @@ class Victims:
                 f"victims.known = {self.known} and victims.development = {self.development} of victims.count = "
                 f"{self.count}: at least two victims must be left to grade."
             )
+        self._check_batches()
         if self.candidates % 2 or self.candidates > 2 * self.count:
             raise ExperimentError(
                 f"victims.candidates is {self.candidates}: give an even number up to {2 * self.count}, twice "
                 "victims.count, since half of them are victims."
+            )
+
+    def _check_batches(self) -> None:
+        size = self.update_batch
+        if size == 1:
+            return
+        if not self.share_updates:
+            raise ExperimentError(
+                f"victims.update_batch = {size} says how many victims share an update, and no updates are shared. Set "
+                "victims.share_updates = true, or leave it out."
+            )
+        odd = [n for n in ("count", "known", "development", "bypass") if getattr(self, n) % size]
+        if odd:
+            given = ", ".join(f"victims.{name} = {getattr(self, name)}" for name in odd)
+            raise ExperimentError(
+                f"{given}, but victims.update_batch = {size} victims share an update, and an update is attacked and "
+                f"graded as a whole. Give multiples of {size}."
+            )
+        if self.count - self.known - self.development < 2 * size:
+            raise ExperimentError(
+                f"victims.count = {self.count} leaves fewer than two updates of victims.update_batch = {size} to "
+                "grade: the floor holds each update against the others. Give more victims."
             )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vflair_core.attack import Guess
 from vflair_core.errors import AttackError
+from vflair_core.grouping import matched, together
 from vflair_core.measures import bag, common, interval, mean_over_shifts, pooled, rouge_l
 
 
@@ -30,6 +31,8 @@ class Truth:
         members: For each membership candidate (M,) the victim it is, or -1.
         originals: The private tokens that would have been sent if no defense had changed the text, N times (K,);
             none if what was sent is what there was.
+        update_batch: How many victims share an update, where a guess was made from updates: within those its rows
+            are in no order. 1 where each row is one victim's.
     """
 
     tokens: list[Tensor]  # N times (T,)
@@ -41,6 +44,7 @@ class Truth:
     known: frozenset[int] = frozenset()
     members: Tensor | None = None
     originals: list[Tensor] = field(factory=list)  # N times (K,)
+    update_batch: int = 1
 
     def of(self, rows: Sequence[int]) -> Truth:
         """The truth about some victims, in the order of `rows`; candidates stay as they are."""
@@ -54,6 +58,7 @@ class Truth:
             frozenset(at for at, n in enumerate(rows) if n in self.known),
             self.members,
             [self.originals[n] for n in rows] if self.originals else [],
+            self.update_batch,
         )
 
 
@@ -83,7 +88,9 @@ class Grade:
     adaptive: bool = False  # it knows the defense, or learned from what came through it
     development: float | None = None  # performance on the victims that only choose among attacks
     recovered: list[str] = field(factory=list)  # the guesses as text; not among the numbers
-    hits: list[tuple[int, int]] = field(factory=list)  # by victim; not among the numbers
+    hits: list[tuple[int, int]] = field(
+        factory=list
+    )  # by victim or shared update; not among the numbers
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for a result file, without what is kept of each victim."""
@@ -99,7 +106,7 @@ def grade_tokens(
         AttackError: The guess has not one row per victim, or ids that no tokenizer made.
     """
     tokens = checked_tokens(guess, truth)
-    hits = token_hits(tokens, truth)
+    hits = together(token_hits(tokens, truth), truth.update_batch)
     floors = _floors(tokens, truth, prior)
     details = _token_details(tokens, truth, decode)
     if truth.originals:
@@ -122,7 +129,10 @@ def grade_tokens(
 
 
 def checked_tokens(guess: Guess, truth: Truth) -> list[Tensor]:
-    """Return one row of guessed ids per victim, as long as the victim, -1 where nothing was guessed."""
+    """Return one row of guessed ids per victim, as long as the victim, -1 where nothing was guessed.
+
+    Of victims that share an update each gets the row that fits it best.
+    """
     tokens = guess.tokens
     if tokens is None or len(tokens) != len(truth.tokens):
         there = "none" if tokens is None else str(len(tokens))
@@ -131,7 +141,8 @@ def checked_tokens(guess: Guess, truth: Truth) -> list[Tensor]:
     if tokens.shape[1] < longest:
         missing = tokens.new_full((len(tokens), longest - tokens.shape[1]), -1)
         tokens = torch.cat([tokens, missing], dim=1)
-    return [row[: len(t)] for row, t in zip(tokens, truth.tokens, strict=True)]
+    pairs = matched(len(tokens), truth.update_batch, lambda row, n: _fit(tokens[row], truth, n))
+    return [tokens[row][: len(truth.tokens[n])] for row, n in pairs]
 
 
 def token_hits(tokens: Sequence[Tensor], truth: Truth) -> list[tuple[int, int]]:
@@ -141,11 +152,30 @@ def token_hits(tokens: Sequence[Tensor], truth: Truth) -> list[tuple[int, int]]:
     another text's, and so are private spans: then the private tokens of the original that the guess has in their
     order (longest common subsequence).
     """
+    return [_hits_of(row, truth, n) for n, row in enumerate(tokens)]
+
+
+def _hits_of(guessed: Tensor, truth: Truth, n: int) -> tuple[int, int]:
+    """Count what a row of any length has right of one victim."""
     if truth.originals:
-        pairs = zip(tokens, truth.originals, strict=True)
-        return [_in_order(guessed, original) for guessed, original in pairs]
-    triples = zip(tokens, truth.tokens, truth.private, strict=True)
-    return [_hits(row, t, p) for row, t, p in triples]
+        return _in_order(guessed, truth.originals[n])
+    return _hits(_as_long(guessed, truth.tokens[n]), truth.tokens[n], truth.private[n])
+
+
+def _fit(guessed: Tensor, truth: Truth, n: int) -> float:
+    """How well a row fits one victim: by what is graded, and where that is equal by all tokens that were sent."""
+    sent = truth.tokens[n]
+    row = _as_long(guessed, sent)
+    right, _ = _hits_of(row, truth, n)
+    return right + int((row == sent).sum()) / (1 + sum(len(t) for t in truth.tokens))
+
+
+def _as_long(guessed: Tensor, true: Tensor) -> Tensor:
+    """The row cut or filled with -1 to the length of what was sent."""
+    row = torch.full_like(true, -1)
+    overlap = min(len(row), len(guessed))
+    row[:overlap] = guessed[:overlap]
+    return row
 
 
 def _hits(guessed: Tensor, true: Tensor, private: Tensor) -> tuple[int, int]:
@@ -171,7 +201,8 @@ def _floors(tokens: Sequence[Tensor], truth: Truth, prior: Tensor | None) -> dic
         longest = max(len(t) for t in truth.tokens)
         padded = torch.cat([prior, prior.new_full((max(longest - len(prior), 0),), -1)])
         floors["prior"] = pooled(token_hits([padded[: len(t)] for t in truth.tokens], truth))
-    if truth.originals:  # texts have words in common, in their order
+    # Texts have words in common, in their order; and the best of several orders suits any text a little.
+    if truth.originals or truth.update_batch > 1:
         floors["others"] = mismatched(truth.tokens, truth)
     return floors
 
@@ -182,22 +213,15 @@ def _constant_floor(truth: Truth) -> float:
 
 
 def mismatched(tokens: Sequence[Tensor], truth: Truth) -> float:
-    """Grade each guess against every other example: what the attack gets without the right message."""
-    count = len(tokens)
+    """Grade each guess against every other example: what the attack gets without the right message.
+
+    Of victims that share an update, against those of every other update, in the order that fits best.
+    """
+    count, size = len(tokens), truth.update_batch
     shifts = []
-    for shift in range(1, count):
-        pairs = []
-        for n in range(count):
-            at = (n + shift) % count
-            if truth.originals:
-                pairs.append(_in_order(tokens[n], truth.originals[at]))
-                continue
-            other = truth.tokens[at]
-            guessed = torch.full_like(other, -1)
-            overlap = min(len(guessed), len(tokens[n]))
-            guessed[:overlap] = tokens[n][:overlap]
-            pairs.append(_hits(guessed, other, truth.private[at]))
-        shifts.append(pairs)
+    for shift in range(1, count // size):
+        pairs = matched(count, size, lambda row, n: _hits_of(tokens[row], truth, n)[0], shift)
+        shifts.append([_hits_of(tokens[row], truth, n) for row, n in pairs])
     return mean_over_shifts(shifts)
 
 

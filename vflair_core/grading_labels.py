@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import attrs
 import torch
 from torch import Tensor
 
 from vflair_core.attack import Guess
 from vflair_core.errors import AttackError
 from vflair_core.grading import Grade, Truth
+from vflair_core.grouping import matched, together
 from vflair_core.measures import Hits, auc, auc_either, interval, mean_over_shifts, pooled
 
 
@@ -23,14 +25,13 @@ def grade_labels(guess: Guess, truth: Truth, *, name: str, knowledge: str) -> Gr
     rows = [n for n in range(len(labels)) if n not in truth.known]
     guessed, labels = guessed[rows], labels[rows]
     details: dict[str, float] = {}
-    if guess.scores is not None:
+    if guess.scores is not None and truth.update_batch == 1:  # no rows, no ranks
         details = _ranking(guess.scores[rows], labels == guess.positive)
-    rolled = mean_over_shifts(
-        [_hits(guessed, labels.roll(shift)) for shift in range(1, len(labels))]
-    )
-    largest = max(torch.bincount(labels).tolist()) / len(labels)
-    floors = {"constant": largest, "mismatched": rolled}
-    return _grade("labels", _hits(guessed, labels), floors, details, guess, name, knowledge)
+    size = truth.update_batch
+    others = [_label_hits(guessed, labels, size, shift) for shift in range(1, len(labels) // size)]
+    floors = {"constant": _constant(labels, size), "mismatched": mean_over_shifts(others)}
+    hits = _label_hits(guessed, labels, size)
+    return _grade("labels", hits, floors, details, guess, name, knowledge, size)
 
 
 def grade_answers(guess: Guess, truth: Truth, *, name: str, knowledge: str) -> Grade:
@@ -39,15 +40,12 @@ def grade_answers(guess: Guess, truth: Truth, *, name: str, knowledge: str) -> G
     Raises:
         AttackError: The guess has not one row per victim.
     """
-    hits = _answer_hits(guess, truth)
+    hits, size = _answer_hits(guess, truth), truth.update_batch
     share = pooled([(int(there.sum()), len(there)) for there in truth.answers])
     floors = {"constant": max(share, 1 - share)}
-    count, shifts = len(truth.answers), []
-    for shift in range(1, count):
-        others = [truth.answers[(n + shift) % count] for n in range(count)]
-        shifts.append(_overlap(guess.answers, others))
-    floors["mismatched"] = mean_over_shifts(shifts)
-    return _grade("answers", hits, floors, {}, guess, name, knowledge)
+    shifts = range(1, len(truth.answers) // size)
+    floors["mismatched"] = mean_over_shifts([_answer_hits(guess, truth, shift) for shift in shifts])
+    return _grade("answers", hits, floors, {}, guess, name, knowledge, size)
 
 
 def grade_members(guess: Guess, truth: Truth, *, name: str, knowledge: str) -> Grade:
@@ -74,19 +72,18 @@ def performance_apart(guess: Guess, truth: Truth, rows: Sequence[int]) -> float:
     """Performance of a guess of labels, answers or members on some victims; it has one row per chosen victim."""
     chosen = list(rows)
     if guess.answers is not None:
-        return pooled(
-            _answer_hits(guess, Truth([], [], answers=[truth.answers[n] for n in chosen]))
-        )
+        there = [truth.answers[n] for n in chosen]
+        return pooled(_answer_hits(guess, attrs.evolve(truth, answers=there)))
     if guess.members is not None:
         called, _ = _members(guess, truth, "this attack")
         assert truth.members is not None  # _members has checked it
-        there = torch.isin(truth.members, torch.tensor(chosen))
-        counted = there | (truth.members < 0)  # other victims did not cross
-        return pooled(_hits(called[counted], there[counted]))
-    some = Truth([], [], labels=None if truth.labels is None else truth.labels[chosen])
+        crossed = torch.isin(truth.members, torch.tensor(chosen))
+        counted = crossed | (truth.members < 0)  # other victims did not cross
+        return pooled(_hits(called[counted], crossed[counted]))
+    some = attrs.evolve(truth, labels=None if truth.labels is None else truth.labels[chosen])
     guessed, labels = _labels(guess, some, "this attack")
     graded = [n for n, row in enumerate(chosen) if row not in truth.known]
-    return pooled(_hits(guessed[graded], labels[graded]))
+    return pooled(_label_hits(guessed[graded], labels[graded], truth.update_batch))
 
 
 def _labels(guess: Guess, truth: Truth, name: str) -> tuple[Tensor, Tensor]:
@@ -108,25 +105,25 @@ def _members(guess: Guess, truth: Truth, name: str) -> tuple[Tensor, Tensor]:
     return guess.members > 0, truth.members >= 0
 
 
-def _answer_hits(guess: Guess, truth: Truth) -> Hits:
+def _answer_hits(guess: Guess, truth: Truth, shift: int = 0) -> Hits:
+    """Count positions that were called right, of victims `shift` updates further on."""
     if guess.answers is None or len(guess.answers) != len(truth.answers):
         there = 0 if guess.answers is None else len(guess.answers)
         raise AttackError(
             f"The attack marked answers in {there} of {len(truth.answers)} victims. Bare texts have no answers: "
             "this guess needs a task of prompts and answers."
         )
-    return _overlap(guess.answers, truth.answers)
+    rows, answers = guess.answers, truth.answers
+    size = truth.update_batch
+    pairs = matched(len(rows), size, lambda row, n: _overlap(rows[row], answers[n])[0], shift)
+    return [_overlap(rows[row], answers[n]) for row, n in pairs]
 
 
-def _overlap(guessed: Tensor | None, true: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Count positions that were called right; positions beyond the guess are called no answer."""
-    assert guessed is not None  # _answer_hits has checked it
-    counts = []
-    for row, there in zip(guessed, true, strict=True):
-        called = torch.zeros_like(there)
-        called[: len(row)] = row[: len(there)]
-        counts.append((int((called == there).sum()), len(there)))
-    return counts
+def _overlap(guessed: Tensor, there: Tensor) -> tuple[int, int]:
+    """Count positions of one victim that were called right; those beyond the guess are called no answer."""
+    called = torch.zeros_like(there)
+    called[: len(guessed)] = guessed[: len(there)]
+    return int((called == there).sum()), len(there)
 
 
 def _ranking(scores: Tensor, positive: Tensor) -> dict[str, float]:
@@ -141,6 +138,29 @@ def _ranking(scores: Tensor, positive: Tensor) -> dict[str, float]:
     }
 
 
+def _label_hits(guessed: Tensor, labels: Tensor, size: int, shift: int = 0) -> Hits:
+    """Count right labels; those of one update are in no order, so each goes to the victim whom it fits."""
+    pairs = matched(len(labels), size, lambda row, n: float(guessed[row] == labels[n]), shift)
+    return [(int(guessed[row] == labels[n]), 1) for row, n in pairs]
+
+
+def _constant(labels: Tensor, size: int) -> float:
+    """The best share that the same labels for every update get: of updates of one, that of the largest class.
+
+    With c(u) victims of a class in update u, naming it m times gets Σ_u min(c(u), m). That is concave in m, so the best
+    choice takes one label after the other, each time the one that adds most.
+    """
+    counts = torch.stack(
+        [torch.bincount(u, minlength=int(labels.max()) + 1) for u in labels.split(size)]
+    )
+    said, right = torch.zeros_like(counts[0]), 0
+    for _ in range(size):
+        gains = (counts > said).sum(0)  # (C,)
+        right += int(gains.max())
+        said[gains.argmax()] += 1
+    return right / len(labels)
+
+
 def _hits(guessed: Tensor, labels: Tensor) -> list[tuple[int, int]]:
     return [(int(hit), 1) for hit in (guessed == labels).tolist()]
 
@@ -153,8 +173,10 @@ def _grade(
     guess: Guess,
     name: str,
     knowledge: str,
+    size: int = 1,
 ) -> Grade:
+    drawn = together(hits, size)
     return Grade(
-        name, knowledge, target, pooled(hits), interval(hits), max(floors.values()), floors, details,
-        negative_control=floors["mismatched"], budget=dict(guess.budget or {}), hits=list(hits),
+        name, knowledge, target, pooled(drawn), interval(drawn), max(floors.values()), floors, details,
+        negative_control=floors["mismatched"], budget=dict(guess.budget or {}), hits=drawn,
     )  # fmt: skip

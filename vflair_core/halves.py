@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from attrs import define
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -41,6 +41,20 @@ class Head:
         }
         inputs = {key: value for key, value in given.items() if value is not None}
         return self.party.smashed(**inputs, **{"use_cache": False, **options})
+
+    def returned(self, body: nn.Module, *, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """Run the head and the model party's modules: what would come back, (B, T, D) or logits, with gradients.
+
+        Raises:
+            AttackError: The model has two stacks.
+        """
+        if len(self.party.stages) > 1:
+            raise AttackError(
+                f"{type(self.party.model).__name__} asks the model party {len(self.party.stages)} times in a forward; "
+                "it cannot be run as one chain."
+            )
+        inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        return self.party.rehearsals.returned({**inputs, "use_cache": False}, body)
 
     @property
     def embeddings(self) -> Tensor:

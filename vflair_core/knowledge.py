@@ -21,7 +21,7 @@ OBSERVABLES = {
     "lengths": "Number of positions of each example: (N,).",
     "rounds": "All records of the transcript as they are, in order.",
     "releases": "The smashed data of each repetition of the same example: (R, N, T, D).",
-    "updates": "Raw gradients of the data party's weights, one dict per example, as an aggregator of several data parties sees them; only with `victims.share_updates`.",
+    "updates": "Raw gradients of the data party's weights, one dict per update, as an aggregator of several data parties sees them. Each is of the next `len(lengths) // len(updates)` victims; only with `victims.share_updates`, and only by name.",
 }
 ALWAYS = {
     "body": "The model party's own modules, as they are: nn.Module.",
@@ -59,7 +59,8 @@ ACTIVE = {
 }
 VOCABULARY = OBSERVABLES | ALWAYS | WEIGHTS | DEFENSE | AUXILIARY | ACTIVE
 
-_K0 = frozenset(OBSERVABLES) | frozenset(ALWAYS)
+# No message of split learning holds an update, so no preset grants any.
+_K0 = frozenset(OBSERVABLES) - {"updates"} | frozenset(ALWAYS)
 _K1 = _K0 | {"embeddings", "tokenizer", "public_texts"}
 _K2 = _K1 | {"pretrained_head", "pretrained_tail", "pretrained_model", "head", "tail"}
 _K3 = _K2 | {"current_head", "current_tail"}

@@ -19,7 +19,7 @@ def pooled(hits: Hits) -> float:
     return sum(h for h, _ in hits) / max(sum(n for _, n in hits), 1)
 
 
-def mean_over_shifts(shifts: list[list[tuple[int, int]]]) -> float:
+def mean_over_shifts(shifts: Sequence[Hits]) -> float:
     """Return the rate over all pairings of guesses with other examples."""
     return pooled([pair for pairs in shifts for pair in pairs]) if shifts else 0.0
 

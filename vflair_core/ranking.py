@@ -119,6 +119,8 @@ def _against_blind(grades: Sequence[Sequence[Grade]]) -> list[dict[str, Any]]:
         for k, knowing in enumerate(grades[0]):
             if (blind.attack, blind.target) != (knowing.attack, knowing.target):
                 continue
+            if len(blind.hits) != len(knowing.hits):  # one was granted updates of several victims
+                continue
             if blind.adaptive or not knowing.adaptive:
                 continue
             pairs = [(each[b].hits, each[k].hits) for each in grades]

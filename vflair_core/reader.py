@@ -65,7 +65,11 @@ class Reader:
             rows += [attrs.evolve(row, number=number) for row in made[: 1 if first_only else None]]
         if pack_rows:
             return self._through(pack(self.tokenizer, rows, self.max_length))
-        return self._through(Encoded(collate(self.tokenizer, self.reading, rows), rows))
+        return self.together(rows)
+
+    def together(self, rows: Sequence[Row]) -> Encoded:
+        """Return a batch of rows that were read: no text defense draws for them again."""
+        return self._through(Encoded(collate(self.tokenizer, self.reading, rows), list(rows)))
 
     def prompts(self, examples: Sequence[Example]) -> Encoded:
         """Return what answers are generated from; a model of one stack wants padding on the left."""

@@ -1,15 +1,17 @@
-"""Let the victims of an arm cross: once for the attacks, some once more undefended, and public queries."""
+"""Let the victims of an arm cross: for the attacks, some once more undefended, public queries, batches."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+import attrs
 
 from vflair_core.attack import wants
 from vflair_core.channel import Transcript
 from vflair_core.setting import Setting
 from vflair_core.standins import public_examples
 from vflair_core.task import Example
-from vflair_core.victims import Crossed, record_victims
+from vflair_core.victims import Crossed, record_updates, record_victims
 
 if TYPE_CHECKING:
     from vflair_core.data_party import DataParty
@@ -18,13 +20,16 @@ if TYPE_CHECKING:
 def let_cross(
     party: DataParty, setting: Setting, *, defended: bool
 ) -> tuple[Crossed, Crossed | None, dict[str, Transcript]]:
-    """Let the victims cross, some of them once more with the defense bypassed, and public queries."""
+    """Let the victims cross, some of them once more with the defense bypassed, and public queries.
+
+    Where several victims share an update, their batches come last, so that they change nothing of what else crosses.
+    """
     v, length = setting.experiment.victims, setting.victim_length
-    gradients = v.phase == "train"
+    shares = v.share_updates and _asked(setting, "updates")
     options: dict[str, Any] = {
         "max_length": length,
-        "gradients": gradients,
-        "updates": v.share_updates and _asked(setting, "updates"),
+        "gradients": v.phase == "train",
+        "updates": shares and v.update_batch == 1,
     }
     main = record_victims(party, setting.victims, releases=v.releases, **options)
     bypassed = None
@@ -39,7 +44,18 @@ def let_cross(
                 party, publics, max_length=length, gradients=False, bypass=which == "bypassed",
                 in_prompt=False,
             ).transcript  # fmt: skip
+    if shares and v.update_batch > 1:
+        main = _with_updates(party, main, v.update_batch, length, bypass=False)
+        if bypassed is not None:
+            bypassed = _with_updates(party, bypassed, v.update_batch, length, bypass=True)
     return main, bypassed, queries
+
+
+def _with_updates(
+    party: DataParty, crossed: Crossed, size: int, length: int, *, bypass: bool
+) -> Crossed:
+    updates = record_updates(party, crossed.rows, size, max_length=length, bypass=bypass)
+    return attrs.evolve(crossed, updates=updates)
 
 
 def crossing_again(setting: Setting) -> list[Example]:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 from attrs import define, field
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from vflair_core import cache as caches
 from vflair_core.errors import PartitionError
+from vflair_core.execution import Execution
 from vflair_core.inputs import all_ones, cache_in
 from vflair_core.message import Role
 from vflair_core.program import Program
@@ -61,6 +62,19 @@ class Rehearsals:
             if cache is not None:
                 caches.advance(cache, hidden.shape[1], layers)
             return hidden
+        raise PartitionError("The model was run without reaching the model party.")
+
+    def returned(self, inputs: dict[str, Any], body: nn.Module) -> Tensor:
+        """Run the head, and then in `body` what the model party would be asked to run, with gradients through both."""
+        try:
+            with self.probing(Probe()):
+                self.party.model(**inputs)
+        except Captured as captured:
+
+            def call(name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+                return body.get_submodule(name)(*args, **kwargs)
+
+            return Execution(call, captured.tensors).run(captured.program)[0]
         raise PartitionError("The model was run without reaching the model party.")
 
     def complete(self, returned: Tensor, inputs: dict[str, Any]) -> Any:

@@ -48,7 +48,8 @@ def releases_per_example(
     once = forward.times(windows) + _answering(task, reading, length)
     crossed = {"train": backward.times(passes * windows), "test": once.times(evaluations)}
     victim = backward if e.victims.phase == "train" else forward
-    crossed[e.victims.split] += victim.times(e.victims.releases)
+    in_batches = e.victims.update_batch > 1  # where victims cross once more, to share their updates
+    crossed[e.victims.split] += victim.times(e.victims.releases + in_batches)
     found = crossed.values()
     return Releases(
         max(r.rows for r in found), max(r.messages for r in found), max(r.gradients for r in found)

@@ -23,7 +23,7 @@ from vflair_core.task import Example
 class Crossed:
     """What crossed of the victims, and the row of each as it was sent (the first time).
 
-    `updates` are the gradients of the data party's weights, by name, for each victim.
+    `updates` are the gradients of the data party's weights, by name, for each victim or each batch of victims.
     """
 
     transcript: Transcript
@@ -66,6 +66,29 @@ def record_victims(
         party.model.train(was_training)
         party.model.zero_grad(set_to_none=True)
     return Crossed(transcript, rows[: len(examples)], kept[: len(examples)])
+
+
+def record_updates(
+    party: DataParty, rows: Sequence[Row], size: int, *, max_length: int, bypass: bool = False
+) -> list[dict[str, Tensor]]:
+    """Send the victims' rows once more, `size` in a batch, and return the gradients of the data party's weights.
+
+    Each batch is a training round as in fine-tuning, padded, its loss the one that the model gives for a batch, whose
+    step is skipped. The texts are those that crossed before, as text defenses left them then; what other defenses draw
+    is drawn anew. The messages of these rounds are nobody's to attack: the same rows crossed alone.
+    """
+    reader, kept = reader_of(party, max_length), list[dict[str, Tensor]]()
+    party.defenses.bypassed, was_training = bypass, party.model.training
+    party.model.train()
+    try:
+        for first in range(0, len(rows), size):
+            batch = reader.together(rows[first : first + size]).batch
+            _send(party, batch, gradients=True, keep=kept)
+    finally:
+        party.defenses.bypassed = False
+        party.model.train(was_training)
+        party.model.zero_grad(set_to_none=True)
+    return kept
 
 
 def _send(

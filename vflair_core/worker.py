@@ -56,8 +56,9 @@ class Room:
         )
 
     def updates(self, which: str) -> list[dict[str, Tensor]]:
-        """The gradients of the data party's weights, by name, for each victim of a pass."""
-        rows: list[dict[str, Tensor]] = [{} for _ in range(self.job["victims"][which])]
+        """The gradients of the data party's weights, by name, for each victim or batch of them in a pass."""
+        count = self.job["victims"][which] // self.job["update_batch"]
+        rows: list[dict[str, Tensor]] = [{} for _ in range(count)]
         for key, value in load_file(self.folder / f"updates-{which}.safetensors").items():
             number, name = key.split(".", 1)
             rows[int(number)][name] = value

@@ -101,7 +101,7 @@ def test_the_truth_is_in_no_file_that_an_attack_can_be_given(kept, pm):
 
 def test_what_the_run_did_not_make_is_named(kept, pm):
     with pytest.raises(AttackError, match="dager needs updates, which this run did not make"):
-        attack_again(kept, [AttackSpec("dager")], plugins=pm)
+        attack_again(kept, [AttackSpec("dager", {}, ("K3", "updates"))], plugins=pm)
 
 
 def test_a_run_without_evidence_is_refused(pm, tmp_path):

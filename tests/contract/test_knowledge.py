@@ -58,6 +58,17 @@ def test_asking_for_more_than_granted_names_both():
     assert "embeddings" in str(error.value)
 
 
+def test_what_no_preset_grants_is_asked_for_by_name():
+    def attack(updates, head) -> Guess:
+        raise AssertionError
+
+    with pytest.raises(
+        AttackError, match=r"no preset holds updates: name it, as in \['K4', 'updates'\]"
+    ):
+        check(attack, granted("K4"))
+    check(attack, granted(["K2", "updates"]))
+
+
 @pytest.mark.parametrize(("name", "meant"), [("smashd", "smashed"), ("embedings", "embeddings")])
 def test_a_misspelt_knowledge_argument_is_caught_with_a_suggestion(name, meant):
     namespace = {}

@@ -77,6 +77,18 @@ def test_what_no_preset_grants_makes_rows_of_its_own():
     }
 
 
+def test_an_attack_on_updates_never_stands_for_what_messages_alone_give_away():
+    grades = [grade("on-messages", "K2", 0.3), grade("on-updates", "K2+updates", 1.0)]
+    assert best(grades) == {
+        "K2": "on-messages",
+        "K3": "on-messages",
+        "K4": "on-messages",
+        "K2 + updates": "on-updates",
+        "K3 + updates": "on-updates",
+        "K4 + updates": "on-updates",
+    }
+
+
 def test_only_an_adaptive_attack_that_passed_evaluates_a_defense():
     blind, knowing = grade("blind", "K3", 0.9), grade("knowing", "K4", 0.2, adaptive=True)
     told = ({"prompt"}, "causal-lm")

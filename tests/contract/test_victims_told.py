@@ -8,6 +8,7 @@ import pytest
 
 import vflair_attacks
 from vflair_core import plugin_manager, run
+from vflair_core.arm_attacks import attack_again
 from vflair_core.config import experiment_from
 from vflair_core.errors import AttackError, ExperimentError
 
@@ -71,7 +72,7 @@ def test_labels_that_were_told_are_not_graded(pm):
 
 
 def test_shared_updates_give_the_text_and_the_result_says_that_they_were_assumed(pm):
-    attacks = [{"name": "dager", "knowledge": "K3"}]
+    attacks = [{"name": "dager", "knowledge": ["K3", "updates"]}]
     result = run(
         told("words", attacks=attacks, share_updates=True, isolation="process"), plugins=pm
     )
@@ -82,8 +83,52 @@ def test_shared_updates_give_the_text_and_the_result_says_that_they_were_assumed
     assert without.numbers["undefended"]["assumes_shared_updates"] is False
 
 
+def test_updates_of_batches_give_the_text_and_change_nothing_of_what_crossed_alone(pm, tmp_path):
+    attacks = [
+        {"name": "dager", "knowledge": ["K3", "updates"]},
+        {"name": "vocabulary-search", "knowledge": "K2"},
+    ]
+    told_of = {"attacks": attacks, "share_updates": True}
+    alone = run(told("words", **told_of), plugins=pm)
+    e = told("words", **told_of, update_batch=2, isolation="process")
+    shared = run(e, plugins=pm, out=tmp_path, keep_evidence=True)
+    assert grades(shared)["vocabulary-search"] == grades(alone)["vocabulary-search"]
+    found = grades(shared)["dager"]
+    assert found["attack_performance"] == 1.0
+    assert found["floors"]["others"] > found["floors"]["prior"]
+    assert found["verdict"] == "ok"
+    (row,) = [row for row in shared.numbers["undefended"]["strongest"] if row["attack"] == "dager"][
+        :1
+    ]
+    assert row["knowledge"] == "K3 + updates"
+    again = attack_again(tmp_path, e.attacks[:1], plugins=pm, isolation="inline")
+    assert again["undefended"][0].attack_performance == 1.0
+    assert again["undefended"][0].floors == found["floors"]
+
+
+def test_the_positive_control_of_an_attack_on_batches_is_of_batches(pm):
+    """The shift moves what crosses, and the head's gradient with it: dager reads the head's own inputs all the same."""
+    attacks = [{"name": "dager", "knowledge": ["K3", "updates"]}]
+    e = told("words", attacks=attacks, share_updates=True, update_batch=2)
+    table = {**e.to_dict(), "defenses": [{"name": "shift", "options": {"by": 0.5}}]}
+    (grade,) = grades(run(experiment_from(table), plugins=pm), "defended").values()
+    assert (grade["attack_performance"], grade["positive_control"]) == (1.0, 1.0)
+    assert grade["reference"] == 1.0
+
+
+@pytest.mark.slow
+def test_gradient_matching_runs_the_whole_model_in_the_worker_and_beats_its_floor(pm):
+    attacks = [
+        {"name": "dlg-updates", "knowledge": ["K3", "updates"], "options": {"iterations": 150}}
+    ]
+    e = told("words", attacks=attacks, share_updates=True, count=4, isolation="process")
+    (grade,) = grades(run(e, plugins=pm)).values()
+    assert grade["attack_performance"] > grade["floor"] + 0.1
+    assert grade["verdict"] == "ok"
+
+
 def test_members_are_told_from_texts_that_were_never_used(pm):
-    attacks = [{"name": "membership-residual", "knowledge": ["K3", "candidates"]}]
+    attacks = [{"name": "membership-residual", "knowledge": ["K3", "candidates", "updates"]}]
     e = told("words", attacks=attacks, share_updates=True, candidates=12)
     (grade,) = grades(run(e, plugins=pm)).values()
     assert (grade["target"], grade["attack_performance"]) == ("members", 1.0)
@@ -112,7 +157,7 @@ def test_the_positive_control_of_a_label_attack_leaves_out_what_was_told(pm):
     ],
 )
 def test_what_the_experiment_does_not_make_is_missed_before_anything_runs(pm, attack, hint):
-    knowledge = ["K4", "known_labels", "candidates"]
+    knowledge = ["K4", "known_labels", "candidates", "updates"]
     with pytest.raises(ExperimentError, match=hint):
         run(told(attacks=[{"name": attack, "knowledge": knowledge}]), plugins=pm)
 

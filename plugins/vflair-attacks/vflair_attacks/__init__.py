@@ -24,6 +24,7 @@
 | label-completion | label_completion.py | forward states, known labels of two classes |
 | zero-rows | zero_rows.py | a gradient |
 | dlg, tag, lamp | gradient_matching.py | the gradient of hidden states (HBT training), a tail |
+| dlg-updates, tag-updates, lamp-updates | update_matching.py, update_search.py | shared updates, a head and in HBT a tail |
 | dager | dager.py | shared updates, a causal head |
 | membership-residual | membership.py | shared updates, a head, candidate texts |
 | feature-space-hijacking | feature_space_hijacking.py | a model party that cheats in training; public text |
@@ -61,6 +62,9 @@ def vflair_attacks() -> dict[str, str]:
         "dlg": "vflair_attacks.gradient_matching:DeepLeakage",
         "tag": "vflair_attacks.gradient_matching:Tag",
         "lamp": "vflair_attacks.gradient_matching:Lamp",
+        "dlg-updates": "vflair_attacks.update_matching:DeepLeakageOfUpdates",
+        "tag-updates": "vflair_attacks.update_matching:TagOfUpdates",
+        "lamp-updates": "vflair_attacks.update_matching:LampOfUpdates",
         "dager": "vflair_attacks.dager:Dager",
         "membership-residual": "vflair_attacks.membership:MembershipResidual",
         "feature-space-hijacking": "vflair_attacks.feature_space_hijacking:FeatureSpaceHijacking",

@@ -137,7 +137,7 @@ class Lamp:
             return
         best, order = self._score(match, match.soft.detach(), model), None
         for _ in range(self.proposals):
-            tried = self._propose(len(match.soft), generator)
+            tried = propose(len(match.soft), generator)
             score = self._score(match, match.soft.detach()[tried], model)
             if score < best:
                 best, order = score, tried
@@ -152,15 +152,16 @@ class Lamp:
                 score += self.prior * float(model(input_ids=ids, labels=ids).loss)
         return score
 
-    @staticmethod
-    def _propose(count: int, generator: torch.Generator) -> list[int]:
-        first, second = torch.randint(count, (2,), generator=generator).tolist()
-        order = list(range(count))
-        if int(torch.randint(2, (1,), generator=generator)):
-            order[first], order[second] = order[second], order[first]
-        else:
-            order.insert(second, order.pop(first))
-        return order
+
+def propose(count: int, generator: torch.Generator) -> list[int]:
+    """An order of `count` positions in which two are swapped, or one is moved."""
+    first, second = torch.randint(count, (2,), generator=generator).tolist()
+    order = list(range(count))
+    if int(torch.randint(2, (1,), generator=generator)):
+        order[first], order[second] = order[second], order[first]
+    else:
+        order.insert(second, order.pop(first))
+    return order
 
 
 def squared(made: Tensor, sent: Tensor) -> Tensor:

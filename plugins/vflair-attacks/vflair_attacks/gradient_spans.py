@@ -15,6 +15,7 @@ from vflair_core import AttackError
 
 # Of the query alone, position 0 has no gradient: with one key its softmax is constant.
 LAYERS = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "v_proj", "value")
+BESIDE = ("q_proj", "k_proj", "query", "key")  # which have the same inputs as the values
 
 
 @frozen(eq=False)
@@ -46,28 +47,46 @@ def span_of(
 ) -> Span | None:
     """Return what block number `block` says of its inputs, or None if its attention is not among the updates.
 
-    Singular values below `tolerance` times the largest count as zero.
+    Where values have a layer of their own, queries and keys see the same inputs and add what they know: values of few
+    heads (grouped queries) have too few outputs to span many tokens. Singular values below `tolerance` times the
+    largest count as zero.
 
     Raises:
         AttackError: The gradient is that of a LoRA matrix A before the first step.
     """
-    for name, gradient in update.items():
-        module = re.sub(r"(\.lora_A\.[^.]+)?\.weight$", "", name)
-        number = re.search(r"\.(\d+)\.", name)
-        if number is None or int(number.group(1)) != block or module == name:
-            continue
-        if module.rpartition(".")[2] not in LAYERS or ".lora_B." in name:
-            continue
-        if not bool(gradient.any()):
-            raise AttackError(
-                f"The gradient of {name} is zero. LoRA starts with B = 0, so at step 0 its A has no gradient: "
-                "attack after at least one step (train.steps)."
-            )
-        whole = isinstance(model.get_submodule(module), Conv1D) and ".lora_A." not in name
-        rows = (gradient.T if whole else gradient).double()  # (…, D); Conv1D holds (in, out)
-        _, sizes, right = torch.linalg.svd(rows, full_matrices=False)
-        return Span(module, right[: int((sizes > tolerance * sizes[0]).sum())])
-    return None
+    there = {_layer_of(name): name for name in update if _block_of(name) == block}
+    module = next((layer for layer in there if layer.rpartition(".")[2] in LAYERS), None)
+    if module is None:
+        return None
+    if not bool(update[there[module]].any()):
+        raise AttackError(
+            f"The gradient of {there[module]} is zero. LoRA starts with B = 0, so at step 0 its A has no gradient: "
+            "attack after at least one step (train.steps)."
+        )
+    parent = module.rpartition(".")[0]
+    layers = [module, *(f"{parent}.{other}" for other in BESIDE if f"{parent}.{other}" in there)]
+    rows = torch.cat([_rows(update[there[layer]], there[layer], model) for layer in layers])
+    _, sizes, right = torch.linalg.svd(rows, full_matrices=False)
+    return Span(module, right[: int((sizes > tolerance * sizes[0]).sum())])
+
+
+def _block_of(name: str) -> int | None:
+    """The number of the block whose layer has a weight, or a LoRA matrix A, of this name."""
+    number = re.search(r"\.(\d+)\.", name)
+    return int(number.group(1)) if number and _layer_of(name) else None
+
+
+def _layer_of(name: str) -> str:
+    """The layer that a weight or a LoRA matrix A belongs to; nothing of biases and matrices B."""
+    found = re.fullmatch(r"(.*?)(\.lora_A\.[^.]+)?\.weight", name)
+    return found.group(1) if found and ".lora_B." not in name else ""
+
+
+def _rows(gradient: Tensor, name: str, model: torch.nn.Module) -> Tensor:
+    """The gradient with a row for each output, (…, D), the largest of them of length one."""
+    whole = ".lora_A." not in name and isinstance(model.get_submodule(_layer_of(name)), Conv1D)
+    rows = (gradient.T if whole else gradient).double()  # Conv1D holds (in, out)
+    return rows / rows.norm(dim=1).max().clamp_min(1e-300)
 
 
 def inputs_of(head: Any, module: str, ids: Tensor, **options: Any) -> Tensor:

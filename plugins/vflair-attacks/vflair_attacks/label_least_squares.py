@@ -18,7 +18,7 @@ class LabelLeastSquares:
 
     The analytic form of label recovery from the last layer's gradient; Zhao et al., "iDLG", arXiv 2001.02610, for
     one row. Observable only where parties share the gradients of their tails (`updates`): vflair itself sends
-    none. Rows are the T positions of one example, so it ends where T reaches the rank of the states (LayerNorm
+    none. Rows are the positions of all examples of an update, so it ends where they reach the rank of the states (LayerNorm
     takes one off the width).
 
     The output layer is found by its name in the model; its input is what the tail computes from `returned`.
@@ -37,18 +37,23 @@ class LabelLeastSquares:
         name, layer = _output_layer(tail.party.model)
         tokens = torch.full(returned.shape[:2], -1)
         labels = torch.zeros(len(returned), dtype=torch.long)
-        for n, (update, length) in enumerate(zip(updates, lengths.tolist(), strict=True)):
+        size = len(lengths) // len(updates)
+        for update, several in zip(updates, torch.arange(len(lengths)).split(size), strict=True):
             if f"{name}.weight" not in update:
                 raise AttackError(
                     f"label-least-squares needs the gradient of {name}.weight, which is not among the updates: "
                     "train the task head itself (train.trainable), not adapters elsewhere."
                 )
-            states, scores = _around(layer, tail, returned[n : n + 1, :length])
-            gradient = update[f"{name}.weight"]  # (V, D)
-            if task_kind == "causal-lm":
-                tokens[n, 1:length] = _solve(gradient, states[:-1], scores[:-1]).argmax(-1)
-            else:
-                labels[n] = _solve(gradient, states[-1:], scores[-1:]).argmax(-1)[0]
+            # Of a text every token but the first is a label; of a class the last position knows all.
+            rows = slice(-1) if task_kind == "causal-lm" else slice(-1, None)
+            each = [_around(layer, tail, returned[n : n + 1, : lengths[n]], rows) for n in several]
+            states, scores = (torch.cat(parts) for parts in zip(*each, strict=True))
+            found = _solve(update[f"{name}.weight"], states, scores).argmax(-1)
+            for n, part in zip(several, found.split([len(s) for s, _ in each]), strict=True):
+                if task_kind == "causal-lm":
+                    tokens[n, 1 : lengths[n]] = part
+                else:
+                    labels[n] = part[0]
         return Guess(tokens=tokens) if task_kind == "causal-lm" else Guess(labels=labels)
 
 
@@ -58,8 +63,10 @@ def _solve(gradient: Tensor, states: Tensor, scores: Tensor) -> Tensor:  # (V, D
     return scores.double().softmax(-1) - found.T
 
 
-def _around(layer: torch.nn.Module, tail: Any, returned: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what goes into the output layer and what comes out: (B, D) and (B, V)."""
+def _around(
+    layer: torch.nn.Module, tail: Any, returned: Tensor, rows: slice
+) -> tuple[Tensor, Tensor]:
+    """Return what goes into the output layer and what comes out at some rows: (B, D) and (B, V)."""
     caught: list[tuple[Tensor, Tensor]] = []
     handle = layer.register_forward_hook(
         lambda _, inputs, output: caught.append((inputs[0], output))
@@ -70,7 +77,7 @@ def _around(layer: torch.nn.Module, tail: Any, returned: Tensor) -> tuple[Tensor
     finally:
         handle.remove()
     states, scores = caught[-1]
-    return states.flatten(0, -2), scores.flatten(0, -2)
+    return states.flatten(0, -2)[rows], scores.flatten(0, -2)[rows]
 
 
 def _output_layer(model: torch.nn.Module) -> tuple[str, torch.nn.Module]:

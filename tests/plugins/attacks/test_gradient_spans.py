@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from vflair_attacks.dager import Dager
 from vflair_attacks.gradient_spans import span_of
 from vflair_attacks.label_least_squares import LabelLeastSquares
 from vflair_attacks.membership import MembershipResidual
-from vflair_core import AttackError, Partition, split
+from vflair_core import AttackError, Guess, Partition, split
 from vflair_core.halves import halves
 from vflair_core.testing import tiny_model
 from vflair_core.tuning import Lora, tune
 
 DROPLESS = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 
+ROUGHLY = Dager(second=1e-2)  # for a head that the attacker knows without its small adapters
 
-def shared(model, partition, rows, lora=None, step=0.0):
-    """The updates that parties would share for each row alone, and the halves an attacker holds."""
+
+def shared(model, partition, rows, lora=None, step=0.0, size=1):
+    """The updates that parties would share of `size` rows each, and the halves an attacker holds."""
     party, _ = split(model, partition)
     if lora is not None:
         tune(party, adapters=lora)
@@ -28,9 +31,13 @@ def shared(model, partition, rows, lora=None, step=0.0):
     head, tail = halves(tiny_model(model.config.model_type, **kept(model)), partition)
     party.model.train()
     updates = []
-    for row in rows:
+    for first in range(0, len(rows), size):
+        some = rows[first : first + size]
+        ids = pad_sequence(some, batch_first=True)
+        labels = pad_sequence(some, batch_first=True, padding_value=-100)
         party.model.zero_grad()
-        party.model(input_ids=row[None], labels=row[None], use_cache=False).loss.backward()
+        batch = {"input_ids": ids, "attention_mask": (labels >= 0).long(), "labels": labels}
+        party.model(**batch, use_cache=False).loss.backward()
         named = party.model.named_parameters()
         updates.append({n: w.grad.clone() for n, w in named if w.grad is not None})
     return updates, head, tail, party
@@ -38,6 +45,8 @@ def shared(model, partition, rows, lora=None, step=0.0):
 
 def kept(model):
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "initializer_range")
+    if model.config.model_type == "llama":
+        names += ("num_key_value_heads",)
     sizes = {name: getattr(model.config, name) for name in names}
     return sizes | (DROPLESS if model.config.model_type == "gpt2" else {})
 
@@ -86,7 +95,7 @@ def test_lora_at_its_first_step_is_refused_and_later_it_is_read():
     with pytest.raises(AttackError, match="LoRA starts with B = 0"):
         Dager()(updates, torch.tensor([7]), head)
     updates, head, _, _ = shared(sized("llama"), Partition(2, 1), rows, lora, step=1e-3)
-    guess = Dager()(updates, torch.tensor([7]), head)
+    guess = ROUGHLY(updates, torch.tensor([7]), head)
     assert torch.equal(guess.tokens[0, :6], rows[0][:6])
 
 
@@ -104,8 +113,7 @@ def test_one_step_of_adam_fills_the_span():
     updates, _, _, party = shared(sized("llama"), Partition(2, 1), [row])
     adam = {n: g / (g.abs() + 1e-8) for n, g in updates[0].items()}
     assert len(span_of(updates[0], party.model, 0, 1e-6).basis) == 7
-    values = party.model.model.layers[0].self_attn.v_proj.weight
-    assert len(span_of(adam, party.model, 0, 1e-6).basis) == min(values.shape) == 16
+    assert span_of(adam, party.model, 0, 1e-6).is_everything
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -119,6 +127,21 @@ def test_the_output_layers_gradient_gives_all_tokens_below_its_rank(kind):
     _, tail = halves(sized(kind, tie_word_embeddings=False), partition)
     lengths = torch.tensor([12, 7])
     guess = LabelLeastSquares()(updates, returned, lengths, partition, "causal-lm", tail)
+    for found, row in zip(guess.tokens, rows, strict=True):
+        assert torch.equal(found[1 : len(row)], row[1:])
+
+
+@pytest.mark.parametrize("lengths", [(9, 6), (5, 9)])
+def test_the_rows_of_a_batch_are_solved_for_together(lengths):
+    """Each text's states say which rows are its own: the order within the update is not lost."""
+    rows, partition = words(*lengths, seed=5), Partition(1, 2)
+    updates, _, _, party = shared(
+        sized("llama", tie_word_embeddings=False), partition, rows, size=2
+    )
+    _, tail = halves(sized("llama", tie_word_embeddings=False), partition)
+    guess = LabelLeastSquares()(
+        updates, returned_of(party, rows), torch.tensor(lengths), partition, "causal-lm", tail
+    )
     for found, row in zip(guess.tokens, rows, strict=True):
         assert torch.equal(found[1 : len(row)], row[1:])
 
@@ -141,6 +164,78 @@ def test_least_squares_names_the_gradient_that_is_missing():
         LabelLeastSquares()(
             [rest], returned_of(party, [row]), torch.tensor([5]), Partition(1, 1), "causal-lm", tail
         )
+
+
+def words(*lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 200, (n,), generator=generator) for n in lengths]
+
+
+def told(guess):
+    """What a guess says of each victim, as a set: within an update there is no order."""
+    return {tuple(row[row >= 0].tolist()) for row in guess.tokens}
+
+
+def beginnings(rows):
+    return {tuple(row[:-1].tolist()) for row in rows}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
+def test_texts_that_share_an_update_are_read_apart(kind):
+    rows = words(9, 5, 7, 9, 4, 8)
+    updates, head, _, _ = shared(sized(kind, hidden_size=64), Partition(2, 1), rows, size=3)
+    guess = Dager()(updates, torch.tensor([9, 5, 7, 9, 4, 8]), head)
+    assert told(guess) == beginnings(rows)
+    first = Guess(tokens=guess.tokens[:3])
+    assert told(first) == beginnings(rows[:3])  # and each update's rows are its own
+
+
+def test_texts_that_begin_alike_repeat_themselves_or_permute_each_other_are_read_apart():
+    start = torch.tensor([7, 7, 11])
+    ends = torch.tensor([[20, 21, 22, 9], [20, 22, 21, 9], [30, 30, 30, 9]])
+    rows = [torch.cat([start, end]) for end in ends]
+    updates, head, _, _ = shared(sized("llama"), Partition(2, 1), rows, size=3)
+    assert told(Dager()(updates, torch.full((3,), 7), head)) == beginnings(rows)
+
+
+def test_a_text_sent_twice_is_found_once():
+    rows = words(7) * 2
+    updates, head, _, _ = shared(sized("llama"), Partition(2, 1), rows, size=2)
+    assert told(Dager()(updates, torch.full((2,), 7), head)) == beginnings(rows) | {()}
+
+
+def test_several_texts_are_not_joined_without_a_second_block():
+    updates, head, _, _ = shared(sized("gpt2"), Partition(1, 1), words(5, 5), size=2)
+    with pytest.raises(AttackError, match="which tokens of 2 texts belong together"):
+        Dager()(updates, torch.tensor([5, 5]), head)
+
+
+def test_a_beam_that_cannot_hold_the_texts_of_an_update_is_refused():
+    updates, head, _, _ = shared(sized("gpt2"), Partition(2, 1), words(3, 3, 3, 3), size=4)
+    with pytest.raises(AttackError, match=r"holds 4 victims, and dager keeps beam = 3.*beam = 8"):
+        Dager(beam=3)(updates, torch.full((4,), 3), head)
+
+
+@pytest.mark.parametrize(("rank", "dimensions"), [(8, 8), (16, 14), (32, 14)])
+def test_a_lora_update_of_a_batch_spans_its_rank_or_all_rows_with_a_gradient(rank, dimensions):
+    """Two texts of 8 tokens: 14 rows, since the last of each has no gradient. min(r, 14), and below that nothing."""
+    rows, lora = words(8, 8), Lora(r=rank, target_modules=("v_proj",))
+    model = sized("llama", num_key_value_heads=2)
+    updates, head, _, party = shared(model, Partition(2, 1), rows, lora, step=1e-3, size=2)
+    assert len(span_of(updates[0], party.model, 0, 1e-6).basis) == dimensions
+    guess = ROUGHLY(updates, torch.tensor([8, 8]), head)
+    assert told(guess) == (beginnings(rows) if dimensions == 14 else {()})
+
+
+def test_queries_and_keys_say_what_values_of_few_heads_cannot():
+    """The values of one of two heads have 16 outputs, and 24 rows have a gradient."""
+    rows = words(9, 9, 9)
+    updates, head, _, party = shared(sized("llama"), Partition(2, 1), rows, size=3)
+    alone = {n: g for n, g in updates[0].items() if "q_proj" not in n and "k_proj" not in n}
+    assert len(span_of(alone, party.model, 0, 1e-6).basis) == 16
+    assert told(Dager()([alone], torch.full((3,), 9), head)) == {()}
+    assert len(span_of(updates[0], party.model, 0, 1e-6).basis) == 24
+    assert told(Dager()(updates, torch.full((3,), 9), head)) == beginnings(rows)
 
 
 class Words:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 import torch
 
 from vflair_core import DefenseError, Example
 from vflair_core.testing import tiny_model
+from vflair_defenses import neighbours
 from vflair_defenses.custext import CusText, custext_plus
 from vflair_defenses.neighbours import (
     Vocabulary,
@@ -101,20 +102,32 @@ def test_custext_plus_leaves_function_words(vectors, defended):
     assert defense.tally["stop words kept"] == 2
 
 
-def test_sets_equal_the_greedy_partition_by_brute_force():
-    vectors = torch.randn(101, 4)
+def greedy_partition(vectors, order, size):
+    """Word by word, in exact arithmetic; words equally far stay in order."""
+    rows = [[Fraction(x) for x in row] for row in vectors.tolist()]
+    left, sets = order.tolist(), []
+    while left:
+        first = rows[left[0]]
+        far = {w: sum((a - b) ** 2 for a, b in zip(rows[w], first, strict=True)) for w in left[1:]}
+        chosen = [left[0], *sorted(far, key=far.get)[: size - 1]]
+        sets.append(chosen)
+        left = [w for w in left if w not in chosen]
+    return [next(n for n, words in enumerate(sets) if w in words) for w in range(len(rows))]
+
+
+@pytest.mark.parametrize("kind", ["apart", "full of ties", "far from zero"])
+@pytest.mark.parametrize("at_once", [1, 5, 256])
+def test_sets_equal_the_greedy_partition_by_brute_force(kind, at_once, monkeypatch):
+    monkeypatch.setattr(neighbours, "FIRST_WORDS", at_once)
+    vectors = {
+        "apart": torch.randn(101, 4),
+        "full of ties": torch.randint(0, 3, (101, 3)).float(),  # 27 places
+        "far from zero": 300 + torch.randint(0, 9, (101, 3)) / 1024,  # products lose this
+    }[kind]
     vocabulary = Vocabulary(tuple(str(n) for n in range(101)), vectors)
     order = torch.randperm(101)
-    left, expected = order.tolist(), {}
-    for number in itertools.count():
-        if not left:
-            break
-        first = left[0]
-        chosen = sorted(left, key=lambda w: float((vectors[w] - vectors[first]).norm()))[:7]
-        expected |= dict.fromkeys(chosen, number)
-        left = [w for w in left if w not in chosen]
     found = partition_by_distance(vocabulary, order, 7)
-    assert found.tolist() == [expected[n] for n in range(101)]
+    assert found.tolist() == greedy_partition(vectors, order, 7)
 
 
 def test_rantext_replaces_as_an_independent_simulation_does(vectors, defended):

@@ -158,36 +158,37 @@ def partition_by_distance(
     Returns:
         The number of each word's set, (V,).
     """
-    sets, vectors = torch.full((len(vocabulary.words),), -1), vocabulary.vectors.float()
-    left, number, count = order, 0, math.ceil(len(order) / size)
+    sets, vectors = np.full(len(vocabulary.words), -1), vocabulary.vectors.float()
+    left, number, count = order.numpy(), 0, math.ceil(len(order) / size)
     while len(left):
         tell(number, count)
-        pool = vectors[left]  # (L, D)
-        squares, free = pool.square().sum(1), torch.ones(len(left), dtype=torch.bool)
+        pool = vectors[torch.from_numpy(left)]  # (L, D)
+        squares, free = pool.square().sum(1), np.ones(len(left), dtype=bool)
         # One product serves many first words; by rounding it is off by less than error · (|x|² + |y|²).
         error = 2 * (pool.shape[1] + 4) * torch.finfo(torch.float32).eps
-        lowest = (1 - error) * squares - 2 * (pool[:FIRST_WORDS] @ pool.T)  # (firsts, L)
-        for first, low in enumerate(lowest.numpy()):
+        scores = (1 - error) * squares - 2 * (pool[:FIRST_WORDS] @ pool.T)  # (firsts, L)
+        lowest, slack = scores.numpy(), (error * squares).numpy()
+        for first in range(len(lowest)):
             if free[first]:
-                chosen = _nearest(pool, first, low, error * squares.numpy(), size)
+                chosen = _nearest(pool.numpy(), first, lowest[first], slack, size)
                 sets[left[chosen]] = number
                 free[chosen] = False
                 lowest[first + 1 :, chosen] = math.inf
                 number += 1
         left = left[free]
-    return sets
+    return torch.from_numpy(sets)
 
 
 def _nearest(
-    pool: Tensor, first: int, low: np.ndarray, slack: np.ndarray, size: int
-) -> Tensor:  # -> (size,) or fewer
+    pool: np.ndarray, first: int, low: np.ndarray, slack: np.ndarray, size: int
+) -> np.ndarray:  # -> (size,) or fewer
     """The first word and its `size` − 1 nearest of finite `low`: by exact distances of all that may be among them.
 
-    Plain numpy: thousands of small operations on several threads are slow where the cores are busy.
+    Plain numpy: thousands of small operations of torch wait for each other's threads where the cores are busy.
     """
     some = np.argpartition(low, size - 1)[:size] if size < len(low) else np.arange(len(low))
     cut = (low[some] + 2 * slack[some]).max() + 2 * slack[first]
     others = np.flatnonzero((low <= cut) & (low < np.inf))
-    near = torch.from_numpy(np.append(first, others[others != first]))  # itself before its equals
-    distances = (pool[near].double() - pool[first].double()).square().sum(1)
-    return near[distances.argsort(stable=True)[:size]]
+    near = np.append(first, others[others != first])  # itself before its equals
+    distances = np.square(pool[near].astype(float) - pool[first].astype(float)).sum(1)
+    return near[distances.argsort(kind="stable")[:size]]

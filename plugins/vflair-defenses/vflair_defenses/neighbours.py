@@ -21,6 +21,8 @@ from attrs import field, frozen
 from torch import Tensor
 
 from vflair_core import DefenseError
+from vflair_core.spans import Replaced
+from vflair_core.task import Span
 
 if TYPE_CHECKING:
     from vflair_core.data_party import DataParty
@@ -126,16 +128,24 @@ def _of_file(path: Path) -> Vocabulary:
     )
 
 
-def substitute(text: str, replace: Callable[[str], str | None], *, spacing: bool) -> str:
-    """Replace each unit of `text`; None drops it.
+def substitute(text: str, replace: Callable[[str], str | None], *, spacing: bool) -> Replaced:
+    """Replace each unit of `text`; None drops it. The result remembers where each word comes from.
 
     With `spacing` the characters between units stay as they are, which tells more than the promise covers; without,
     units are parted by one space.
     """
-    if not spacing:
-        found = (replace(word) for word in WORD.findall(text))
-        return " ".join(word for word in found if word is not None)
-    return WORD.sub(lambda match: replace(match.group()) or "", text)
+    made, pieces, end = "", list[tuple[Span, Span]](), 0
+    for match in WORD.finditer(text):
+        word = replace(match.group())
+        if spacing:
+            made += text[end : match.start()]
+        elif made and word is not None:
+            made += " "
+        if word is not None:
+            pieces.append((match.span(), (len(made), len(made) + len(word))))
+            made += word
+        end = match.end()
+    return Replaced(made + text[end:] if spacing else made, pieces)
 
 
 def draw(scores: Tensor, generator: torch.Generator) -> int:

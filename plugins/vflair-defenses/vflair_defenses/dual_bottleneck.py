@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vflair_core import Defense, DefenseError
 from vflair_core.defense import Exchange, Mechanism
 from vflair_defenses.mid import Mid
-from vflair_defenses.rows import public_ids
+from vflair_defenses.rows import public_returned
 
 if TYPE_CHECKING:
     from vflair_core.data_party import DataParty
@@ -56,7 +56,6 @@ class DualBottleneck(Defense):
     _bottleneck: Mid = field(init=False, eq=False)
     _tail: _Tail | None = field(init=False, default=None, eq=False)
     _published: dict[str, Tensor] = field(init=False, factory=dict, eq=False)
-    _warming: list[Tensor] | None = field(init=False, default=None, eq=False)
 
     covers = frozenset({"prompt", "response"})
     supports = frozenset({("HBT", "causal-lm", "*")})
@@ -78,34 +77,25 @@ class DualBottleneck(Defense):
         restored, self._tail = bool(self._published), _Tail.of(data_party)
         if restored:
             return
-        texts = public_ids("DualBottleneck", public_texts, data_party)
+        seen = list(public_returned("DualBottleneck", public_texts, data_party))
+        self._published = self._tail.copy()
         training = data_party.model.training
         data_party.model.eval()  # no dropout: tails are compared on the same rows
         try:
-            returned = [self._returned(data_party, ids) for ids in texts]
-            self._published = self._tail.copy()
-            self._warm_up(data_party, texts, returned)
+            self._warm_up(data_party, seen)
         finally:
-            self._warming = None
             data_party.model.train(training)
 
-    def _returned(self, party: DataParty, ids: Tensor) -> Tensor:
-        self._warming = []
-        with torch.no_grad():
-            party.model(input_ids=ids, use_cache=False)
-        (returned,) = self._warming
-        return returned
-
-    def _warm_up(self, party: DataParty, texts: Sequence[Tensor], returned: list[Tensor]) -> None:
+    def _warm_up(self, party: DataParty, seen: Sequence[tuple[Tensor, Tensor]]) -> None:
         assert self._tail is not None
         weights = list(self._tail.weights.values())
         optimizer = torch.optim.Adam(weights, self.rate)
         for number in range(self.steps):
             party.preparing.tell(self, number, self.steps)
-            at = number % len(texts)
-            batch = {"input_ids": texts[at], "labels": texts[at]}
+            ids, returned = seen[number % len(seen)]
+            batch = {"input_ids": ids, "labels": ids}
             with torch.enable_grad():
-                task, alike = self._tail.compared(self._published, returned[at], batch)
+                task, alike = self._tail.compared(self._published, returned, batch)
                 share = self._share(task, alike, weights)
                 # Not `backward`, and O is a constant: nothing goes back to the model party.
                 gradients = torch.autograd.grad(task + share * alike, weights)
@@ -129,8 +119,6 @@ class DualBottleneck(Defense):
         return self._bottleneck.on_smashed(smashed, exchange)
 
     def on_returned(self, returned: Tensor, exchange: Exchange) -> Tensor:  # (B, T, D)
-        if self._warming is not None:
-            self._warming.append(returned.detach())
         exchange.memo[f"returned {id(self)}"] = returned.detach()
         return returned
 

@@ -12,6 +12,7 @@ from vflair_core import DefenseError, Transcript
 from vflair_core.training import FineTuning, Train
 from vflair_defenses.dual_bottleneck import DualBottleneck, cross_entropy_of
 from vflair_defenses.mid import Mid
+from vflair_defenses.rows import public_returned
 
 IDS = torch.arange(5, 17).view(2, 6)
 BATCH = {"input_ids": IDS, "labels": IDS, "attention_mask": torch.ones_like(IDS)}
@@ -56,6 +57,18 @@ def test_the_warm_up_moves_the_tail_alone_and_sends_no_gradient(defended, public
     for name, weight in parties.model_party.named_parameters():
         assert torch.equal(weight, weights[name]), name
         assert weight.grad is None, name
+
+
+def test_what_the_model_party_returns_is_as_before_until_it_is_trained(defended, public):
+    """So the published tail reads it as before: the limit that the documentation states."""
+    guarded, bare = (
+        defended(each, "llama") for each in ([DualBottleneck(noise=0.0, steps=20, rate=0.01)], [])
+    )
+    ours, theirs = (
+        [rows for _, rows in public_returned("a test", public, parties.data_party)]
+        for parties in (guarded, bare)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_the_tails_grow_apart_in_the_warm_up_and_more_so_where_that_weighs_more(defended):

@@ -14,13 +14,20 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from vflair_core.reading import Row
+from vflair_core.spans import Replaced
+from vflair_core.task import Span
 
 N_BEST = 20
 LONGEST = 30  # tokens
 
 
 def best_answers(
-    rows: Sequence[Row], starts: Tensor, ends: Tensor, *, or_none: bool = True
+    rows: Sequence[Row],
+    starts: Tensor,
+    ends: Tensor,
+    *,
+    or_none: bool = True,
+    passages: Sequence[str | None] = (),
 ) -> list[str]:
     """Return the answer to each question, in order; ``""`` where "no answer" scores at least as high.
 
@@ -29,16 +36,25 @@ def best_answers(
         starts: (windows, T) scores that the answer begins at a position.
         ends: (windows, T) scores that it ends there.
         or_none: Whether a question may have no answer; if not, the best span is taken whatever its score.
+        passages: Of each question, as they were before a defense replaced their words: what is said is taken from there.
     """
     windows = [
         (row, start[: len(row.ids)].tolist(), end[: len(row.ids)].tolist())
         for row, start, end in zip(rows, starts, ends, strict=True)
     ]
     grouped = itertools.groupby(windows, key=lambda window: window[0].number)
-    return [_best(list(group), or_none=or_none) for _, group in grouped]
+    return [
+        _best(list(group), passages[number] if passages else None, or_none=or_none)
+        for number, group in grouped
+    ]
 
 
-def _best(windows: Sequence[tuple[Row, list[float], list[float]]], *, or_none: bool) -> str:
+def _best(
+    windows: Sequence[tuple[Row, list[float], list[float]]],
+    passage: str | None,
+    *,
+    or_none: bool,
+) -> str:
     # The null score of a passage in several windows is the lowest: one window with an answer suffices.
     none = min(start[0] + end[0] for _, start, end in windows)
     best, text = none if or_none else -math.inf, ""
@@ -49,6 +65,14 @@ def _best(windows: Sequence[tuple[Row, list[float], list[float]]], *, or_none: b
             for last in likely_ends:
                 if first <= last < first + LONGEST and start[first] + end[last] > best:
                     best = start[first] + end[last]
-                    passage = row.example.pair or ""
-                    text = passage[row.offsets[first][0] : row.offsets[last][1]]
+                    found = (row.offsets[first][0], row.offsets[last][1])
+                    text = _said(row.example.pair or "", found, passage)
     return text
+
+
+def _said(sent: str, span: Span, passage: str | None) -> str:
+    """The words of `span`, in the passage before its words were replaced if they were."""
+    if passage is None or not isinstance(sent, Replaced):
+        return sent[slice(*span)]
+    before = sent.back(span)
+    return "" if before is None else passage[slice(*before)]

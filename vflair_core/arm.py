@@ -96,6 +96,7 @@ def run_arm(
         )
     for grade in grades:
         setting.tell("vflair_attack_finished", name=grade.attack, grade=grade.to_dict())
+    cost = _cost(party, clock, grades)  # before defenses measure themselves, which may cross
     metrics = evaluations[-1]["metrics"]
     numbers = {
         "main_performance": next(iter(metrics.values())),
@@ -117,7 +118,6 @@ def run_arm(
         for grade in grades
         for n, text in enumerate(grade.recovered)
     ]
-    cost = _cost(party, clock, grades)
     return Arm(
         numbers, cost, crossed[0].transcript, grades, samples, references_of(grades), party.slices
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from vflair_core.defense import COVERABLE, Batch, Defense, Exchange
 from vflair_core.errors import DefenseError, did_you_mean
 from vflair_core.message import Phase, Role
+from vflair_core.spans import Replaced
 
 
 class Defenses:
@@ -120,13 +121,13 @@ class Defenses:
             DefenseError: One returns other fields than it was given.
         """
         for defense in self.at("on_text"):
-            names = sorted(fields)
-            fields = defense.on_text(dict(fields))
-            if sorted(fields) != names:
+            before, fields = fields, defense.on_text(dict(fields))
+            if fields.keys() != before.keys():
                 raise DefenseError(
-                    f"{type(defense).__name__}.on_text was given {', '.join(names)} and returned "
+                    f"{type(defense).__name__}.on_text was given {', '.join(sorted(before))} and returned "
                     f"{', '.join(sorted(fields)) or 'nothing'}: it may change texts and neither add nor drop any."
                 )
+            fields = {name: _traced(text, before[name]) for name, text in fields.items()}
         return fields
 
     def text(self, text: str) -> str:
@@ -176,6 +177,13 @@ class Defenses:
                 )
             if outputs.get("loss") is not None:
                 outputs["loss"] = outputs["loss"] + penalty
+
+
+def _traced(text: str, before: str) -> str:
+    """The text, with the places of its words in what the first defense was given, as far as they are known."""
+    if text == before:
+        return before
+    return text.after(before) if isinstance(text, Replaced) else text
 
 
 def _generator(seed: int | str | None, index: int) -> torch.Generator:

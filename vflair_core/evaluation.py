@@ -108,7 +108,8 @@ def _predict(
         found.truth += batch["labels"].tolist()
     elif task.kind == "question-answering":
         scores = (outputs.start_logits, outputs.end_logits)
-        answers = best_answers(encoded.rows, *scores, or_none=task.no_answer)
+        passages = [example.pair for example in examples]
+        answers = best_answers(encoded.rows, *scores, or_none=task.no_answer, passages=passages)
         found.predictions += _passed_back(reader, examples, answers)
         found.truth += [example.accepted for example in examples]
     elif task.answering == "choose":

@@ -1,16 +1,57 @@
-"""Private spans on their way: what remains of them after a text was changed, and which tokens they touch."""
+"""Spans on their way: what remains of private ones after a text was changed, and where an answer stands then."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher
+from typing import Self
 
 import attrs
 
 from vflair_core.task import Example, Span
 
 WORD = re.compile(r"\w+|[^\w\s]")
+
+
+class Replaced(str):
+    """A text that a defense made word for word, which remembers the place of each word in the text before.
+
+    It does not remember that text. `pieces` are (place before, place here), in order; what was dropped has none, and
+    what stands between words belongs to none.
+    """
+
+    __slots__ = ("pieces",)
+    pieces: tuple[tuple[Span, Span], ...]
+
+    def __new__(cls, text: str, pieces: Sequence[tuple[Span, Span]]) -> Self:
+        """Keep the text and where its words come from."""
+        made = super().__new__(cls, text)
+        made.pieces = tuple(pieces)
+        return made
+
+    def forth(self, span: Span) -> Span | None:
+        """Return where the words stand here that `span` touched in the text before; None if all were dropped."""
+        return _around([new for old, new in self.pieces if _meet(old, span)])
+
+    def back(self, span: Span) -> Span | None:
+        """Return where the words that `span` touches here stood in the text before."""
+        return _around([old for old, new in self.pieces if _meet(new, span)])
+
+    def after(self, earlier: str) -> Replaced:
+        """Return this text with places in what `earlier` was made from, if it was."""
+        if not isinstance(earlier, Replaced):
+            return self
+        first = [(earlier.back(old), new) for old, new in self.pieces]
+        return Replaced(self, [(old, new) for old, new in first if old is not None])
+
+
+def _meet(one: Span, other: Span) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
+
+
+def _around(spans: Sequence[Span]) -> Span | None:
+    return (spans[0][0], spans[-1][1]) if spans else None
 
 
 def follow(old: str, new: str, spans: Sequence[Span]) -> tuple[Span, ...]:
@@ -53,7 +94,10 @@ def _joined(pieces: Sequence[tuple[Span, Span]], old: str, new: str) -> list[Spa
 
 
 def changed(example: Example, text: str, pair: str | None) -> Example:
-    """Return `example` with other text, its private spans and its answer's span moved to what remains of them."""
+    """Return `example` with other text, its private spans and its answer's span moved to what remains of them.
+
+    Where a defense replaced the passage word for word, the answer is where its words were, whatever they are now.
+    """
     private, private_pair, span = example.private, example.private_pair, example.span
     if private is not None and text != example.text:
         private = follow(example.text, text, private)
@@ -61,7 +105,9 @@ def changed(example: Example, text: str, pair: str | None) -> Example:
         old, new = example.pair or "", pair or ""
         if private_pair is not None:
             private_pair = follow(old, new, private_pair)
-        if span is not None:
+        if span is not None and isinstance(pair, Replaced):
+            span = pair.forth(span)
+        elif span is not None:
             remains = follow(old, new, (span,))
             span = (remains[0][0], remains[-1][1]) if remains else None
             if span is not None and span[0] >= span[1]:  # its words changed places

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import vflair_defenses
 from vflair_core import Partition, plugin_manager, run, split
 from vflair_core.config import experiment_from
 from vflair_core.errors import ExperimentError
@@ -177,3 +178,17 @@ def test_names_that_a_text_defense_takes_out_are_not_recovered_and_with_it_bypas
     assert plain["attack_performance"] == plain["details"]["planted_strings_recovered"] == 1.0
     assert defended["details"]["planted_strings_recovered"] == 0.0
     assert defended["positive_control"] == 1.0
+
+
+def test_questions_about_replaced_words_are_answered_in_the_words_before(pm):
+    """At this ε words are drawn almost evenly: an answer in the words that were sent would never be right."""
+    pm.register(vflair_defenses)
+    defended = experiment(
+        "passages", HBT,
+        attacks=[{"name": "shapes", "knowledge": "K0"}],
+        defenses=[{"name": "santext", "options": {"epsilon": 1e-3}}],
+        train={"steps": 60, "batch_size": 8, "max_length": 60, "learning_rate": 0.01},
+        check_unsplit=False,
+    )  # fmt: skip
+    arm = run(defended, plugins=pm).numbers["defended"]
+    assert arm["main_performance"] >= arm["chance"] + 0.2

@@ -188,6 +188,20 @@ def test_behind_dual_guard_the_published_head_reads_little_and_the_current_one_a
     assert after[1] == 1.0
 
 
+def test_the_bottleneck_of_dual_bottleneck_is_told_to_an_adaptive_attack_which_reads_through_it(pm):
+    attacks = [{"name": "vocabulary-search", "knowledge": "K4", "options": {"prior": 0.0}}]
+    options = {"steps": 20, "rate": 0.01, "start": 0.001, "weight": 0.0}
+    told = small(
+        attacks=attacks, defenses=[{"name": "dual-bottleneck", "options": options}],
+        victims={"count": 6, "max_length": 12, "bypass": 2, "phase": "inference"},
+    )  # fmt: skip
+    arm = run(told, plugins=pm).numbers["defended"]
+    (row,) = arm["attacks"]
+    assert row["adaptive"]
+    assert row["attack_performance"] == row["positive_control"] == 1.0
+    assert arm["findings"][0]["nats per token"] > 0
+
+
 def test_what_a_defense_measured_of_itself_is_in_the_result(pm, tmp_path, capsys):
     attacks = [{"name": "nearest-embedding", "knowledge": "K1"}]
     defenses = [{"name": "adversarial-training"}, {"name": "gaussian-noise"}]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vflair_core import Example
-from vflair_core.spans import changed, follow, private_tokens, rendered
+from vflair_core.spans import Replaced, changed, follow, private_tokens, rendered
 
 TEXT = "Ada Lovelace wrote to Bob Stone at noon."
 NAMES = ((0, 12), (22, 31))
@@ -79,3 +81,35 @@ def test_tokens_of_templates_answers_and_special_ones_are_never_private():
     assert private_tokens(example, [(0, 0), (0, 3), (0, 3), (0, 0)], [None, 0, 1, None]) == [
         False, True, False, False,
     ]  # fmt: skip
+
+
+@given(
+    words=st.lists(st.sampled_from(["a", "bb", "ccc", "."]), min_size=1, max_size=8),
+    kept=st.lists(st.booleans(), min_size=8, max_size=8),
+    data=st.data(),
+)
+def test_spans_go_through_two_replacements_and_back_as_their_words_do(words, kept, data):
+    """Words are kept apart by numbers, so that their places are known without the alignment."""
+
+    def places(texts):
+        ends = list(itertools.accumulate(len(t) + 1 for t in texts))
+        return [(end - len(t) - 1, end - 1) for t, end in zip(texts, ends, strict=True)]
+
+    second = [f"{n}" * (n + 1) for n in range(len(words))]
+    third = [t + "x" for t, k in zip(second, kept, strict=False) if k]
+    one, two = places(words), places(second)
+    left = [place for place, k in zip(two, kept, strict=False) if k]
+    three = places(third)
+    middle = Replaced(" ".join(second), list(zip(one, two, strict=True)))
+    whole = Replaced(" ".join(third), list(zip(left, three, strict=True))).after(middle)
+    first = data.draw(st.integers(0, len(words) - 1))
+    last = data.draw(st.integers(first, len(words) - 1))
+    there = [n for n in range(first, last + 1) if kept[n]]
+    found = whole.forth((one[first][0], one[last][1]))
+    numbers = [n for n in range(len(words)) if kept[n]]
+    if not there:
+        assert found is None
+        return
+    left, right = numbers.index(there[0]), numbers.index(there[-1])
+    assert found == (three[left][0], three[right][1])
+    assert whole.back(found) == (one[there[0]][0], one[there[-1]][1])

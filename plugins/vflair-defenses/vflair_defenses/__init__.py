@@ -18,6 +18,7 @@
 | nopeek | nopeek.py | nothing |
 | text-obfuscator | text_obfuscator.py | nothing |
 | dual-guard | dual_guard.py | nothing |
+| dual-bottleneck | dual_bottleneck.py | a mean bound of information in nats per token, measured; no DP |
 | dx-noise | dx_noise.py | metric DP: η times distance, per token embedding |
 | split-and-denoise | split_and_denoise.py | metric DP: η times distance, per row |
 | dp-forward | dp_forward.py | (ε, δ)-DP per message of a whole sequence, composed |
@@ -47,6 +48,7 @@ OFFERED = {
     "nopeek": "nopeek:NoPeek",
     "text-obfuscator": "text_obfuscator:TextObfuscator",
     "dual-guard": "dual_guard:DualGuard",
+    "dual-bottleneck": "dual_bottleneck:DualBottleneck",
     "dx-noise": "dx_noise:DxNoise",
     "split-and-denoise": "split_and_denoise:SplitAndDenoise",
     "dp-forward": "dp_forward:DpForward",

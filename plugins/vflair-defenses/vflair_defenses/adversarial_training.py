@@ -22,7 +22,14 @@ from vflair_defenses.learning import (
     seeded,
     state_of,
 )
-from vflair_defenses.rows import classes_of, public_ids, public_rows, real_rows, width_of
+from vflair_defenses.rows import (
+    classes_of,
+    public_ids,
+    public_returned,
+    public_rows,
+    real_rows,
+    width_of,
+)
 
 if TYPE_CHECKING:
     from vflair_core.data_party import DataParty
@@ -145,7 +152,7 @@ class AdversarialTraining(Defense):
         """The gradient that will be sent, summed over positions (B, D), at unit scale, differentiable."""
         loss, returned = exchange.memo["loss"], exchange.memo[f"returned {id(self)}"]
         (gradient,) = torch.autograd.grad(loss, returned, create_graph=True)
-        view: Tensor = gradient.sum(1) if gradient.dim() == 3 else gradient
+        view = _of_positions(gradient)
         return view / view.detach().square().mean().sqrt().clamp_min(1e-30)
 
     def parameters(self) -> Sequence[nn.Parameter]:
@@ -159,32 +166,57 @@ class AdversarialTraining(Defense):
         return MappingMechanism(self._parts["mapping"])
 
     def findings(self, public_texts: Sequence[str], data_party: DataParty) -> Mapping[str, float]:
-        """At the head: how often the adversary it was trained against names a token, and how often a fresh one does.
+        """How often the adversary it was trained against names a token or label, and how often a fresh one does.
 
-        The fresh one has the same shape; it is fitted to one half of the public rows behind the finished mapping, and
-        both are judged on the other half, beside the most frequent token there. That the first fails says only that
-        it was outrun (or that public text is not what it learned on); what the fresh one reads is the least that an
+        The fresh one has the same shape; it is fitted to one half of the public texts behind the finished mapping, and
+        both are judged on the other half. At the head they name tokens, beside the most frequent one there. At the
+        tail they read labels from the gradient that would be sent: each text crosses once, forward only, and is given
+        each label in turn, so that chance is exactly one of the classes. That the first fails says only that it was
+        outrun (or that public text is not what it learned on); what the fresh one reads is the least that an
         adversary of this kind can, for it is small and sees no more than 64 texts.
         """
-        if self.place == "tail" or not public_texts or data_party.tokenizer is None:
+        if not public_texts or data_party.tokenizer is None:
             return {}
-        texts = public_ids("AdversarialTraining", public_texts, data_party)
-        rows = public_rows("AdversarialTraining", public_texts, data_party)
-        mapping, adversary = self._parts["mapping"], self._parts["adversary"]
-        with torch.no_grad():
-            mapped = [hidden[0].float() + mapping(hidden[0].float()) for hidden in rows]
+        head = self.place == "head"
+        each = (self._tokens_seen if head else self._labels_seen)(public_texts, data_party)
+        if len(each) < 2:  # no half to judge on
+            return {}
         halves = [
-            (torch.cat(mapped[part::2]), torch.cat([ids[0] for ids in texts[part::2]]))
-            for part in (0, 1)
+            (torch.cat([rows for rows, _ in part]), torch.cat([targets for _, targets in part]))
+            for part in (each[::2], each[1::2])
         ]
         (seen, targets), (others, truth) = halves
-        fresh = self._fitted(seen, targets.to(seen.device), int(adversary[-1].out_features))  # type: ignore[index, union-attr]
-        truth = truth.to(others.device)
+        adversary = self._parts["adversary"]
+        fresh = self._fitted(seen, targets, int(adversary[-1].out_features))  # type: ignore[index, union-attr]
         return {
             "adversary": _accuracy(adversary, others, truth),
             "fresh adversary": _accuracy(fresh, others, truth),
-            "most frequent token": float(truth.bincount().max()) / len(truth),
+            "most frequent token" if head else "chance": float(truth.bincount().max()) / len(truth),
         }
+
+    def _tokens_seen(self, texts: Sequence[str], party: DataParty) -> list[tuple[Tensor, Tensor]]:
+        """Of each text its rows (T, D) behind the mapping, and its tokens (T,)."""
+        ids = public_ids("AdversarialTraining", texts, party)
+        rows = public_rows("AdversarialTraining", texts, party)
+        with torch.no_grad():
+            mapped = [h[0].float() + self._parts["mapping"](h[0].float()) for h in rows]
+        return [(m, own[0].to(m.device)) for m, own in zip(mapped, ids, strict=True)]
+
+    def _labels_seen(self, texts: Sequence[str], party: DataParty) -> list[tuple[Tensor, Tensor]]:
+        """Of each text its gradients (C, D), one for each label, as `_label_view` shows them, and the labels (C,)."""
+        classes, found = classes_of(party), []
+        for ids, returned in public_returned("AdversarialTraining", texts, party):
+            views = []
+            for label in range(classes):
+                sent = returned.detach().requires_grad_()
+                with torch.enable_grad():
+                    mapped = sent + self._parts["mapping"](sent.float()).to(sent.dtype)
+                    target = torch.tensor([label], device=sent.device)
+                    loss = party.complete(mapped, input_ids=ids, labels=target).loss
+                    views.append(_of_positions(torch.autograd.grad(loss, sent)[0])[0])
+            found.append((torch.stack(views), torch.arange(classes, device=returned.device)))
+        scale = torch.cat([views for views, _ in found]).square().mean().sqrt().clamp_min(1e-30)
+        return [(views / scale, labels) for views, labels in found]
 
     def _fitted(self, seen: Tensor, targets: Tensor, classes: int) -> nn.Module:
         """A fresh adversary, fitted to rows (N, D) and their targets (N,)."""
@@ -222,6 +254,10 @@ class AdversarialTraining(Defense):
             number, name = key.split(".", 1)
             whole["state"].setdefault(int(number), {})[name] = value
         self._optimizer.load_state_dict(whole)
+
+
+def _of_positions(gradient: Tensor) -> Tensor:  # (B, T, D) or (B, D) -> (B, D)
+    return gradient.sum(1) if gradient.dim() == 3 else gradient
 
 
 def _accuracy(adversary: nn.Module, rows: Tensor, targets: Tensor) -> float:

@@ -37,8 +37,8 @@ def perceptron(width: int, hidden: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, out))
 
 
-def frozen_call(module: nn.Module, inputs: Tensor) -> Tensor:
+def frozen_call(module: nn.Module, *inputs: Tensor | None, **options: bool) -> Tensor:
     """Call a module whose weights get no gradient, though its inputs do."""
     weights = {name: weight.detach() for name, weight in module.named_parameters()}
-    found: Tensor = torch.func.functional_call(module, weights, (inputs,))
+    found: Tensor = torch.func.functional_call(module, weights, inputs, options)
     return found

@@ -15,7 +15,14 @@ from torch.nn.functional import softplus
 from vflair_core import Defense, DefenseError
 from vflair_core.defense import Exchange, Mechanism
 from vflair_defenses.learning import parameters_of, read_state, seeded, state_of
-from vflair_defenses.rows import drawing, noise_like, public_rows, real_rows, width_of
+from vflair_defenses.rows import (
+    drawing,
+    noise_like,
+    public_returned,
+    public_rows,
+    real_rows,
+    width_of,
+)
 
 if TYPE_CHECKING:
     from vflair_core.data_party import DataParty
@@ -168,11 +175,20 @@ class Mid(Defense):
         return MidMechanism(self.part("head"), self.noise) if len(self._parts) else Mechanism()
 
     def findings(self, public_texts: Sequence[str], data_party: DataParty) -> Mapping[str, float]:
-        """At the head: nats per token of public text, and the half-width of their 95 % interval over texts."""
-        if self.place == "tail" or not self.noise or not public_texts or not data_party.tokenizer:
-            return {}
-        nats, half_width = measured_divergence(self, data_party, public_texts)
-        return {"nats per token": nats, "half-width": half_width}
+        """Nats per token of public text, and the half-width of their 95 % interval over texts, at head and tail.
+
+        At the tail public text crosses once more. Models of two stacks are asked for more than text there: nothing is
+        said of it.
+        """
+        two_stacks = bool(data_party.model.config.is_encoder_decoder)
+        found: dict[str, float] = {}
+        for where in self._places if self.noise and public_texts and data_party.tokenizer else ():
+            if where == "tail" and two_stacks:
+                continue
+            end = "" if where == "head" else " at the tail"
+            nats, half_width = measured_divergence(self, data_party, public_texts, where)
+            found |= {f"nats per token{end}": nats, f"half-width{end}": half_width}
+        return found
 
     def state(self) -> dict[str, Tensor]:
         return state_of(self._parts)
@@ -213,11 +229,15 @@ class MidMechanism(Mechanism):
 
 
 def measured_divergence(
-    defense: Mid, data_party: DataParty, texts: Sequence[str]
+    defense: Mid, data_party: DataParty, texts: Sequence[str], place: str = "head"
 ) -> tuple[float, float]:
     """Return the KL in nats per token on held-out text, and the half-width of its 95 % interval over texts."""
-    part, each = defense.part("head"), []
-    for rows in public_rows("measured_divergence", texts, data_party):
+    part, each = defense.part(place), []
+    if place == "head":
+        there = public_rows("measured_divergence", texts, data_party)
+    else:
+        there = (r for _, r in public_returned("measured_divergence", texts, data_party))
+    for rows in there:
         with torch.no_grad():
             mean, sigma = part.code(rows.float())
             each.append(divergence(mean, defense.noise * sigma).mean())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vflair_core import DefenseError
+from vflair_core import DefenseError, Transcript
+from vflair_core.asking import answering
 from vflair_core.defense import Exchange
 
 if TYPE_CHECKING:
@@ -48,6 +49,25 @@ def public_rows(who: str, texts: Sequence[str], party: DataParty) -> Iterable[Te
     for ids in public_ids(who, texts, party, instead=", or set clip to a number"):
         with torch.no_grad():
             yield party.smashed(input_ids=ids, use_cache=False)
+
+
+def public_returned(
+    who: str, texts: Sequence[str], party: DataParty
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the ids (1, T) of public texts and what the model party returns for them (1, T, D), without dropout.
+
+    Each crosses once, through the defenses but those of text: there is nothing to hide. No gradient does.
+    """
+    training = party.model.training
+    party.model.eval()
+    try:
+        for ids in public_ids(who, texts, party):
+            with torch.no_grad(), answering(party), party.channel.tap(Transcript()) as crossed:
+                party.model(input_ids=ids, use_cache=False)
+            (returned,) = [r.tensor for r in crossed.messages if r.role == "returned"]
+            yield ids, returned.to(party.model.device)
+    finally:
+        party.model.train(training)
 
 
 def classes_of(party: DataParty) -> int:

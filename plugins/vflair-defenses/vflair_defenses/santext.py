@@ -18,9 +18,7 @@ from vflair_defenses.neighbours import Vocabulary, draw, read_vocabulary, substi
 if TYPE_CHECKING:
     from vflair_core.data_party import DataParty
 
-# Spans of an answer do not survive the replacement of their words.
-KINDS = ("causal-lm", "classification", "regression", "seq2seq", "image-text")
-SUPPORTED = frozenset({("*", kind, "*") for kind in KINDS})
+SUPPORTED = frozenset({("*", "*", "*")})  # of an answer in a passage the place follows its words
 
 
 @define(slots=False)

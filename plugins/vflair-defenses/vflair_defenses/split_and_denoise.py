@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from vflair_core import Defense, DefenseError, Guarantee, Transcript
 from vflair_core.defense import Exchange, Mechanism
 from vflair_defenses.d_chi import distance_noise, metric_guarantee, spread_of
+from vflair_defenses.denoiser import TransformerDenoiser, fit
 from vflair_defenses.learning import frozen_call, perceptron, read_state, seeded, state_of
 from vflair_defenses.rows import clip_rows, drawing, is_off, public_ids, public_rows
 
 if TYPE_CHECKING:
     from vflair_core.data_party import DataParty
 
+KINDS = ("causal-lm", "classification", "regression", "question-answering")
 Lesson = tuple[Tensor, Tensor, Tensor]  # what came back, what was sent before noise, the noise
 
 
@@ -32,14 +34,17 @@ class SplitAndDenoise(Defense):
     2024, arXiv 2310.09130. The denoiser is trained on public text sent twice, clean and noisy; it works on the data
     party's side, so it costs no privacy. Differs from the paper: the sampler is the d_χ one (the published code
     draws a Gamma for each coordinate, about √(D/3) times too long, and its promise does not hold), it runs in
-    training and in every decode step, and the denoiser is a perceptron for each position instead of a transformer:
-    the noise of earlier positions reaches it only through what comes back. In HBT it corrects hidden states; in HT
-    the class scores, from the mean row and noise; logits of a language model in HT are not supported.
+    training and in every decode step, and by default the denoiser is a perceptron for each position instead of a
+    transformer of 6 layers: the noise of earlier positions reaches it only through what comes back. With `layers`
+    it is a transformer, in a language model over earlier positions only; generation, where a step has one position,
+    is then not supported. In HBT it corrects hidden states; in HT the class scores, from the mean row and noise;
+    logits of a language model in HT are not supported.
 
     Attributes:
         eta: η per unit of distance; inf adds no noise.
         clip: Largest L2 norm of a row; 0 takes the largest of public text; inf does not clip.
-        hidden: Width of the denoiser's hidden layer.
+        hidden: Width of the denoiser's hidden layer, or of its transformer.
+        layers: Of the transformer (HBT); 0 is the perceptron.
         steps: Steps of its training, on all public rows at once.
         rate: Its learning rate (Adam).
         seed: Seed of its first weights.
@@ -48,23 +53,27 @@ class SplitAndDenoise(Defense):
     eta: float = field(default=100.0, validator=validators.gt(0))
     clip: float = field(default=0.0, validator=validators.ge(0))
     hidden: int = field(default=128, validator=validators.ge(1))
+    layers: int = field(default=0, validator=validators.ge(0))
     steps: int = field(default=200, validator=validators.ge(0))
     rate: float = field(default=3e-3, validator=validators.gt(0))
     seed: int = 0
     _facts: Tensor = field(
         init=False, factory=lambda: torch.zeros(3, dtype=torch.float64), eq=False
     )
-    _denoiser: nn.Sequential | None = field(init=False, default=None, eq=False)
+    _denoiser: nn.Module | None = field(init=False, default=None, eq=False)
     _lessons: list[Lesson] | None = field(init=False, default=None, eq=False)
+    _causal: bool = field(init=False, default=True, eq=False)
 
     covers = frozenset({"prompt", "response"})
     supports = frozenset(
         {("HT", "classification", "train"), ("HT", "classification", "eval")}
-        | {
-            ("HBT", k, "*")
-            for k in ("causal-lm", "classification", "regression", "question-answering")
-        }
+        | {("HBT", kind, "*") for kind in KINDS}
     )
+
+    def __attrs_post_init__(self) -> None:
+        if self.layers:
+            phases = ("train", "eval")
+            self.supports = frozenset({("HBT", kind, p) for kind in KINDS for p in phases})
 
     def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
         """Take the clip from public rows, and train the denoiser on public text, sent clean and noisy."""
@@ -100,6 +109,7 @@ class SplitAndDenoise(Defense):
         finally:
             lessons, self._lessons = self._lessons, None
             data_party.model.train(training)
+        self._causal = data_party.task_kind in ("*", "causal-lm")
         self._learn(lessons, clean, partial(data_party.preparing.tell, self))
 
     def _asked(self, party: DataParty, ids: Tensor) -> Tensor:
@@ -119,26 +129,36 @@ class SplitAndDenoise(Defense):
     def _learn(
         self, lessons: list[Lesson], clean: list[Tensor], tell: Callable[[int, int], None]
     ) -> None:
-        seen = torch.cat([_features(*lesson).flatten(0, -2) for lesson in lessons])
-        error = torch.cat(
-            [
-                (target - lesson[0]).flatten(0, -2)
-                for target, lesson in zip(clean, lessons, strict=True)
-            ]
-        )
+        features = [_features(*lesson) for lesson in lessons]  # (1, T, F) or (1, F)
+        errors = [clean - lesson[0] for clean, lesson in zip(clean, lessons, strict=True)]
         with seeded(self.seed), torch.enable_grad():
-            made = perceptron(seen.shape[1], self.hidden, error.shape[1])
-            last = made[-1]
-            assert isinstance(last, nn.Linear)
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+            made = self._made(features[0].shape[-1], errors[0].shape[-1])
             optimizer = torch.optim.Adam(made.parameters(), self.rate)
             for number in range(self.steps):
                 tell(number, self.steps)
                 optimizer.zero_grad()
-                (made(seen) - error).square().mean().backward()
+                self._error(made, features, errors).backward()
                 optimizer.step()
         self._denoiser = made.requires_grad_(requires_grad=False)
+
+    def _made(self, width: int, out: int) -> nn.Module:
+        """A denoiser that corrects nothing yet."""
+        if self.layers:
+            return TransformerDenoiser(width, self.hidden, out, self.layers)
+        made = perceptron(width, self.hidden, out)
+        last = made[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        return made
+
+    def _error(self, made: nn.Module, features: list[Tensor], errors: list[Tensor]) -> Tensor:
+        if isinstance(made, TransformerDenoiser):
+            rows, wanted = ([each[0] for each in some] for some in (features, errors))
+            return fit(made, rows, wanted, causal=self._causal)
+        seen, error = (torch.cat([e.flatten(0, -2) for e in some]) for some in (features, errors))
+        found: Tensor = (made(seen) - error).square().mean()
+        return found
 
     def on_smashed(self, smashed: Tensor, exchange: Exchange) -> Tensor:  # (B, T, D)
         bound = float(self._ready()[0])
@@ -174,10 +194,15 @@ class SplitAndDenoise(Defense):
             raise DefenseError(
                 "SplitAndDenoise has no denoiser yet: call prepare(public_texts, data_party) first."
             )
-        features = _features(returned.float(), rows, noise)
-        return returned + frozen_call(self._denoiser.to(returned.device), features).to(
-            returned.dtype
+        features, denoiser = (
+            _features(returned.float(), rows, noise),
+            self._denoiser.to(returned.device),
         )
+        if isinstance(denoiser, TransformerDenoiser):
+            change = frozen_call(denoiser, features, exchange.mask, causal=self._causal)
+        else:
+            change = frozen_call(denoiser, features)
+        return returned + change.to(returned.dtype)
 
     def mechanism(self) -> Mechanism:
         """Clip and η once they are known; the denoiser acts on what comes back, and tells nothing."""
@@ -186,14 +211,16 @@ class SplitAndDenoise(Defense):
 
     def state(self) -> dict[str, Tensor]:
         learned = {} if self._denoiser is None else state_of(self._denoiser)
-        return {"facts": self._facts, **learned}
+        causal = torch.tensor(self._causal)
+        return {"facts": self._facts, **({"causal": causal} if self.layers else {}), **learned}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        learned = {name: value for name, value in state.items() if name != "facts"}
-        self._facts = state["facts"]
+        learned = {name: value for name, value in state.items() if name not in ("facts", "causal")}
+        self._facts, self._causal = state["facts"], bool(state.get("causal", True))
         if learned:
-            (hidden, width), out = learned["0.weight"].shape, len(learned["2.bias"])
-            self._denoiser = perceptron(width, hidden, out).requires_grad_(requires_grad=False)
+            first, last = ("enter", "leave") if self.layers else ("0", "2")
+            made = self._made(learned[f"{first}.weight"].shape[1], len(learned[f"{last}.bias"]))
+            self._denoiser = made.requires_grad_(requires_grad=False)
             read_state(self._denoiser, learned)
 
     def guarantee(self, releases: int, messages: int = 0, gradients: int = 0) -> Guarantee:

@@ -12,6 +12,7 @@ from vflair_core import DefenseError
 from vflair_defenses.accounting import gaussian_sigma
 from vflair_defenses.audit import _least, _most, audited_epsilon, epsilon_lower_bound
 from vflair_defenses.d_chi import distance_noise, spread_of
+from vflair_defenses.denoiser import TransformerDenoiser
 from vflair_defenses.dp_forward import DpForward
 from vflair_defenses.dx_noise import DxNoise
 from vflair_defenses.gaussian_noise import GaussianNoise
@@ -137,14 +138,17 @@ def test_dp_forward_clips_sequences_and_counts_messages(exchange):
     assert noisy.guarantee(64, 4).epsilon == noisy.guarantee(4).epsilon > 1.5
 
 
-def test_denoising_brings_returned_states_nearer_to_the_clean_ones(defended, public):
+@pytest.mark.parametrize(("layers", "enough"), [(0, 300), (1, 60)])
+def test_denoising_brings_returned_states_nearer_to_the_clean_ones(
+    defended, public, layers, enough
+):
     """On text that the denoiser has not seen; mean squared error of what the local tail gets."""
     draw = random.Random(0)
     words = " ".join(public).split()
     texts = [" ".join(draw.choices(words, k=12)) for _ in range(100)]
 
     def error(steps):
-        defense = SplitAndDenoise(eta=20.0, steps=steps)
+        defense = SplitAndDenoise(eta=20.0, steps=steps, layers=layers, hidden=64)
         parties = defended([defense])
         party = parties.data_party
         defense.prepare(texts[:80], party)
@@ -157,7 +161,41 @@ def test_denoising_brings_returned_states_nearer_to_the_clean_ones(defended, pub
             noisy = party.model(**batch, use_cache=False).logits
         return float((clean - noisy).square().mean())
 
-    assert error(300) < 0.95 * error(0)
+    assert error(enough) < 0.95 * error(0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_transformer_corrects_a_position_by_what_it_may_see_and_never_by_padding(causal):
+    denoiser = TransformerDenoiser(6, 8, 3, 2)
+    torch.nn.init.normal_(denoiser.leave.weight)
+    rows, mask = torch.randn(1, 5, 6), torch.tensor([[1, 1, 1, 1, 0]])
+    bare = denoiser(rows[:, :4], None, causal=causal)
+    assert torch.allclose(denoiser(rows, mask, causal=causal)[:, :4], bare, atol=1e-5)
+    other = rows.clone()
+    other[:, 3] += 1
+    moved = (denoiser(other, mask, causal=causal) - denoiser(rows, mask, causal=causal)).abs()
+    assert bool(moved[0, 3].max() > 1e-3)
+    assert bool(moved[0, :3].max() > 1e-3) != causal
+
+
+def test_a_transformer_is_restored_and_refuses_to_see_one_position_at_a_time(defended):
+    trained, fresh = (SplitAndDenoise(layers=1, hidden=16, steps=2) for _ in range(2))
+    parties = defended([trained])
+    fresh.load_state(trained.state())
+    restored = defended([fresh], prepare=False)
+    ids = torch.arange(5, 13)[None]
+    restored.data_party.defenses.begin_anew(fresh)  # as after `prepare`: the same noise
+    first, second = (
+        each.data_party.model(ids, labels=ids, use_cache=False).loss for each in (parties, restored)
+    )
+    assert torch.equal(first, second)
+    ours, theirs = (each.state() for each in (trained, fresh))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with pytest.raises(
+        DefenseError, match="SplitAndDenoise does not support HBT × causal-lm × pre"
+    ):
+        restored.data_party.model.generate(ids, max_new_tokens=2, pad_token_id=0)
 
 
 def test_the_logits_of_a_language_model_in_ht_are_not_denoised(defended):

@@ -37,6 +37,7 @@ CASES = {
     "nopeek": ({}, {"weight": 0.0}),
     "text-obfuscator": ({"clusters": 5}, {"epsilon": math.inf, "close": 0.0, "away": 0.0}),
     "dual-guard": ({"steps": 2, "retention": 0.1}, {"weight": 0.0}),
+    "dual-bottleneck": ({"steps": 2}, {"noise": 0.0, "dissimilarity": 0.0}),
     "dx-noise": ({}, {"eta": math.inf}),
     "split-and-denoise": ({"steps": 3}, {"eta": math.inf, "clip": math.inf}),
     "dp-forward": ({}, {"epsilon": math.inf, "clip": math.inf}),

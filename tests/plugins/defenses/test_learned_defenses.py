@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from vflair_core import DefenseError, Partition, split
+from vflair_core import DefenseError, Partition, Transcript, split
 from vflair_core.testing import tiny_batch, tiny_model
 from vflair_core.training import FineTuning, Train
 from vflair_defenses.adversarial_training import AdversarialTraining
@@ -266,3 +266,75 @@ def test_findings_need_public_text_and_a_head(defended, public):
         "nats per token": nats,
         "half-width": half_width,
     }
+
+
+def with_eager_tail(defense, defended, public):
+    party = defended([defense], "bert", prepare=False).data_party
+    party.model.set_attn_implementation("eager")
+    party.model.eval()
+    defense.prepare(public, party)
+    return party
+
+
+def test_at_the_tail_a_fresh_adversary_reads_the_label_of_a_gradient_that_nothing_hides(
+    defended, public
+):
+    """One head without a hidden layer: the gradient of one label is minus that of the other, up to a positive factor."""
+    defense = AdversarialTraining(place="tail")
+    party = with_eager_tail(defense, defended, public)
+    with party.channel.tap(Transcript()) as transcript:
+        found = defense.findings(public * 4, party)
+    assert found["fresh adversary"] > 0.9
+    assert found["chance"] == 0.5
+    assert set(found) == {"adversary", "fresh adversary", "chance"}
+    assert not {r.role for r in transcript.messages} & {"hidden_grad", "smashed_grad"}
+
+
+def test_at_the_tail_a_mapping_that_lets_nothing_through_leaves_chance(defended, public):
+    class Undo(torch.nn.Module):
+        def forward(self, hidden):
+            return -hidden
+
+    defense = AdversarialTraining(place="tail")
+    party = with_eager_tail(defense, defended, public)
+    defense._parts["mapping"] = Undo()
+    found = defense.findings(public, party)
+    assert found["fresh adversary"] == found["chance"] == 0.5
+
+
+def test_the_gradients_that_findings_look_at_are_those_that_would_be_sent(defended, public):
+    defense = AdversarialTraining(place="tail")
+    party = with_eager_tail(defense, defended, public)
+    with torch.no_grad():
+        defense.parameters()[-1].fill_(0.1)
+    (views, labels), *_ = defense._labels_seen(public, party)
+    ids = party.tokenizer(public[0], return_tensors="pt")["input_ids"]
+    sent = []
+    for label in labels:
+        with party.channel.tap(Transcript()) as transcript:
+            party.model(input_ids=ids, labels=label[None]).loss.backward()
+        (gradient,) = [r.tensor for r in transcript.messages if r.role == "hidden_grad"]
+        sent.append(gradient[0].sum(0))
+    ratio = torch.stack(sent).norm() / views.norm()
+    assert torch.allclose(torch.stack(sent), views * ratio, atol=1e-4 * float(ratio))
+
+
+def test_findings_of_a_bottleneck_at_the_tail_are_of_what_was_returned(defended, public):
+    """The expected divergence is torch's, on the rows that an unsplit body gives."""
+    defense = Mid(place="both", start=0.5)
+    parties = defended([defense], "llama")
+    party = parties.data_party
+    with torch.no_grad():  # no noise at the head, so that what is returned is known
+        defense.part("head").spread.bias.fill_(-60.0)
+    found = defense.findings(public, party)
+    last, nats = [], []
+    parties.whole.model.layers[-1].register_forward_pre_hook(lambda _, args: last.append(args[0]))
+    for text in public:
+        ids = party.tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            parties.whole(ids)
+        nats.append(kl_divergence(Normal(last[-1], 0.5), Normal(0.0, 1.0)).sum(-1).mean())
+    assert found["nats per token at the tail"] == pytest.approx(float(sum(nats)) / 4, rel=1e-4)
+    spread = float(torch.stack(nats).std()) * 1.96 / 2
+    assert found["half-width at the tail"] == pytest.approx(spread, rel=1e-3)
+    assert {"nats per token", "half-width"} < found.keys()

@@ -5,12 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 import torch
 
 from vflair_core import DefenseError, Example
+from vflair_core.answers import best_answers
+from vflair_core.asking import reader_of
+from vflair_core.metrics import exact_match
 from vflair_core.testing import tiny_model
+from vflair_defenses import neighbours
 from vflair_defenses.custext import CusText, custext_plus
 from vflair_defenses.neighbours import (
     Vocabulary,
@@ -101,20 +106,32 @@ def test_custext_plus_leaves_function_words(vectors, defended):
     assert defense.tally["stop words kept"] == 2
 
 
-def test_sets_equal_the_greedy_partition_by_brute_force():
-    vectors = torch.randn(101, 4)
+def greedy_partition(vectors, order, size):
+    """Word by word, in exact arithmetic; words equally far stay in order."""
+    rows = [[Fraction(x) for x in row] for row in vectors.tolist()]
+    left, sets = order.tolist(), []
+    while left:
+        first = rows[left[0]]
+        far = {w: sum((a - b) ** 2 for a, b in zip(rows[w], first, strict=True)) for w in left[1:]}
+        chosen = [left[0], *sorted(far, key=far.get)[: size - 1]]
+        sets.append(chosen)
+        left = [w for w in left if w not in chosen]
+    return [next(n for n, words in enumerate(sets) if w in words) for w in range(len(rows))]
+
+
+@pytest.mark.parametrize("kind", ["apart", "full of ties", "far from zero"])
+@pytest.mark.parametrize("at_once", [1, 5, 256])
+def test_sets_equal_the_greedy_partition_by_brute_force(kind, at_once, monkeypatch):
+    monkeypatch.setattr(neighbours, "FIRST_WORDS", at_once)
+    vectors = {
+        "apart": torch.randn(101, 4),
+        "full of ties": torch.randint(0, 3, (101, 3)).float(),  # 27 places
+        "far from zero": 300 + torch.randint(0, 9, (101, 3)) / 1024,  # products lose this
+    }[kind]
     vocabulary = Vocabulary(tuple(str(n) for n in range(101)), vectors)
     order = torch.randperm(101)
-    left, expected = order.tolist(), {}
-    for number in itertools.count():
-        if not left:
-            break
-        first = left[0]
-        chosen = sorted(left, key=lambda w: float((vectors[w] - vectors[first]).norm()))[:7]
-        expected |= dict.fromkeys(chosen, number)
-        left = [w for w in left if w not in chosen]
     found = partition_by_distance(vocabulary, order, 7)
-    assert found.tolist() == [expected[n] for n in range(101)]
+    assert found.tolist() == greedy_partition(vectors, order, 7)
 
 
 def test_rantext_replaces_as_an_independent_simulation_does(vectors, defended):
@@ -198,12 +215,73 @@ def test_before_prepare_a_text_defense_says_what_to_do(name):
         ALL[name]().on_text({"text": "river"})
 
 
-def test_spans_of_an_answer_are_refused_by_name(defended):
-    party = defended([SanText()], "bert", task_kind="question-answering").data_party
-    batch = party.tokenizer(["river"], return_tensors="pt")
-    party._asking = True
-    with pytest.raises(DefenseError, match="SanText does not support HBT × question-answering"):
-        party.model(input_ids=batch["input_ids"])
+PASSAGE = "The old mill, dry for years, stood beside a copper engine."
+QUESTION = Example("What stood there?", pair=PASSAGE, answer="copper engine", span=(44, 57))
+
+
+@pytest.fixture
+def asked(defended):
+    """A factory: asked(defense) → what reads questions through it."""
+
+    def make(defense):
+        party = defended([defense] if defense else [], task_kind="question-answering").data_party
+        return reader_of(party, 128)
+
+    return make
+
+
+def answered(encoded, passages):
+    """The prediction of a model that is right: all weight on the span that it should learn."""
+    scores = [
+        torch.nn.functional.one_hot(encoded.batch[name], encoded.batch["input_ids"].shape[1])
+        for name in ("start_positions", "end_positions")
+    ]
+    return best_answers(encoded.rows, *scores, passages=passages)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_of_replaced_words_the_answer_is_read_where_it_stood(name, asked, monkeypatch):
+    """Each word becomes another that nobody could align by its letters."""
+    numbers = itertools.count()
+    words = [f"w{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(99)]
+    defense = ALL[name]()
+    reader = asked(defense)
+    monkeypatch.setattr(type(defense), "_replaced", lambda *_: words[next(numbers)])
+    encoded = reader.batch([QUESTION])
+    (row,) = encoded.rows
+    start, end = (int(encoded.batch[n][0]) for n in ("start_positions", "end_positions"))
+    learnt = row.example.pair[row.offsets[start][0] : row.offsets[end][1]].split()
+    asked_before = len(neighbours.WORD.findall(QUESTION.text))
+    at = [match.group() for match in neighbours.WORD.finditer(PASSAGE)].index("copper")
+    assert learnt == words[asked_before + at : asked_before + at + 2]
+    assert answered(encoded, [PASSAGE]) == ["copper engine"]
+    assert exact_match(answered(encoded, [PASSAGE])[0], QUESTION.answer) == 1.0
+
+
+@pytest.mark.parametrize("name", ["santext", "santext-plus", "custext", "custext-plus"])
+def test_words_replaced_by_themselves_make_the_rows_that_undefended_ones_are(
+    name, asked, monkeypatch
+):
+    defense = ALL[name](spacing=True)
+    ours = asked(defense)
+    monkeypatch.setattr(type(defense), "_replaced", lambda _, word: word)
+    theirs = asked(None)
+    first, second = ours.batch([QUESTION]).batch, theirs.batch([QUESTION]).batch
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_what_is_left_of_an_answer_stands_for_all_of_it_and_nothing_for_none(asked, monkeypatch):
+    defense = RanText()
+    reader = asked(defense)
+    monkeypatch.setattr(RanText, "_replaced", lambda _, word: None if word == "copper" else "lamp")
+    (row,) = reader.batch([QUESTION]).rows
+    assert row.example.pair[slice(*row.example.span)] == "lamp"
+    assert answered(reader.batch([QUESTION]), [PASSAGE]) == ["engine"]
+    monkeypatch.setattr(RanText, "_replaced", lambda _, word: "lamp" if word == "mill" else None)
+    encoded = reader.batch([QUESTION])
+    assert encoded.rows[0].example.span is None
+    assert int(encoded.batch["start_positions"]) == int(encoded.batch["end_positions"]) == 0
 
 
 def test_the_extractor_reads_the_true_prompt_and_the_draft(tmp_path, defended):

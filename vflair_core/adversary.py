@@ -45,6 +45,11 @@ class Tampered(Channel):
         return plausible(self.tamper(message, honest), honest)
 
 
+def honestly(request: Message, reply: Message) -> Message:  # noqa: ARG001 - a `Tamper` that does nothing
+    """Leave the reply as it is."""
+    return reply
+
+
 def plausible(answer: Message, honest: Message) -> Message:
     """Return `answer` as the reply to the request that `honest` replies to.
 

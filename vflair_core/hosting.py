@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from vflair_core.adversary import Adversary, Tampered
+from vflair_core.adversary import Adversary, Tampered, honestly
 from vflair_core.attack import Launch, call
 from vflair_core.auxiliary import auxiliary_of
 from vflair_core.channel import Transcript
@@ -70,9 +70,14 @@ def acting(
         save_evidence(store, evidence, needed([opening]))
         furnish(folder, store, [opening], e.threads or torch.get_num_threads())
         with (_Inline if e.isolation == "inline" else _Process)(folder) as host:
-            honest = party.line.channel
-            party.channel = party.line.channel = Tampered(honest, host.tamper)
-            yield host.state
+            channel = Tampered(party.line.channel, host.tamper)
+            party.channel = party.line.channel = channel
+            try:
+                yield host.state
+            finally:
+                channel.tamper = (
+                    honestly  # what a defense measures of itself afterwards crosses as it should
+                )
 
 
 def _build(folder: Path) -> Adversary:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import vflair_defenses
 from vflair_core import AttackError, Message, plugin_manager, read_experiment, run
 from vflair_core.adversary import plausible
 from vflair_core.arm_attacks import attack_again
@@ -30,7 +31,11 @@ LLAMA = {
 
 @pytest.fixture(scope="module")
 def pm():
-    return plugin_manager([HERE / "mine.py", HERE / "cheaters.py"], entry_point_group="vflair.none")
+    manager = plugin_manager(
+        [HERE / "mine.py", HERE / "cheaters.py"], entry_point_group="vflair.none"
+    )
+    manager.register(vflair_defenses)
+    return manager
 
 
 def small(name, knowledge="K1", **changes):
@@ -173,3 +178,19 @@ def test_several_seeds_are_told_apart_too(pm):
     assert [row["attack"] for row in numbers["over_seeds"]["attacks"]] == ["first-row"]
     found = numbers["over_seeds_active"]
     assert [row["attack"] for row in found["attacks"]] == ["first-row", "honest"]
+
+
+def test_what_a_defense_measures_of_itself_afterwards_crosses_without_it(pm):
+    """The adversary's process is over by then."""
+    defense = {"name": "adversarial-training", "options": {"place": "tail"}}
+    there = small(
+        "honest",
+        task={"name": "two-words"},
+        model={"config": {**LLAMA, "attn_implementation": "eager"}, "vocab_size": 300},
+        attacks=[],
+        defenses=[defense],
+        victims={"count": 4, "max_length": 12, "bypass": 2},
+        isolation="process",
+    )
+    numbers = run(there, plugins=pm).numbers
+    assert numbers["active-defended"]["findings"] == numbers["defended"]["findings"] != []

@@ -44,6 +44,11 @@ class AnswerKey:
         """Victims that only choose among attacks."""
         return range(len(self.reported), len(self.truth.tokens))
 
+    def of_responses(self) -> AnswerKey:
+        """The same, about answers instead of prompts."""
+        control = self.control and self.control.of_responses()
+        return attrs.evolve(self, truth=self.truth.of_responses(), control=control)
+
     def for_updates(self) -> AnswerKey:
         """The same, for guesses made from updates: of victims that share one the guesses are in no order."""
         truth, control = self.truth, self.control

@@ -104,7 +104,7 @@ def run_arm(
         "chance": chance,
         "losses": losses,
         "evaluations": evaluations,
-        "attacks": [_without_seconds(grade) for grade in grades],
+        "attacks": [grade.numbers() for grade in grades],
         **_promised(defenses, party, setting, len(evaluations)),
         "trained_weights": trained,
         "partition": attrs.asdict(party.partition),
@@ -256,13 +256,8 @@ def _cost(party: DataParty, clock: Clock, grades: list[Grade]) -> dict[str, Any]
         "channel_seconds": party.channel.seconds,
         "seconds": clock.seconds,
         "attack_seconds": [grade.seconds for grade in grades],
+        "course_seconds": [[point["seconds"] for point in grade.course] for grade in grades],
     }
-
-
-def _without_seconds(grade: Grade) -> dict[str, Any]:
-    plain = grade.to_dict()
-    del plain["seconds"]
-    return plain
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from vflair_core.attack import Guess, Launch, wants
 from vflair_core.errors import AttackError
 from vflair_core.evidence import furnish, read_facts
 from vflair_core.grading import Grade
-from vflair_core.guesses import read_guess, take_so_far
+from vflair_core.guesses import Found, read_guess, take_so_far
 from vflair_core.judging import Reference, grade, judge, performance
 from vflair_core.mechanisms import has_mechanism
 from vflair_core.processes import environment
@@ -68,10 +68,23 @@ def attack_and_grade(
             progress(label + _recovered(folder, keys), done, total)
 
         _run(folder, isolation, told)
-        return [
-            _graded(folder, number, launch, facts, keys[number], decode, references[number] if references else None)
-            for number, launch in enumerate(launches)
-        ]  # fmt: skip
+        grades: list[Grade] = []
+        for number, launch in enumerate(launches):
+            for target, about in _targets(folder, number, keys[number]):
+                reference = references[len(grades)] if references else None
+                grade = _graded(folder, number, launch, facts, about, decode, reference)
+                if target == "response":
+                    grade.target, grade.recovered = target, []  # the text is shown once
+                grades.append(grade)
+        return grades
+
+
+def _targets(folder: Path, number: int, key: AnswerKey) -> list[tuple[str, AnswerKey]]:
+    """What an attack's guess is held against: tokens of prompts, and those of responses apart if there are any."""
+    guess = read_guess(folder / f"guess-{number}-main").guess
+    if guess.tokens is None or not key.truth.has_responses:
+        return [("", key)]
+    return [("tokens", key), ("response", key.of_responses())]
 
 
 def _graded(
@@ -83,7 +96,8 @@ def _graded(
     decode: Any,
     reference: Reference | None,
 ) -> Grade:
-    guess, seconds = read_guess(folder / f"guess-{number}-main")
+    main = read_guess(folder / f"guess-{number}-main")
+    guess = main.guess
     if guess.tokens is not None and "candidates" in sum(wants(launch.attack), ()):
         raise AttackError(
             f"{launch.name} was offered candidates, among which are the victims' texts, so it may not guess tokens."
@@ -95,13 +109,26 @@ def _graded(
     found.adaptive = _is_adaptive(launch, facts)
     if key.development:
         found.development = performance(guess.of(key.apart), truth, key.apart)
-    found.seconds = seconds
+    found.seconds = main.seconds
+    found.course = _course(main, found, key)
     bypassed = None
     if "bypassed" in facts["victims"]:
-        again, _ = read_guess(folder / f"guess-{number}-bypassed")
-        bypassed = _accuracy_of(again, key)
+        bypassed = _accuracy_of(read_guess(folder / f"guess-{number}-bypassed").guess, key)
     found.reference = performance(guess.of(key.subset), truth, key.subset)
     return judge(found, reference, bypassed)
+
+
+def _course(main: Found, grade: Grade, key: AnswerKey) -> list[dict[str, float]]:
+    """What the guess was worth at each point of its course and in the end."""
+    rows = list(key.reported)
+    points = [
+        (forwards, seconds, performance(Guess(tokens=tokens).of(rows), key.truth, rows))
+        for forwards, seconds, tokens in main.course.points
+    ]
+    if points and "forwards" in grade.budget:
+        points.append((grade.budget["forwards"], main.seconds, grade.attack_performance))
+    names = ("forwards", "seconds", "attack_performance")
+    return [dict(zip(names, point, strict=True)) for point in points]
 
 
 def _recovered(folder: Path, keys: Sequence[AnswerKey]) -> str:

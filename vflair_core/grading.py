@@ -33,6 +33,7 @@ class Truth:
             none if what was sent is what there was.
         update_batch: How many victims share an update, where a guess was made from updates: within those its rows
             are in no order. 1 where each row is one victim's.
+        alike: Whether another example's truth may be right by chance, as answers from a few often are.
     """
 
     tokens: list[Tensor]  # N times (T,)
@@ -45,6 +46,16 @@ class Truth:
     members: Tensor | None = None
     originals: list[Tensor] = field(factory=list)  # N times (K,)
     update_batch: int = 1
+    alike: bool = False
+
+    @property
+    def has_responses(self) -> bool:
+        """Whether any victim has an answer among its tokens."""
+        return any(bool(there.any()) for there in self.answers)
+
+    def of_responses(self) -> Truth:
+        """The truth with the answers in the place of what is private in the prompts; no defense changes their text."""
+        return attrs.evolve(self, private=self.answers, originals=[], secrets=[], alike=True)
 
     def of(self, rows: Sequence[int]) -> Truth:
         """The truth about some victims, in the order of `rows`; candidates stay as they are."""
@@ -59,6 +70,7 @@ class Truth:
             self.members,
             [self.originals[n] for n in rows] if self.originals else [],
             self.update_batch,
+            self.alike,
         )
 
 
@@ -72,7 +84,9 @@ class Grade:
 
     attack: str
     knowledge: str
-    target: str  # "tokens", "labels", "answers" or "members"
+    target: (
+        str  # "tokens" (of the prompt), "response" (tokens too), "labels", "answers" or "members"
+    )
     attack_performance: float
     interval: tuple[float, float]
     floor: float
@@ -82,6 +96,7 @@ class Grade:
     negative_control: float | None = None
     verdict: str = "ok"
     budget: dict[str, float] = field(factory=dict)
+    course: list[dict[str, float]] = field(factory=list)  # AP after some forwards and seconds
     reference: float = 0.0  # performance on the victims that also cross with the defense bypassed
     seconds: float = 0.0
     informative: bool = True  # above its floor where nothing defends
@@ -95,6 +110,14 @@ class Grade:
     def to_dict(self) -> dict[str, Any]:
         """As plain values for a result file, without what is kept of each victim."""
         return attrs.asdict(self, filter=lambda a, _: a.name not in ("recovered", "hits"))
+
+    def numbers(self) -> dict[str, Any]:
+        """The same without seconds: what equal seeds reproduce."""
+        plain = self.to_dict()
+        del plain["seconds"]
+        for point in plain["course"]:
+            del point["seconds"]
+        return plain
 
 
 def grade_tokens(
@@ -201,8 +224,8 @@ def _floors(tokens: Sequence[Tensor], truth: Truth, prior: Tensor | None) -> dic
         longest = max(len(t) for t in truth.tokens)
         padded = torch.cat([prior, prior.new_full((max(longest - len(prior), 0),), -1)])
         floors["prior"] = pooled(token_hits([padded[: len(t)] for t in truth.tokens], truth))
-    # Texts have words in common, in their order; and the best of several orders suits any text a little.
-    if truth.originals or truth.update_batch > 1:
+    # Texts have words in common, in their order, as answers have; and the best of several orders suits any text a little.
+    if truth.originals or truth.alike or truth.update_batch > 1:
         floors["others"] = mismatched(truth.tokens, truth)
     return floors
 
@@ -228,7 +251,7 @@ def mismatched(tokens: Sequence[Tensor], truth: Truth) -> float:
 def _token_details(tokens: list[Tensor], truth: Truth, decode: Any) -> dict[str, float]:
     """Of the private text: exact sequences, ROUGE-L, VFLAIR-LLM's bag measures.
 
-    Over all: planted strings found. Apart: tokens of answers, which are no private positions.
+    Over all: planted strings found.
     """
     true = truth.originals or _private(truth.tokens, truth)
     guessed = tokens if truth.originals else _private(tokens, truth)
@@ -242,9 +265,6 @@ def _token_details(tokens: list[Tensor], truth: Truth, decode: Any) -> dict[str,
         "bag_recall": sum(r for r, _ in bags) / count,
         "bag_precision": sum(p for _, p in bags) / count,
     }
-    if any(bool(there.any()) for there in truth.answers):
-        quads = zip(tokens, truth.tokens, truth.answers, strict=True)
-        details["answer_tokens"] = pooled([_hits(g, t, there) for g, t, there in quads])
     planted = [
         (g, secret) for g, secrets in zip(tokens, truth.secrets, strict=False) for secret in secrets
     ]

@@ -28,7 +28,7 @@ ALWAYS = {
     "task_kind": "The kind of the task, e.g. 'causal-lm'.",
     "partition": "The cut.",
     "generator": "The attack's own random stream: torch.Generator.",
-    "progress": "Call it with (done, total), (done, total, objective), or (done, total, objective, tokens) with the guess so far (N, T), now and then: whoever watches sees how much of it is right.",
+    "progress": "Call it with (done, total), (done, total, objective), (done, total, objective, tokens) with the guess so far (N, T), or (…, tokens, forwards) with what it cost, now and then: whoever watches sees how much of it is right, and the grade has its course.",
 }
 WEIGHTS = {
     "embeddings": "The public token embedding table: (V, D).",

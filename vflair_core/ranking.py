@@ -71,11 +71,13 @@ def _chosen_by(grade: Grade) -> float:
 def evaluated(grades: Sequence[Grade], covers: Iterable[str], task_kind: str) -> dict[str, bool]:
     """Return, for each target that is attacked or covered, whether an attack on it took the defense into account.
 
-    It must have been informative, and have passed its controls. Prompts and responses are tokens; labels and gradients
-    are the labels of classes and numbers, and tokens where the task is text.
+    It must have been informative, and have passed its controls. Responses are a target of their own where victims have
+    any, else tokens like prompts; labels and gradients are the labels of classes and numbers, and tokens where the task
+    is text.
     """
     named = "labels" if task_kind in ("classification", "regression") else "tokens"
-    meant = {"prompt": "tokens", "response": "tokens", "labels": named, "gradients": named}
+    response = "response" if any(grade.target == "response" for grade in grades) else "tokens"
+    meant = {"prompt": "tokens", "response": response, "labels": named, "gradients": named}
     targets = {grade.target for grade in grades} | {meant[place] for place in covers}
     known = {grade.target for grade in grades if grade.adaptive and grade.verdict == "ok"}
     return {target: target in known for target in sorted(targets)}
@@ -98,6 +100,7 @@ def over_seeds(runs: Mapping[int, Mapping[str, Arm]]) -> dict[str, Any]:
     for number, grade in enumerate(arms[0][names[0]].grades):
         each = {name: [run[name].grades[number] for run in arms] for name in names}
         row: dict[str, Any] = {"attack": grade.attack, "knowledge": grade.knowledge}
+        row["target"] = grade.target
         row |= {name: _mean([g.attack_performance for g in each[name]]) for name in names}
         row["floor"] = _mean([g.floor for g in each[names[-1]]])
         if len(names) > 1:

@@ -143,8 +143,14 @@ def _privacy(result: Result, arms: list[str], scores: Sequence[dict[str, Any]] =
         cells.append(f"{last['floor']:.3f}")
         if scores:
             cells.append(f"{scores[row]['dcs']:.3f}")
-        table.add_row(last["attack"], last["knowledge"], *cells)
+        table.add_row(_named(last), last["knowledge"], *cells)
     return table
+
+
+def _named(row: dict[str, Any]) -> str:
+    """An attack, and that it is its grade of the responses if it is."""
+    apart = row["target"] == "response"
+    return f"{row['attack']}, response" if apart else str(row["attack"])
 
 
 def _performance(grade: dict[str, Any]) -> str:
@@ -173,7 +179,19 @@ def _remarks(result: Result, arms: list[str]) -> Iterator[str]:
             yield f"{found['defense']} measured of itself: {', '.join(told)}."
         for grade in result.numbers[arm]["attacks"]:
             if grade["verdict"] != "ok":
-                yield f"{arm}, {grade['attack']}: {grade['verdict']}."
+                yield f"{arm}, {_named(grade)}: {grade['verdict']}."
+            if grade["course"]:
+                yield f"{arm}, {_named(grade)}: AP {_course(grade['course'])}."
+
+
+def _course(points: Sequence[dict[str, float]]) -> str:
+    """AP at about each quarter of what was spent."""
+    whole = points[-1]["forwards"]
+    quarters = [
+        min(points, key=lambda point: abs(point["forwards"] - whole * n / 4)) for n in (1, 2, 3, 4)
+    ]
+    told = dict.fromkeys((p["forwards"], p["attack_performance"]) for p in quarters)
+    return ", ".join(f"{reached:.3f} after {spent:,.0f} forwards" for spent, reached in told)
 
 
 def _strongest(arm: str, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -204,11 +222,11 @@ def _seeds(result: Result) -> Iterator[str]:
 def _over(found: dict[str, Any], where: str) -> Iterator[str]:
     for row in found["attacks"]:
         if "change" not in row:
-            yield f"{len(found['seeds'])} {where}, {row['attack']}: AP {row['undefended']:.3f} undefended."
+            yield f"{len(found['seeds'])} {where}, {_named(row)}: AP {row['undefended']:.3f} undefended."
             continue
         low, high = row["change_interval"]
         yield (
-            f"{len(found['seeds'])} {where}, {row['attack']}: AP {row['undefended']:.3f} → {row['defended']:.3f}, "
+            f"{len(found['seeds'])} {where}, {_named(row)}: AP {row['undefended']:.3f} → {row['defended']:.3f}, "
             f"change {row['change']:+.3f} [{low:+.3f}, {high:+.3f}] (paired, 95 %)."
         )
     for row in found["adaptive"]:

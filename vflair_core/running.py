@@ -193,6 +193,7 @@ def _scores(undefended: Arm, defended: Arm) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for before, after in zip(undefended.grades, defended.grades, strict=True):
         row: dict[str, Any] = {"attack": after.attack, "knowledge": after.knowledge}
+        row["target"] = after.target
         row["dcs"] = dcs(after.attack_performance, main, best)
         row["normalised"] = (
             None  # an attack that fails a control or finds nothing undefended ranks nothing

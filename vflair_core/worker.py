@@ -25,7 +25,7 @@ from vflair_core.attack import Observables, launch
 from vflair_core.channel import Transcript
 from vflair_core.defense import Mechanism
 from vflair_core.errors import AttackError
-from vflair_core.guesses import leave_so_far, write_guess
+from vflair_core.guesses import Course, Found, leave_so_far, write_guess
 from vflair_core.halves import Head, Tail, halves
 from vflair_core.knowledge import AUXILIARY, DEFENSE
 from vflair_core.mechanisms import Side, has_mechanism, told
@@ -199,27 +199,31 @@ def work(folder: Path, progress: Progress) -> None:
         callable_ = callable_(**attack["options"]) if isinstance(callable_, type) else callable_
         for which in attack["passes"]:
             label = f"{attack['name']} ({which})"
-            start = time.perf_counter()
+            start, course = time.perf_counter(), Course()
 
             def report(
                 done: int,
                 total: int,
                 objective: float | None = None,
                 tokens: Tensor | None = None,
+                forwards: float | None = None,
                 *,
                 label: str = label,
                 place: str = f"{attack['number']} {which}",
+                start: float = start,
+                course: Course = course,
             ) -> None:
                 shown = label if objective is None else f"{label}, objective {objective:.4g}"
                 if tokens is not None:  # who knows the truth says how much of it that is
                     leave_so_far(folder, tokens, place)
+                    if forwards is not None:
+                        course.add(forwards, time.perf_counter() - start, tokens)
                 progress(shown, done, total)
 
             torch.manual_seed(attack["seed"])
             guess = launch(callable_, Granted(room, attack, which, report))
-            write_guess(
-                folder / f"guess-{attack['number']}-{which}", guess, time.perf_counter() - start
-            )
+            found = Found(guess, time.perf_counter() - start, course)
+            write_guess(folder / f"guess-{attack['number']}-{which}", found)
 
 
 def stream_seed(seed: int, name: str) -> int:

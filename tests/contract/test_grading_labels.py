@@ -86,8 +86,12 @@ def test_tokens_of_the_answer_are_graded_apart_from_private_ones():
         answers=[torch.tensor([False, False, True, True])],
     )
     guess = Guess(tokens=torch.tensor([[5, 6, 0, 8]]))
-    found = grade_tokens(guess, truth, None, str, name="a", knowledge="K0")
-    assert (found.attack_performance, found.details["answer_tokens"]) == (1.0, 0.5)
+    prompt, response = (
+        grade_tokens(guess, about, None, str, name="a", knowledge="K0")
+        for about in (truth, truth.of_responses())
+    )
+    assert (prompt.attack_performance, response.attack_performance) == (1.0, 0.5)
+    assert response.floors["constant"] == 0.5  # one of two tokens
 
 
 def test_members_are_candidates_scored_above_zero():

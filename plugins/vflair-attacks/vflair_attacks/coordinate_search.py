@@ -86,7 +86,7 @@ class CoordinateSearch:
                 None if first is None else first[number, :length]
             ).cpu()
             done += 1
-            progress(done, len(mask), one.objective)
+            progress(done, len(mask), one.objective, tokens, budget.forwards)
         return Guess(tokens=tokens, budget={"forwards": budget.forwards})
 
 

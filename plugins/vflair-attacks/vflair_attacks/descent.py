@@ -87,13 +87,13 @@ def descend(
     steps: int,
     rate: float,
     budget: Budget,
-    tell: Callable[[int, float], None] = lambda *_: None,
+    tell: Callable[[Tensor, Tensor], None] = lambda *_: None,
     decay: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Minimise every example's own loss by Adam, and return the best point of each and its loss.
 
     The rate falls to zero along half a cosine. Adam works by coordinate, so examples do not touch each other.
-    `tell` hears (step, mean of the lowest losses).
+    `tell` hears every fifty steps the best points so far and their losses.
     """
     variable = start.detach().clone().requires_grad_()
     optimizer = torch.optim.AdamW([variable], lr=rate, weight_decay=decay)
@@ -111,7 +111,7 @@ def descend(
             (variable.grad,) = torch.autograd.grad(loss.sum(), variable)
             optimizer.step()
             if step % 50 == 0:
-                tell(step, float(lowest.mean()))
+                tell(best, lowest)
     return best, lowest
 
 

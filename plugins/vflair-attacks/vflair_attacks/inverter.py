@@ -35,6 +35,7 @@ class LearnedInverter:
         batch: Texts of a step.
         rate: First step length.
         length: Tokens kept of a public text.
+        queries: Most queries that are learned from; 0 for all. Listed with several, it gives AP against queries.
         held_out: Share of the public texts that chooses the best weights.
         forwards: Most texts through the head; 0 for no limit.
         seconds: Most seconds; 0 for no limit.
@@ -46,6 +47,7 @@ class LearnedInverter:
     batch: int = field(default=16, validator=validators.ge(1))
     rate: float = field(default=2e-3, validator=validators.gt(0))
     length: int = field(default=64, validator=validators.ge(1))
+    queries: int = field(default=0, validator=validators.ge(0))
     held_out: float = field(default=0.1, validator=[validators.gt(0), validators.lt(1)])
     forwards: int = field(default=0, validator=validators.ge(0))
     seconds: float = field(default=0.0, validator=validators.ge(0))
@@ -76,7 +78,7 @@ class LearnedInverter:
             rows = tokens_of(tokenizer, texts, self.length)
             draw, count = through_head(head, rows, known, generator), len(rows)
         elif queries:
-            draw, count = _of_queries(tokenizer, queries)
+            draw, count = _of_queries(tokenizer, queries[: self.queries or None])
         else:
             raise AttackError(
                 "A learned inverter needs examples of text with hidden states: grant a head, or queries."
@@ -97,6 +99,8 @@ class LearnedInverter:
             logits = log_probabilities(network, releases[:, numbers].to(hidden.device), real)
             put(tokens, numbers, logits.argmax(-1).cpu(), real)
         spent = {"forwards": budget.forwards, "texts": count, "held_out_loss": loss}
+        if head is None or (known is None and queries):
+            spent["queries"] = count
         return Guess(tokens=tokens, budget=spent)
 
 

@@ -85,7 +85,9 @@ class PatchInversion:
             for start in range(0, target.mask.shape[1], self.patch):
                 embeds, objective = self._extend(embeds, target, table, generator, budget)
                 done += int(target.mask[:, start : start + self.patch].sum())
-                progress(done, total, objective)
+                there = target.mask[:, : embeds.shape[1]]
+                put(tokens, numbers, nearest_tokens(embeds, table, self.metric), there)
+                progress(done, total, objective, tokens, budget.forwards)
             if self.refine:
                 embeds, _ = descend(
                     embeds, target.losses, steps=self.refine, rate=self.rate * rms(table) / 10,

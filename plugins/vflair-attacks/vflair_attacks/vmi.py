@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from attrs import field, frozen, validators
 from torch import Tensor
@@ -68,7 +70,16 @@ class ModelInversion:
         tokens, done = torch.full(mask.shape, -1), 0
         defend = deterministic_part(mechanism, parameters)
         for numbers, target in targets(releases, mask, head, defend, self.loss, self.batch):
-            embeds = self._invert(target, table, generator, budget, done, len(mask), progress)
+            there = numbers, target, done
+
+            def tell(
+                embeds: Tensor, lowest: Tensor, there: tuple[Tensor, Target, int] = there
+            ) -> None:
+                numbers, target, done = there
+                put(tokens, numbers, nearest_tokens(embeds, table, self.metric), target.mask)
+                progress(done, len(mask), float(lowest.mean()), tokens, budget.forwards)
+
+            embeds = self._invert(target, table, generator, budget, tell)
             put(tokens, numbers, nearest_tokens(embeds, table, self.metric), target.mask)
             done += len(numbers)
             progress(done, len(mask))
@@ -76,7 +87,7 @@ class ModelInversion:
 
     def _invert(
         self, target: Target, table: Tensor, generator: torch.Generator, budget: Budget,
-        done: int, total: int, progress: Progress,
+        tell: Callable[[Tensor, Tensor], None],
     ) -> Tensor:  # fmt: skip
         best = around_the_mean(table, target.mask.shape, generator)
         lowest = torch.full((len(best),), torch.inf, device=best.device)
@@ -84,10 +95,16 @@ class ModelInversion:
             start = best if restart == 0 else around_the_mean(table, target.mask.shape, generator)
             found, loss = descend(
                 start, target.losses, steps=self.steps, rate=self.rate * rms(table), budget=budget,
-                tell=lambda _, objective: progress(done, total, objective),
+                tell=lambda now, loss: tell(*_better(now, loss, best, lowest)),
             )  # fmt: skip
             better = loss < lowest
             best[better], lowest[better] = found[better], loss[better]
             if budget.spent:
                 break
         return best
+
+
+def _better(now: Tensor, loss: Tensor, best: Tensor, lowest: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each example the better of two points (B, T, D) and its loss (B,)."""
+    better = (loss < lowest)[:, None, None]
+    return torch.where(better, now, best), torch.minimum(loss, lowest)

@@ -133,7 +133,7 @@ def search(
                     break
                 done += beam.advance(position)
                 tokens[rows[beam.alive.cpu()], : position + 1] = beam.tokens[:, 0].cpu()
-                progress(done, total, None, tokens)
+                progress(done, total, None, tokens, budget.forwards)
         for row, sequence in zip(rows.tolist(), beam.finish(), strict=True):
             tokens[row, : len(sequence)] = sequence
     return Guess(tokens=tokens, budget={"forwards": budget.forwards})

@@ -81,8 +81,8 @@ class WhiteBoxInversion:
                     )
                     embeds[:, rows] = table[found[:, rows]]
                     done += int(target.mask[:, rows].sum())
-                    progress(done, total, objective)
-            put(tokens, numbers, found, target.mask)
+                    put(tokens, numbers, found, target.mask)
+                    progress(done, total, objective, tokens, budget.forwards)
         return Guess(tokens=tokens, budget={"forwards": budget.forwards})
 
     def _fit(

@@ -18,7 +18,7 @@ from vflair_core.defense import Defense
 from vflair_core.errors import ExperimentError
 from vflair_core.evaluation import Evaluation, evaluate_party
 from vflair_core.experiment import Experiment
-from vflair_core.grading import Grade
+from vflair_core.grading import Grade, Truth
 from vflair_core.hosting import acting
 from vflair_core.judging import Reference
 from vflair_core.message import Message
@@ -83,24 +83,18 @@ def run_arm(
                 _save(name, party, model_party, setting)
             with clock("victims"):
                 crossed = let_cross(party, setting, defended=bool(defenses))
-        state = kept()
+        state = kept() if active else None
     with clock("attacks"):
         grades, truth = attack_arm(
-            name,
-            party,
-            model_party,
-            setting,
-            crossed,
-            references,
-            adversary=state if active else None,
+            name, party, model_party, setting, crossed, references, adversary=state
         )
     for grade in grades:
         setting.tell("vflair_attack_finished", name=grade.attack, grade=grade.to_dict())
     cost = _cost(party, clock, grades)  # before defenses measure themselves, which may cross
-    metrics = evaluations[-1]["metrics"]
+    metric, performance = next(iter(evaluations[-1]["metrics"].items()))
     numbers = {
-        "main_performance": next(iter(metrics.values())),
-        "metric": next(iter(metrics)),
+        "main_performance": performance,
+        "metric": metric,
         "chance": chance,
         "losses": losses,
         "evaluations": evaluations,
@@ -113,14 +107,19 @@ def run_arm(
         "isolation": e.isolation,
         "assumes_shared_updates": e.victims.share_updates,
     }
-    samples = [
+    samples = _samples(grades, truth)
+    return Arm(
+        numbers, cost, crossed[0].transcript, grades, samples, references_of(grades), party.slices
+    )
+
+
+def _samples(grades: list[Grade], truth: Truth) -> list[dict[str, Any]]:
+    """Private texts beside what each attack made of them."""
+    return [
         {"attack": grade.attack, "private": truth.texts[n], "recovered": text}
         for grade in grades
         for n, text in enumerate(grade.recovered)
     ]
-    return Arm(
-        numbers, cost, crossed[0].transcript, grades, samples, references_of(grades), party.slices
-    )
 
 
 def _cut(

@@ -56,7 +56,7 @@ def attack_arm(
     `adversary` is what the active adversary kept, where there was one; its own attack then comes last.
     """
     e, (main, bypassed, queries) = setting.experiment, crossed
-    again, length = crossing_again(setting), setting.victim_length
+    again = crossing_again(setting)
     launches = list(setting.launches)
     if adversary is not None and setting.adversary is not None:
         launches.append(setting.adversary)
@@ -77,18 +77,7 @@ def attack_arm(
         adversary=adversary,
         update_batch=e.victims.update_batch,
     )
-    told: dict[str, Any] = {
-        "known": e.victims.known,
-        "members": candidates_of(setting.task, e.victims, e.seed)[1],
-    }
-    key = AnswerKey(
-        truth_of(party, setting.victims, main.rows, length, **told),
-        tuple(range(len(again))),
-        truth_of(party, again, bypassed.rows, length, **told) if bypassed else None,
-        setting.prior,
-        e.victims.development,
-        e.victims.update_batch,
-    )
+    key = _answer_key(party, setting, main, bypassed)
     with _store(name, setting) as store:
         save_evidence(store, evidence, FILES if setting.keep else needed(launches))
         if setting.keep:
@@ -104,6 +93,25 @@ def attack_arm(
             threads=e.threads or None,
         )
     return grades, key.truth
+
+
+def _answer_key(
+    party: DataParty, setting: Setting, main: Crossed, bypassed: Crossed | None
+) -> AnswerKey:
+    """The truth about what crossed, and which victims are for what."""
+    e, again, length = setting.experiment, crossing_again(setting), setting.victim_length
+    told: dict[str, Any] = {
+        "known": e.victims.known,
+        "members": candidates_of(setting.task, e.victims, e.seed)[1],
+    }
+    return AnswerKey(
+        truth_of(party, setting.victims, main.rows, length, **told),
+        tuple(range(len(again))),
+        truth_of(party, again, bypassed.rows, length, **told) if bypassed else None,
+        setting.prior,
+        e.victims.development,
+        e.victims.update_batch,
+    )
 
 
 def is_active(launch: Launch) -> bool:

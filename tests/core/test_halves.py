@@ -8,8 +8,8 @@ import torch
 from vflair_core import Partition
 from vflair_core.defense import Mechanism
 from vflair_core.halves import halves
+from vflair_core.mechanisms import Chain
 from vflair_core.testing import crossed, numbers_as_texts, tiny_model, tiny_tokenizer
-from vflair_core.worker import Chain
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert", "gemma"])

@@ -63,6 +63,7 @@ MODELS = {
     "reversed": T5,
     "pictures": LLAVA,
 }
+ANSWERED = ("colours", "pictures")  # kinds whose rows go on with an answer
 HT, HBT = {"head": 1, "tail": 0}, {"head": 1, "tail": 1}
 
 
@@ -140,7 +141,8 @@ def test_all_that_can_be_granted_reaches_an_attack_of_every_kind_in_the_worker(p
     arm = run(
         experiment(name, HBT, attacks=attacks, check_unsplit=False, **changes), plugins=pm
     ).numbers["undefended"]
-    (grade,) = arm["attacks"]
+    grade, *responses = arm["attacks"]
+    assert [row["target"] for row in responses] == ["response"] * (name in ANSWERED)
     assert grade["budget"]["head"] < 1e-5  # the granted head makes what was seen
     # In front of a picture's text stand the picture's own positions, which no text has.
     assert grade["budget"]["compared"] == (name != "pictures")

@@ -82,7 +82,7 @@ class ModelInversion:
             embeds = self._invert(target, table, generator, budget, tell)
             put(tokens, numbers, nearest_tokens(embeds, table, self.metric), target.mask)
             done += len(numbers)
-            progress(done, len(mask))
+            progress(done, len(mask), None, tokens, budget.forwards)
         return Guess(tokens=tokens, budget={"forwards": budget.forwards})
 
     def _invert(

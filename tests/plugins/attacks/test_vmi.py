@@ -90,7 +90,7 @@ def test_the_known_part_of_a_defense_is_inside_the_loss(attack):
 def test_progress_tells_an_objective_that_falls():
     _, knowledge = victims()
     told = []
-    knowledge["progress"] = lambda _done, _total, objective=None: told.append(objective)
+    knowledge["progress"] = lambda _done, _total, objective=None, *_: told.append(objective)
     launch(ModelInversion(steps=101, restarts=1), knowledge)
     objectives = [value for value in told if value is not None]
     assert len(objectives) == 3

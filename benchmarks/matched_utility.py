@@ -103,6 +103,7 @@ SETTINGS = {
         "partition": {"head": 1, "tail": 0},
         "attacks": [
             {"name": "gradient-sign", "knowledge": "K0"},
+            {"name": "gradient-sign", "knowledge": "K4"},
             {"name": "norm-scoring", "knowledge": "K0"},
             {"name": "spectral", "knowledge": "K0"},
             {"name": "direction-scoring", "knowledge": ["K0", "known_labels"]},
@@ -121,6 +122,7 @@ SETTINGS = {
             {"name": "label-enumeration", "knowledge": "K3"},
             {"name": "label-enumeration", "knowledge": "K4"},
             {"name": "bli", "knowledge": "K3"},
+            {"name": "bli", "knowledge": "K4"},
         ],
     },
 }
@@ -161,6 +163,7 @@ TEXT_KNOBS = (
     Knob("dx-noise", "eta", 1e4, 10),
     Knob("split-and-denoise", "eta", 1e4, 10),
     Knob("mid", "weight", 1e-5, 1.0),
+    Knob("dual-bottleneck", "weight", 1e-5, 1.0),
     Knob("text-obfuscator", "epsilon", 1e3, 1.0),
     Knob("adversarial-training", "weight", 0.01, 100.0),
     Knob("nopeek", "weight", 0.01, 100.0),

@@ -33,7 +33,8 @@ class Truth:
             none if what was sent is what there was.
         update_batch: How many victims share an update, where a guess was made from updates: within those its rows
             are in no order. 1 where each row is one victim's.
-        alike: Whether another example's truth may be right by chance, as answers from a few often are.
+        places: Where in the rows that were sent `tokens` stand, N times (T,), bool, if they are not all of them: of a
+            guess only these places are looked at, and others are compared from their first token on.
     """
 
     tokens: list[Tensor]  # N times (T,)
@@ -46,7 +47,7 @@ class Truth:
     members: Tensor | None = None
     originals: list[Tensor] = field(factory=list)  # N times (K,)
     update_batch: int = 1
-    alike: bool = False
+    places: list[Tensor] = field(factory=list)
 
     @property
     def has_responses(self) -> bool:
@@ -54,8 +55,18 @@ class Truth:
         return any(bool(there.any()) for there in self.answers)
 
     def of_responses(self) -> Truth:
-        """The truth with the answers in the place of what is private in the prompts; no defense changes their text."""
-        return attrs.evolve(self, private=self.answers, originals=[], secrets=[], alike=True)
+        """The truth about the answers alone, each from its first token on; no defense changes their text."""
+        pairs = zip(self.tokens, self.answers, strict=True)
+        tokens = [row[there] for row, there in pairs]
+        return attrs.evolve(
+            self,
+            tokens=tokens,
+            private=[torch.ones_like(row, dtype=torch.bool) for row in tokens],
+            answers=[],
+            originals=[],
+            secrets=[],
+            places=self.answers,
+        )
 
     def of(self, rows: Sequence[int]) -> Truth:
         """The truth about some victims, in the order of `rows`; candidates stay as they are."""
@@ -70,7 +81,7 @@ class Truth:
             self.members,
             [self.originals[n] for n in rows] if self.originals else [],
             self.update_batch,
-            self.alike,
+            [self.places[n] for n in rows] if self.places else [],
         )
 
 
@@ -160,12 +171,23 @@ def checked_tokens(guess: Guess, truth: Truth) -> list[Tensor]:
     if tokens is None or len(tokens) != len(truth.tokens):
         there = "none" if tokens is None else str(len(tokens))
         raise AttackError(f"The attack guessed tokens for {there} of {len(truth.tokens)} victims.")
-    longest = max(len(t) for t in truth.tokens)
+    longest = max(len(t) for t in truth.places or truth.tokens)
     if tokens.shape[1] < longest:
         missing = tokens.new_full((len(tokens), longest - tokens.shape[1]), -1)
         tokens = torch.cat([tokens, missing], dim=1)
-    pairs = matched(len(tokens), truth.update_batch, lambda row, n: _fit(tokens[row], truth, n))
-    return [tokens[row][: len(truth.tokens[n])] for row, n in pairs]
+
+    def fit(row: int, n: int) -> float:
+        return _fit(_looked_at(tokens[row], truth, n), truth, n)
+
+    pairs = matched(len(tokens), truth.update_batch, fit)
+    return [_looked_at(tokens[row], truth, n) for row, n in pairs]
+
+
+def _looked_at(row: Tensor, truth: Truth, n: int) -> Tensor:
+    """What a row says of one victim: as long as what is true of it."""
+    if truth.places:
+        return row[: len(truth.places[n])][truth.places[n]]
+    return row[: len(truth.tokens[n])]
 
 
 def token_hits(tokens: Sequence[Tensor], truth: Truth) -> list[tuple[int, int]]:
@@ -221,16 +243,28 @@ def _floors(tokens: Sequence[Tensor], truth: Truth, prior: Tensor | None) -> dic
         "mismatched": mismatched(tokens, truth),
     }
     if prior is not None:
-        longest = max(len(t) for t in truth.tokens)
+        longest = max(len(t) for t in truth.places or truth.tokens)
         padded = torch.cat([prior, prior.new_full((max(longest - len(prior), 0),), -1)])
-        floors["prior"] = pooled(token_hits([padded[: len(t)] for t in truth.tokens], truth))
+        said = [_looked_at(padded, truth, n) for n in range(len(truth.tokens))]
+        floors["prior"] = pooled(token_hits(said, truth))
     # Texts have words in common, in their order, as answers have; and the best of several orders suits any text a little.
-    if truth.originals or truth.alike or truth.update_batch > 1:
+    if truth.originals or truth.places or truth.update_batch > 1:
         floors["others"] = mismatched(truth.tokens, truth)
     return floors
 
 
 def _constant_floor(truth: Truth) -> float:
+    """The best token, or whole answer, that is the same for all."""
+    return max(_one_token(truth), _one_answer(truth) if truth.places else 0.0)
+
+
+def _one_answer(truth: Truth) -> float:
+    different = dict.fromkeys(tuple(row.tolist()) for row in truth.tokens)
+    each = [[torch.tensor(answer)] * len(truth.tokens) for answer in different]
+    return max(pooled(token_hits(said, truth)) for said in each)
+
+
+def _one_token(truth: Truth) -> float:
     private = torch.cat(truth.originals or _private(truth.tokens, truth))
     return float(torch.bincount(private).max()) / len(private) if len(private) else 0.0
 

@@ -111,6 +111,7 @@ def test_prompt_and_response_are_graded_apart(pm, tmp_path, capsys):
             partition={"head": 0, "tail": 1},
             attacks=[{"name": "nearest", "knowledge": "K3"}],
             defenses=[{"name": "blank"}],
+            victims={"count": 12, "max_length": 48, "bypass": 2},
         ),
         plugins=pm,
     )

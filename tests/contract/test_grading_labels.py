@@ -91,7 +91,31 @@ def test_tokens_of_the_answer_are_graded_apart_from_private_ones():
         for about in (truth, truth.of_responses())
     )
     assert (prompt.attack_performance, response.attack_performance) == (1.0, 0.5)
-    assert response.floors["constant"] == 0.5  # one of two tokens
+    assert response.floors["constant"] == 1.0  # the one answer there is
+
+
+def test_an_answer_written_where_answers_end_is_no_recovery():
+    """Two answers of three tokens behind prompts of any length: who sees lengths only is right of half of them."""
+    draw = torch.Generator().manual_seed(0)
+    answers = torch.tensor([[901, 902, 903], [911, 912, 913]])
+    rows, places, guesses = [], [], []
+    for n in range(40):
+        length = int(torch.randint(8, 25, (), generator=draw))
+        prompt = torch.randint(0, 800, (length,), generator=draw)
+        rows.append(torch.cat([prompt, answers[n % 2]]))
+        places.append(torch.arange(length + 3) >= length)
+        guess = torch.full((27,), -1)
+        guess[length : length + 3] = answers[0]
+        guesses.append(guess)
+    truth = Truth(rows, [~there for there in places], answers=places).of_responses()
+    guess = Guess(tokens=torch.stack(guesses))
+    found = judge(grade_tokens(guess, truth, None, str, name="a", knowledge="K0"), None, None)
+    assert found.attack_performance == 0.5
+    assert found.floors["constant"] == 0.5  # the better of the two answers
+    # Of each answer half of the 39 others have the same: 19.
+    assert found.floors["others"] == pytest.approx(19 / 39)
+    assert found.floors["mismatched"] == pytest.approx(0.5)
+    assert not found.informative
 
 
 def test_members_are_candidates_scored_above_zero():

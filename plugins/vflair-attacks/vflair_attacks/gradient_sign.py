@@ -9,7 +9,7 @@ from attrs import field, frozen, validators
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from vflair_attacks.tails import likeliest
+from vflair_attacks.tails import Scales, likeliest
 from vflair_core import AttackError, Guess
 
 
@@ -20,8 +20,8 @@ class GradientSign:
     iDLG (Zhao et al., arXiv 2001.02610) for the last layer's gradient; here it crosses as it is. For causal
     language models the label of row t is token t + 1, so the text follows; the first token is not seen.
     Rows whose gradient is zero carry no label and are left out. Who knows the defense of gradients, and sees the logits,
-    takes the likeliest label through it, with the model's own probabilities as prior; the factor by which a mean of
-    losses or a clip has scaled an example's gradient is fitted.
+    takes the likeliest label through it, with the model's own probabilities as prior, over all factors by which a mean of
+    losses or a clip may have scaled an example's gradient.
 
     Attributes:
         candidates: Labels of a row that are tried through a known defense.
@@ -81,9 +81,19 @@ class GradientSign:
         factor = (sent * told).sum() / told.square().sum()  # what the first guess says of the scale
         count = min(self.candidates, classes)
         shortlist = (sent - factor * chances).topk(count, largest=False).indices  # (T, K)
-        found = []
-        for row, chance, tried in zip(sent, chances, shortlist, strict=True):
-            guesses = factor * (chance - one_hot(tried, classes))[:, None]  # (K, 1, C)
+        if mechanism.in_nats and count < classes:  # noise may hide the label from the gradient
+            shortlist = torch.cat([shortlist, chances.topk(count).indices], dim=1)
+        scales = Scales.of(len(sent)) if mechanism.in_nats else None
+        joints = []
+        tries = [tried.unique() for tried in shortlist]
+        for row, chance, tried in zip(sent, chances, tries, strict=True):
+            guesses = (chance - one_hot(tried, classes))[:, None]  # (K, 1, C)
             prior = chance[tried].clamp_min(1e-30).log()
-            found.append(tried[likeliest(row[None], guesses, mechanism, prior).argmax()])
-        return torch.stack(found)
+            if scales is None:
+                joints.append(likeliest(row[None], factor * guesses, mechanism, prior))
+                continue
+            joints.append(scales.joint(row[None], guesses, mechanism, prior))
+            scales.learn(joints[-1])
+        scores = joints if scales is None else [scales.believed(joint) for joint in joints]
+        best = [tried[score.argmax()] for tried, score in zip(tries, scores, strict=True)]
+        return torch.stack(best)

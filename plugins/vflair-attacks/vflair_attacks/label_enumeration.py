@@ -10,6 +10,7 @@ from attrs import define, field, frozen, validators
 from torch import Tensor
 
 from vflair_attacks.tails import (
+    Scales,
     class_gradients,
     each_example,
     likeliest,
@@ -82,7 +83,8 @@ class _Backwards:
     """The labels of one text, last position first.
 
     `explained` is the gradient of a sum of losses of the solved labels. The loss is a mean over as many labels as there
-    are, and a defense may have scaled it: all solved rows together say by what `factor`.
+    are, and a defense may have scaled it: all solved rows together say by what `factor`, or, through noise of known
+    scale, what is believed of it (`scales`).
     """
 
     tail: Any
@@ -95,6 +97,8 @@ class _Backwards:
     def solve(self) -> Tensor:
         length = len(self.gradient)
         self.explained, self.factor = torch.zeros_like(self.gradient), 1 / max(length - 1, 1)
+        noisy = self.mechanism is not None and self.mechanism.in_nats
+        self.scales = Scales.of(max(length - 1, 1)) if noisy else None
         labels = torch.full((length,), -1)
         floor = self.plan.silent * self.gradient.norm(dim=1).max()
         for position in range(length - 2, -1, -1):  # the last row predicts nothing
@@ -114,17 +118,22 @@ class _Backwards:
         tokens, prior = self._shortlist(upto, left)
         each = token_gradients(self.tail, upto, tokens)  # (K, t, D)
         self.forwards += len(tokens)
-        seen, guesses = left, each[:, -1:]  # (K, 1, D)
-        if self.mechanism is not None:
-            seen, guesses = (
-                self.gradient[position],
-                self.factor * (self.explained[position] + guesses),
-            )
-        best = int(likeliest(seen[None], guesses, self.mechanism, prior).argmax())
+        best = int(self._scores(position, left, each[:, -1:], prior).argmax())
         self.explained[: position + 1] += each[best]
         solved = self._sent(self.explained[position:])
         self.factor *= float((self.gradient[position:] * solved).sum() / solved.square().sum())
         return int(tokens[best])
+
+    def _scores(self, position: int, left: Tensor, own: Tensor, prior: Tensor) -> Tensor:
+        """Score the tokens whose own gradients of one row are `own`, (K, 1, D): (K,)."""
+        if self.mechanism is None:
+            return likeliest(left[None], own, None, prior)
+        seen, whole = self.gradient[position][None], self.explained[position] + own
+        if self.scales is None:
+            return likeliest(seen, self.factor * whole, self.mechanism, prior)
+        joint = self.scales.joint(seen, whole, self.mechanism, prior)
+        self.scales.learn(joint)
+        return self.scales.believed(joint)
 
     def _shortlist(self, upto: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens whose logits fall most when the state moves along what is left, and their log-probabilities."""
@@ -134,5 +143,8 @@ class _Backwards:
             ahead, behind = self.tail(upto + step)[0, -1], self.tail(upto - step)[0, -1]
         self.forwards += 2
         slope = ahead - behind  # (V,), of d logits
+        said = ((ahead + behind) / 2).log_softmax(-1)
         tokens = slope.topk(min(self.plan.candidates, len(slope)), largest=False).indices
-        return tokens, ((ahead + behind) / 2).log_softmax(-1)[tokens]
+        if self.scales is not None:  # noise may hide the label from the slope
+            tokens = torch.cat([tokens, said.topk(len(tokens)).indices]).unique()
+        return tokens, said[tokens]

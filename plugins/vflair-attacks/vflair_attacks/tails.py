@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from attrs import define
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
@@ -63,6 +65,40 @@ def likeliest(observed: Tensor, guesses: Tensor, mechanism: Any, prior: Tensor) 
         return cosine_similarity(guesses.flatten(1), observed.flatten()[None])
     explained = mechanism.log_likelihood(observed[None], guesses).sum(-1)  # (K,)
     return explained + prior if mechanism.in_nats else explained
+
+
+@define
+class Scales:
+    """What is believed of the factor on an example's gradient: the loss is a mean, and a clip may have shortened it.
+
+    The factor lies between 1 and a fiftieth of one over the number of rows, evenly in its logarithm; each row that is seen
+    weighs the values by what it is likely at, whatever its label. To fit the factor to a first guess of labels
+    instead would fit it to the noise, and be surer than the prior without a reason.
+    """
+
+    values: Tensor  # (J,)
+    weights: Tensor  # (J,), in nats
+
+    @classmethod
+    def of(cls, rows: int, steps: int = 24) -> Scales:
+        """Begin with all alike; an example of one row has a loss of its own."""
+        if rows == 1:
+            return cls(torch.ones(1), torch.zeros(1))
+        lowest = -math.log(50 * rows)
+        return cls(torch.linspace(lowest, 0, steps).exp(), torch.zeros(steps))
+
+    def joint(self, row: Tensor, guesses: Tensor, mechanism: Any, prior: Tensor) -> Tensor:
+        """Score K guesses about a row, (K, 1, D), at each factor, against what was sent, (1, D): (J, K)."""
+        each = [likeliest(row, value * guesses, mechanism, prior) for value in self.values]
+        return torch.stack(each)
+
+    def learn(self, joint: Tensor) -> None:
+        """Weigh the factors by a row."""
+        self.weights = self.weights + joint.logsumexp(1)
+
+    def believed(self, joint: Tensor) -> Tensor:
+        """Score K guesses about a row that was learnt from, over all factors: (J, K) -> (K,)."""
+        return (self.weights[:, None] + joint.log_softmax(1)).logsumexp(0)
 
 
 def token_gradients(tail: Any, states: Tensor, tokens: Tensor) -> Tensor:

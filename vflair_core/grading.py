@@ -95,9 +95,7 @@ class Grade:
 
     attack: str
     knowledge: str
-    target: (
-        str  # "tokens" (of the prompt), "response" (tokens too), "labels", "answers" or "members"
-    )
+    target: str  # "tokens" (of prompts), "response" (tokens), "labels", "answers", "members"
     attack_performance: float
     interval: tuple[float, float]
     floor: float
@@ -114,9 +112,7 @@ class Grade:
     adaptive: bool = False  # it knows the defense, or learned from what came through it
     development: float | None = None  # performance on the victims that only choose among attacks
     recovered: list[str] = field(factory=list)  # the guesses as text; not among the numbers
-    hits: list[tuple[int, int]] = field(
-        factory=list
-    )  # by victim or shared update; not among the numbers
+    hits: list[tuple[int, int]] = field(factory=list)  # by victim or update; not in the numbers
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for a result file, without what is kept of each victim."""

@@ -75,9 +75,8 @@ def acting(
             try:
                 yield host.state
             finally:
-                channel.tamper = (
-                    honestly  # what a defense measures of itself afterwards crosses as it should
-                )
+                # What a defense measures of itself afterwards crosses as it should.
+                channel.tamper = honestly
 
 
 def _build(folder: Path) -> Adversary:

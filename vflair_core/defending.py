@@ -38,6 +38,7 @@ class Defenses:
         self.partition_kind, self.task_kind = partition_kind, "*"
         self.bypassed = False  # for positive controls only
         self._seed = seed
+        self._begun = [0] * len(self.each)
         self._generators = [_generator(seed, n) for n in range(len(self.each))]
 
     def apply(
@@ -81,7 +82,10 @@ class Defenses:
     def begin_anew(self, defense: Defense) -> None:
         """Give a defense a stream that it has not drawn from: what `prepare` drew depends on whether it was kept."""
         number = next(n for n, d in enumerate(self.each) if d is defense)
-        seed = None if self._seed is None else f"{self._seed} after preparing"
+        self._begun[number] += 1
+        times = self._begun[number]
+        after = "after preparing" if times == 1 else f"after preparing {times}"
+        seed = None if self._seed is None else f"{self._seed} {after}"
         self._generators[number].set_state(_generator(seed, number).get_state())
 
     def at(self, place: str) -> list[Defense]:

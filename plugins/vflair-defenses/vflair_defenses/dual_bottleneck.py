@@ -77,14 +77,27 @@ class DualBottleneck(Defense):
         restored, self._tail = bool(self._published), _Tail.of(data_party)
         if restored:
             return
-        seen = list(public_returned("DualBottleneck", public_texts, data_party))
-        self._published = self._tail.copy()
-        training = data_party.model.training
-        data_party.model.eval()  # no dropout: tails are compared on the same rows
-        try:
-            self._warm_up(data_party, seen)
-        finally:
-            data_party.model.train(training)
+        tail, self._published = self._tail, self._tail.copy()
+
+        def make() -> dict[str, Tensor]:
+            seen = list(public_returned("DualBottleneck", public_texts, data_party))
+            training = data_party.model.training
+            data_party.model.eval()  # no dropout: tails are compared on the same rows
+            try:
+                self._warm_up(data_party, seen)
+            finally:
+                data_party.model.train(training)
+            return tail.copy()
+
+        made = data_party.preparing.remember(
+            self, public_texts, data_party, make, noise=data_party.defenses.randomness
+        )
+        for name, weight in tail.weights.items():
+            weight.data.copy_(made[name])
+        for (
+            defense
+        ) in data_party.defenses.each:  # they drew noise for it, or not: it may have been kept
+            data_party.defenses.begin_anew(defense)
 
     def _warm_up(self, party: DataParty, seen: Sequence[tuple[Tensor, Tensor]]) -> None:
         assert self._tail is not None

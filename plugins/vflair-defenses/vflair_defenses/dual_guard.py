@@ -67,7 +67,23 @@ class DualGuard(Defense):
             )
         if self._kept:
             return
-        texts = public_ids("DualGuard", public_texts, data_party)
+
+        def make() -> dict[str, Tensor]:
+            self._warm_up(public_ids("DualGuard", public_texts, data_party), data_party)
+            return {name: w.detach().clone() for name, w in self._trained.items()}
+
+        made = data_party.preparing.remember(
+            self, public_texts, data_party, make, noise=data_party.defenses.randomness
+        )
+        for name, weight in self._trained.items():
+            weight.data.copy_(made[name])
+        self._kept = {name: w.detach().clone() for name, w in self._trained.items()}
+        for (
+            defense
+        ) in data_party.defenses.each:  # they drew noise for it, or not: it may have been kept
+            data_party.defenses.begin_anew(defense)
+
+    def _warm_up(self, texts: Sequence[Tensor], data_party: DataParty) -> None:
         with torch.no_grad():
             published = [data_party.smashed(input_ids=ids, use_cache=False) for ids in texts]
         optimizer = torch.optim.Adam(self._trained.values(), self.rate)
@@ -82,7 +98,6 @@ class DualGuard(Defense):
             self._warming, self._sent = False, None
             data_party.model.train(training)
             data_party.model.zero_grad(set_to_none=True)
-        self._kept = {name: w.detach().clone() for name, w in self._trained.items()}
 
     def _step(
         self, party: DataParty, ids: Tensor, published: Tensor, optimizer: torch.optim.Optimizer

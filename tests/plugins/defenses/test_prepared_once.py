@@ -9,6 +9,8 @@ from vflair_core import Example
 from vflair_core.errors import CheckpointError
 from vflair_core.preparing import Preparing
 from vflair_defenses.custext import CusText
+from vflair_defenses.dual_bottleneck import DualBottleneck
+from vflair_defenses.dual_guard import DualGuard
 from vflair_defenses.gaussian_noise import GaussianNoise
 from vflair_defenses.split_and_denoise import SplitAndDenoise
 from vflair_defenses.text_obfuscator import TextObfuscator
@@ -17,6 +19,8 @@ MAKERS = {
     "custext": lambda: CusText(size=4),
     "text-obfuscator": lambda: TextObfuscator(clusters=4),
     "split-and-denoise": lambda: SplitAndDenoise(eta=50.0, steps=5),
+    "dual-guard": lambda: DualGuard(steps=3),
+    "dual-bottleneck": lambda: DualBottleneck(steps=3),
 }
 
 
@@ -137,3 +141,26 @@ def test_it_says_how_far_it_is(defended, public):
     party.preparing = Preparing(None, lambda *told: heard.append(told))
     defense.prepare(public, party)
     assert heard == [("preparing SplitAndDenoise", n, 3) for n in range(3)]
+
+
+def test_a_warm_up_that_crossed_leaves_the_noise_of_others_as_a_kept_one_does(
+    defended, public, tmp_path
+):
+    outcomes = []
+    for _ in range(2):  # made, read
+        noise, guard = GaussianNoise(noise_multiplier=0.5, clip=1.0), DualGuard(steps=3)
+        party = defended([noise, guard], prepare=False).data_party
+        party.preparing = Preparing(tmp_path)
+        guard.prepare(public, party)
+        outcomes.append(sent_by(guard, party))
+    assert same(*outcomes)
+
+
+def test_beginning_anew_twice_repeats_no_noise(defended):
+    noise = GaussianNoise(noise_multiplier=0.5, clip=1.0)
+    defenses = defended([noise], prepare=False).data_party.defenses
+    draws = [torch.randn(8, generator=defenses.generator_of(noise))]
+    for _ in range(3):
+        defenses.begin_anew(noise)
+        draws.append(torch.randn(8, generator=defenses.generator_of(noise)))
+    assert all(not torch.equal(a, b) for n, a in enumerate(draws) for b in draws[:n])

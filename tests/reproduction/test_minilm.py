@@ -2,6 +2,8 @@
 
 Figures by which this is judged: nearest neighbour by cosine against the embedded token at its position recovered 1.000 of
 tokens at layers 0 and 1 and 0.83 at layer 6, of 550 tokens of other text. As in all grades, special tokens do not count.
+Layer 6 depends on the text: 0.71 of these sentences, 0.58 of ten paragraphs of the Python manual (568 tokens); counting special
+tokens changes neither by more than 0.02.
 """
 
 from __future__ import annotations

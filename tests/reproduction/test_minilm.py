@@ -3,7 +3,9 @@
 Figures by which this is judged: nearest neighbour by cosine against the embedded token at its position recovered 1.000 of
 tokens at layers 0 and 1 and 0.83 at layer 6, of 550 tokens of other text. As in all grades, special tokens do not count.
 Layer 6 depends on the text: 0.71 of these sentences, 0.58 of ten paragraphs of the Python manual (568 tokens); counting special
-tokens changes neither by more than 0.02.
+tokens changes neither by more than 0.02. Nor is it the procedure: at layer 6, L2 finds 0.35 of these sentences, centred states
+0.68, standardised ones 0.55, rows of the table without position 0.68. Shorter texts are easier (their first five words: 0.90),
+and so are all twenty as one text (0.85). Which text gave 0.83 is not recorded, so the figure is bounded here, not reproduced.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ Progress = Callable[[int, int], None]
 class MembershipResidual:
     """Score each candidate by how little of its states lies outside the gradient subspace of any example.
 
-    "ProjRes", IEEE S&P 2026, arXiv 2604.21197 (read as an abstract): no shadow models, no training. The states are
+    Deng et al., "Toward Efficient Membership Inference Attacks against Federated Large Language Models: A Projection
+    Residual Approach" (ProjRes), IEEE S&P 2026, arXiv 2604.21197 (read as an abstract): no shadow models, no training. The states are
     the inputs of attention in the deepest block of the head whose gradient is shared. The last token has no gradient in
     language modelling and is left out. A subspace that is the whole space says nothing and is left out too.
 

@@ -8,8 +8,8 @@ its text is private as far as the task says so. Run it by hand; every training a
 
 Four settings, offline: a small decoder on the Python manual in HBT (`text`), and a small encoder that tells chapters
 of the manual apart, where text (`words`, in HBT) or labels (`labels-ht`, `labels-hbt`) must not leak. Defenses that
-change words are in `words` only: a language model would be judged by how well it predicts the changed text. Victims cross alone,
-so marvell, which needs both classes in a batch, is not here.
+change words are in `words` only: a language model would be judged by how well it predicts the changed text. Where labels are
+attacked, each victim crosses in a batch of eight, as in training.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ LABELS = {
     },
     "pretrain": {"steps": 300, "learning_rate": 2e-3, "length": 48},
     "train": {"steps": 80, "batch_size": 8, "schedule": "linear", "max_length": 48},
-    "victims": {"count": 64, "development": 16, "known": 8, "max_length": 48},
+    "victims": {"count": 64, "development": 16, "known": 8, "max_length": 48, "companions": 7},
     "threads": 1,
 }  # fmt: skip
 SETTINGS = {
@@ -186,6 +186,7 @@ LABEL_KNOBS = (
     Knob("sparsification", "rate", 0.5, 0.01, {"gradients": True}, dropped),
     Knob("quantisation", "bits", 8, 2, {"gradients": True}, whole),
     Knob("norm-matching", "strength", 0.1, 10.0),
+    Knob("marvell", "power", 0.1, 1000.0),
     Knob("label-randomised-response", "epsilon", 6.0, 0.1),
     Knob("decoy-rows", "count", 1, 16, through=whole),
 )  # fmt: skip

@@ -14,7 +14,6 @@ from vflair_core.answer_key import AnswerKey
 from vflair_core.attack import Launch, wants
 from vflair_core.attacking import Isolation, attack_and_grade
 from vflair_core.auxiliary import auxiliary_of, candidates_of
-from vflair_core.channel import Transcript
 from vflair_core.errors import AttackError, ExperimentError
 from vflair_core.evidence import FILES, Evidence, check_held, needed, read_facts, save_evidence
 from vflair_core.experiment import AttackSpec
@@ -46,7 +45,7 @@ def attack_arm(
     party: DataParty,
     model_party: ModelParty,
     setting: Setting,
-    crossed: tuple[Crossed, Crossed | None, dict[str, Transcript]],
+    crossed: tuple[Crossed, Crossed | None, dict[str, Crossed]],
     references: list[Reference],
     *,
     adversary: Mapping[str, Tensor] | None = None,
@@ -65,15 +64,14 @@ def attack_arm(
         party=party,
         model_party=model_party,
         pretrained=setting.pretrained,
-        main=main.transcript,
-        bypassed=None if bypassed is None else bypassed.transcript,
+        main=main,
+        bypassed=bypassed,
         releases=e.victims.releases,
         task_kind=setting.task.kind,
         victims=victims,
         seed=e.seed,
         auxiliary=auxiliary_of(setting.task, e.victims, e.seed),
         queries=queries,
-        updates={"main": main.updates} | ({"bypassed": bypassed.updates} if bypassed else {}),
         adversary=adversary,
         update_batch=e.victims.update_batch,
     )

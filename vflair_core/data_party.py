@@ -18,7 +18,15 @@ from vflair_core.defending import Defenses
 from vflair_core.defense import Batch, Defense, Exchange
 from vflair_core.errors import DefenseError, PartitionError
 from vflair_core.handover import check_trainable, hand_over_forward, hand_over_parts, token_tables
-from vflair_core.inputs import answer_mask, cache_in, mask_of, positions_of
+from vflair_core.inputs import (
+    Sent,
+    answer_mask,
+    cache_in,
+    learnt_of,
+    mask_of,
+    positions_of,
+    rows_of,
+)
 from vflair_core.line import Line
 from vflair_core.locks import Lock
 from vflair_core.message import Phase, Role
@@ -62,6 +70,7 @@ class DataParty:
     recorder: Recorder
     slices: Slices = Slices({})
     order: tuple[str, ...] = ()  # names of all weights, in the order of the whole model
+    sent: Sent | None = None  # how the rows of the last call crossed
     reading: Reading | None = None  # how the model reads the task at hand; None goes by `task_kind`
 
     def __init__(
@@ -156,6 +165,7 @@ class DataParty:
         self._refuse_raw_text(inputs)
         around = Exchange(self._exchanges + 1, self.line.step, self._phase(cache_in(inputs)))
         inputs = self.defenses.expand(inputs, around)
+        self.sent = self._how_sent(inputs, around)
         trains = self.model.training and torch.is_grad_enabled()
         if trains:
             check_trainable(self.model)
@@ -175,6 +185,11 @@ class DataParty:
             self._call = self._last = self._begun = None
             self._done = []
         return self.defenses.contract(outputs, around)
+
+    def _how_sent(self, inputs: dict[str, Any], around: Exchange) -> Sent:
+        numbers = torch.arange(rows_of(inputs), device=self.model.device)
+        shifted = not self.model.config.is_encoder_decoder
+        return Sent(self.defenses.places(numbers, around).cpu(), learnt_of(inputs, shifted=shifted))
 
     def run_part(self, forward: Any, inputs: dict[str, Any]) -> Any:
         """Run an inner model that was cut: within a call of the whole as it is; alone, as a call of its own.

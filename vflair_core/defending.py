@@ -11,6 +11,7 @@ import attrs
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from vflair_core.defense import COVERABLE, Batch, Defense, Exchange
 from vflair_core.errors import DefenseError, did_you_mean
@@ -165,6 +166,12 @@ class Defenses:
 
     def _there(self, defense: Defense, exchange: Exchange) -> Exchange:
         return attrs.evolve(exchange, generator=self.generator_of(defense))
+
+    def places(self, numbers: Tensor, around: Exchange) -> Tensor:
+        """Say where the rows of a call are among those that are sent: what `contract` leaves of their `numbers`."""
+        outputs = SequenceClassifierOutput(logits=numbers[:, None])
+        left: Tensor = self.contract(outputs, around).logits
+        return left[:, 0]
 
     def penalise(self, outputs: Any, exchange: Exchange) -> None:
         """Add the defenses' penalties to the loss of a training forward."""

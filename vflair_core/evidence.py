@@ -20,13 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vflair_core.attack import Launch, wants
-from vflair_core.channel import Transcript
 from vflair_core.data_party import DataParty
 from vflair_core.errors import AttackError
 from vflair_core.knowledge import AUXILIARY, DEFENSE
 from vflair_core.model_party import ModelParty
 from vflair_core.plugins import target_of
 from vflair_core.tuning import plain_state
+from vflair_core.victims import Crossed
 from vflair_core.worker import stream_seed
 
 FACTS = "facts.json"
@@ -61,17 +61,21 @@ class Evidence:
     party: DataParty
     model_party: ModelParty
     pretrained: dict[str, Tensor]
-    main: Transcript
-    bypassed: Transcript | None
+    main: Crossed
+    bypassed: Crossed | None
     releases: int
     task_kind: str
     victims: Mapping[str, int]
     seed: int = 0
     auxiliary: dict[str, Any] = field(factory=dict)
-    queries: Mapping[str, Transcript] = field(factory=dict)
-    updates: Mapping[str, list[dict[str, Tensor]]] = field(factory=dict)
+    queries: Mapping[str, Crossed] = field(factory=dict)
     adversary: Mapping[str, Tensor] | None = None  # what the active one kept, if there was one
     update_batch: int = 1
+
+    @property
+    def passes(self) -> dict[str, Crossed]:
+        """What crossed in each pass over the victims."""
+        return {"main": self.main} | ({"bypassed": self.bypassed} if self.bypassed else {})
 
 
 def needed(launches: Sequence[Launch]) -> set[str]:
@@ -99,13 +103,13 @@ def save_evidence(
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = config.tie_word_embeddings and not party.untied
     config.to_json_file(store / "config.json", use_diff=False)
-    evidence.main.save(store / "main.safetensors")
-    if evidence.bypassed is not None:
-        evidence.bypassed.save(store / "bypassed.safetensors")
-    for which, transcript in evidence.queries.items():
-        transcript.save(store / f"queries-{which}.safetensors")
-    for which, each in evidence.updates.items():
-        flat = {f"{n}.{name}": grad for n, row in enumerate(each) for name, grad in row.items()}
+    queries = {f"queries-{which}": crossed for which, crossed in evidence.queries.items()}
+    crossings = evidence.passes | queries
+    for which, crossed in crossings.items():
+        crossed.transcript.save(store / f"{which}.safetensors")
+    for which, crossed in evidence.passes.items():
+        each = enumerate(crossed.updates)
+        flat = {f"{n}.{name}": grad for n, row in each for name, grad in row.items()}
         if flat:
             _save_weights(store / f"updates-{which}.safetensors", flat)
     if "tokenizer" in files and party.tokenizer is not None:
@@ -116,6 +120,7 @@ def save_evidence(
     facts = {
         "releases": dict.fromkeys(evidence.victims, evidence.releases),
         "victims": dict(evidence.victims),
+        "spots": {w: [attrs.astuple(spot) for spot in c.spots] for w, c in crossings.items()},
         "update_batch": evidence.update_batch,
         "partition": attrs.asdict(party.partition),
         "task_kind": evidence.task_kind,
@@ -168,7 +173,10 @@ def furnish(folder: Path, store: Path, launches: Sequence[Launch], threads: int)
         elif source.exists():
             _link(source, folder / file)
     tells = bool(asked & set(DEFENSE))
-    same = ("releases", "victims", "update_batch", "partition", "task_kind", "model_class")
+    same = (
+        *("releases", "victims", "spots", "update_batch"),
+        *("partition", "task_kind", "model_class"),
+    )
     passes = list(facts["victims"])
     job = {
         "attacks": [_describe(n, launch, passes) for n, launch in enumerate(launches)],

@@ -31,6 +31,7 @@ from vflair_core.evidence import Evidence, furnish, needed, save_evidence
 from vflair_core.message import Message
 from vflair_core.plugins import load_target
 from vflair_core.processes import environment
+from vflair_core.victims import Crossed
 from vflair_core.worker import Granted, Room
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def acting(
         party=party,
         model_party=model_party,
         pretrained=setting.pretrained,
-        main=Transcript(),
+        main=Crossed(Transcript(), [], []),
         bypassed=None,
         releases=1,
         task_kind=setting.task.kind,

@@ -5,10 +5,43 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from attrs import frozen
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from vflair_core.message import Role
+
+
+@frozen(eq=False)
+class Sent:
+    """How the rows of a call crossed: `places` has the row of each in the messages, (B,), and `learnt` how many labels
+    every row of the messages brings into the loss, (B',); B' > B where a defense adds rows.
+    """
+
+    places: Tensor
+    learnt: Tensor
+
+    @property
+    def shares(self) -> Tensor:
+        """How much of the loss, a mean over all labels, is of each row of the call: (B,)."""
+        return self.learnt[self.places] / self.learnt.sum().clamp_min(1)
+
+
+def rows_of(inputs: Mapping[str, Any]) -> int:
+    """How many rows a call has."""
+    return next((v.shape[0] for v in inputs.values() if isinstance(v, Tensor) and v.dim()), 1)
+
+
+def learnt_of(inputs: Mapping[str, Any], *, shifted: bool) -> Tensor:
+    """How many labels each row of a call brings into the loss, (B,); one if they are not of positions.
+
+    In a `shifted` model the label of a position is the next token, so the first is never one.
+    """
+    labels = inputs.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() < 2:
+        return torch.ones(rows_of(inputs), dtype=torch.long)
+    return (labels[:, 1:] if shifted else labels).ne(-100).sum(1).cpu()
 
 
 def cache_in(inputs: Mapping[str, Any]) -> Cache | None:

@@ -17,6 +17,7 @@ OBSERVABLES = {
     "logits": "The same, in HT only: (N, T, V) or (N, C).",
     "hidden_grad": "The gradient the data party sent: shaped like `returned`.",
     "smashed_grad": "The gradient the model party sent back: (N, T, D).",
+    "share": "How much of the loss that was differentiated each example is: (N,); below 1 in a batch, whose loss is a mean.",
     "mask": "Which positions are real: (N, T), bool.",
     "lengths": "Number of positions of each example: (N,).",
     "rounds": "All records of the transcript as they are, in order.",

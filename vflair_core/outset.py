@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vflair_core.attack import Launch, wants
+from vflair_core.companions import companions_of
 from vflair_core.defense import Defense
 from vflair_core.errors import ExperimentError
 from vflair_core.experiment import AttackSpec, Experiment, Victims
@@ -47,9 +48,15 @@ def set_up(
     adversary = make_adversary(e.adversary, plugins, e.seed) if e.adversary else None
     if adversary is not None:
         _check_offered(adversary, e.victims, active=True)
+    companions_of(e, task)
     make_defenses(e, plugins)  # what does not exist is told before the public phase
     with clock("pretraining"):
         model, tokenizer, processor = prepare_model(e, task, report)
+    if e.victims.companions and model.config.is_encoder_decoder:
+        raise ExperimentError(
+            f"{type(model).__name__} has two stacks, which pad a batch each in its own way, so victims cross alone: set "
+            "victims.companions = 0."
+        )
     setting = Setting(
         experiment=e,
         plugins=plugins,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from vflair_core.attack import wants
-from vflair_core.channel import Transcript
+from vflair_core.companions import companions_of
+from vflair_core.releases import crosses_again
 from vflair_core.setting import Setting
 from vflair_core.standins import public_examples
 from vflair_core.task import Example
@@ -19,32 +20,39 @@ if TYPE_CHECKING:
 
 def let_cross(
     party: DataParty, setting: Setting, *, defended: bool
-) -> tuple[Crossed, Crossed | None, dict[str, Transcript]]:
+) -> tuple[Crossed, Crossed | None, dict[str, Crossed]]:
     """Let the victims cross, some of them once more with the defense bypassed, and public queries.
 
     Where several victims share an update, their batches come last, so that they change nothing of what else crosses.
     """
     v, length = setting.experiment.victims, setting.victim_length
     shares = v.share_updates and _asked(setting, "updates")
+    again = crosses_again(v)
+    beside = [
+        [setting.task.row(v.split, row) for row in rows]
+        for rows in companions_of(setting.experiment, setting.task)
+    ]
     options: dict[str, Any] = {
         "max_length": length,
         "gradients": v.phase == "train",
-        "updates": shares and v.update_batch == 1,
+        "updates": shares and not again,
     }
-    main = record_victims(party, setting.victims, releases=v.releases, **options)
+    main = record_victims(party, setting.victims, companions=beside, releases=v.releases, **options)
     bypassed = None
     if defended:
         some = crossing_again(setting)
-        bypassed = record_victims(party, some, releases=v.releases, bypass=True, **options)
-    queries: dict[str, Transcript] = {}
+        bypassed = record_victims(
+            party, some, companions=beside[: len(some)], releases=v.releases, bypass=True, **options
+        )
+    queries: dict[str, Crossed] = {}
     if _asked(setting, "queries") and v.queries and setting.task.public:
         publics = public_examples(setting.task, v.queries)
         for which in ("main", "bypassed") if defended else ("main",):
             queries[which] = record_victims(
                 party, publics, max_length=length, gradients=False, bypass=which == "bypassed",
                 in_prompt=False,
-            ).transcript  # fmt: skip
-    if shares and v.update_batch > 1:
+            )  # fmt: skip
+    if shares and again:
         main = _with_updates(party, main, v.update_batch, length, bypass=False)
         if bypassed is not None:
             bypassed = _with_updates(party, bypassed, v.update_batch, length, bypass=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import attrs
 from attrs import frozen
 
+from vflair_core.companions import most_often
 from vflair_core.evaluation import GREEDY
-from vflair_core.experiment import Experiment
+from vflair_core.experiment import Experiment, Victims
 from vflair_core.reading import Reading
 from vflair_core.task import Task
 
@@ -48,12 +49,18 @@ def releases_per_example(
     once = forward.times(windows) + _answering(task, reading, length)
     crossed = {"train": backward.times(passes * windows), "test": once.times(evaluations)}
     victim = backward if e.victims.phase == "train" else forward
-    in_batches = e.victims.update_batch > 1  # where victims cross once more, to share their updates
-    crossed[e.victims.split] += victim.times(e.victims.releases + in_batches)
+    own = e.victims.releases + crosses_again(e.victims)
+    beside = e.victims.releases * most_often(e, task)
+    crossed[e.victims.split] += victim.times(max(own, beside))
     found = crossed.values()
     return Releases(
         max(r.rows for r in found), max(r.messages for r in found), max(r.gradients for r in found)
     )
+
+
+def crosses_again(victims: Victims) -> bool:
+    """Whether victims cross once more, in batches, to share their updates: those of the attacked batches are of others too."""
+    return victims.share_updates and (victims.update_batch > 1 or victims.companions > 0)
 
 
 def _answering(task: Task, reading: Reading, length: int) -> Releases:

@@ -150,9 +150,9 @@ def crossed(
             training round without dropout, so that there are gradients.
         defenses: Of the data party, with a seed of their own.
     """
-    from vflair_core.attack import Observables
     from vflair_core.channel import Transcript
     from vflair_core.halves import halves
+    from vflair_core.observables import Observables
     from vflair_core.partition import split
 
     head, tail = halves(model, partition)

@@ -13,7 +13,9 @@ from vflair_core.asking import reader_of
 from vflair_core.channel import Transcript
 from vflair_core.data_party import DataParty
 from vflair_core.defense import Batch
+from vflair_core.errors import ExperimentError
 from vflair_core.grading import Truth
+from vflair_core.observables import Spot
 from vflair_core.reader import Reader
 from vflair_core.reading import Row, Tally
 from vflair_core.task import Example
@@ -23,11 +25,13 @@ from vflair_core.task import Example
 class Crossed:
     """What crossed of the victims, and the row of each as it was sent (the first time).
 
-    `updates` are the gradients of the data party's weights, by name, for each victim or each batch of victims.
+    `spots` has where each is in its messages, release after release. `updates` are the gradients of the data party's
+    weights, by name, for each victim or each batch of victims.
     """
 
     transcript: Transcript
     rows: list[Row]
+    spots: list[Spot]
     updates: list[dict[str, Tensor]] = field(factory=list)
 
 
@@ -36,36 +40,54 @@ def record_victims(
     examples: Sequence[Example],
     *,
     max_length: int,
+    companions: Sequence[Sequence[Example]] = (),
     releases: int = 1,
     gradients: bool,
     bypass: bool = False,
     in_prompt: bool = True,
     updates: bool = False,
 ) -> Crossed:
-    """Send each example across alone, `releases` times over, and return what crossed.
+    """Send each example across in a batch of its own, `releases` times over, and return what crossed.
 
-    An example crosses as one row: of a passage in several windows the first crosses. With `gradients` each is a
-    training round whose step is skipped on both sides; without, an inference. Without `in_prompt` texts cross as
+    An example crosses as one row: of a passage in several windows the first crosses; its `companions`, if any, fill the
+    batch. With `gradients` each batch is a training round whose step is skipped on both sides; without, an inference. Without `in_prompt` texts cross as
     they are, not in the task's prompt. With `updates` the gradients of the data party's weights are kept.
     """
     party.defenses.bypassed, was_training = bypass, party.model.training
     party.model.train(gradients)
-    reader, rows = reader_of(party, max_length), []
+    reader, rows, spots = reader_of(party, max_length), list[Row](), list[Spot]()
+    others = companions or [()] * len(examples)
     kept: list[dict[str, Tensor]] = []
     if not in_prompt:
         reader = attrs.evolve(reader, reading=attrs.evolve(reader.reading, render=None))
     try:
         with party.channel.tap(Transcript()) as transcript:
             for _ in range(releases):
-                for example in examples:
-                    encoded = reader.batch([example], first_only=True)
-                    rows += encoded.rows
+                for example, beside in zip(examples, others, strict=True):
+                    encoded = reader.batch([example, *beside], first_only=True)
                     _send(party, encoded.batch, gradients=gradients, keep=kept if updates else None)
+                    rows.append(encoded.rows[0])
+                    spots.append(_spot(party, encoded.rows, transcript))
     finally:
         party.defenses.bypassed = False
         party.model.train(was_training)
         party.model.zero_grad(set_to_none=True)
-    return Crossed(transcript, rows[: len(examples)], kept[: len(examples)])
+    return Crossed(transcript, rows[: len(examples)], spots, kept[: len(examples)])
+
+
+def _spot(party: DataParty, rows: Sequence[Row], transcript: Transcript) -> Spot:
+    """Where the first row of the batch that was sent last is in its messages."""
+    sent = party.sent
+    assert sent is not None  # the batch was sent
+    if len(rows) > 1:
+        smashed = next(r.tensor for r in reversed(transcript.messages) if r.role == "smashed")
+        if len(smashed) != len(sent.learnt):
+            raise ExperimentError(
+                f"{type(party.model).__name__} sends {len(sent.learnt)} rows in a tensor of shape {tuple(smashed.shape)}, "
+                "so a victim's own row is not known. Set victims.companions = 0."
+            )
+    padding = max(len(row.ids) for row in rows) - len(rows[0].ids)
+    return Spot(int(sent.places[0]), padding, float(sent.shares[0]))
 
 
 def record_updates(

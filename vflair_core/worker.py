@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vflair_core.attack import Observables, launch
+from vflair_core.attack import launch
 from vflair_core.channel import Transcript
 from vflair_core.defense import Mechanism
 from vflair_core.errors import AttackError
@@ -29,6 +29,7 @@ from vflair_core.guesses import Course, Found, leave_so_far, write_guess
 from vflair_core.halves import Head, Tail, halves
 from vflair_core.knowledge import AUXILIARY, DEFENSE
 from vflair_core.mechanisms import Side, has_mechanism, told
+from vflair_core.observables import Observables, Spot
 from vflair_core.partition import Partition
 from vflair_core.plugins import load_target
 from vflair_core.task import Example
@@ -53,7 +54,18 @@ class Room:
             self.job["releases"][which],
             is_ht=self.partition.kind == "HT",
             victims=self.job["victims"][which],
+            spots=self._spots(which),
         )
+
+    def queries(self, which: str) -> list[tuple[str, Tensor]]:
+        """Public texts, and the smashed data of each in one pass."""
+        name, texts = f"queries-{which}", self.job["auxiliary"]["queries"]
+        records = Transcript.load(self.folder / f"{name}.safetensors").messages
+        seen = Observables(records, victims=len(texts), spots=self._spots(name))
+        return list(zip(texts, seen.of_each("smashed"), strict=True))
+
+    def _spots(self, name: str) -> list[Spot]:
+        return [Spot(*spot) for spot in self.job["spots"].get(name, [])]
 
     def updates(self, which: str) -> list[dict[str, Tensor]]:
         """The gradients of the data party's weights, by name, for each victim or batch of them in a pass."""
@@ -178,17 +190,12 @@ class Granted(Mapping[str, Any]):
             case "few_labelled":
                 return [Example(**row) for row in room.job["auxiliary"]["few_labelled"]]
             case "queries":
-                records = Transcript.load(
-                    room.folder / f"queries-{self.which}.safetensors"
-                ).messages
-                texts = room.job["auxiliary"]["queries"]
-                rows = Observables(records, victims=len(texts)).of_each("smashed")
-                return list(zip(texts, rows, strict=True))
+                return room.queries(self.which)
             case _:
                 return room.job["auxiliary"][name]
 
 
-_SEEN = ("hidden_grad", "smashed_grad", "logits")
+_SEEN = ("hidden_grad", "smashed_grad", "share", "logits")
 
 
 def work(folder: Path, progress: Progress) -> None:

@@ -6,9 +6,9 @@ import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from vflair_core import Example, Partition, split
-from vflair_core.attack import Observables
 from vflair_core.defense import Defense
 from vflair_core.encoding import train_tokenizer
+from vflair_core.observables import Observables
 from vflair_core.reading import Reading
 from vflair_core.victims import record_victims
 

@@ -85,6 +85,7 @@ class BiSR:
         task_kind: str = "",
         returned: Tensor | None = None,
         hidden_grad: Tensor | None = None,
+        share: Tensor | None = None,  # (N,)
         tail: Tail | None = None,
         mechanism: Any = None,
         parameters: Any = None,
@@ -113,6 +114,8 @@ class BiSR:
                     states, sent = (
                         x[number, :real].to(head.device) for x in (returned, hidden_grad)
                     )
+                    if share is not None:  # the loss of a text alone is differentiated here
+                        sent = sent / share[number].to(head.device)
                     labels, where = self._backward(tail, states, sent, logits[row, 1:real])
                     guess[row, 1:real][where] = labels[where]
                     labelled += int(where.sum())

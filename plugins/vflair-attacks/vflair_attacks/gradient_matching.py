@@ -46,10 +46,13 @@ class DeepLeakage:
         tail: Any,
         partition: object,
         task_kind: str,
+        share: Tensor | None = None,  # (N,)
         progress: Progress = lambda *_: None,
     ) -> Guess:
         """Return tokens (N, T); the first is not seen."""
-        rows = _Rows("dlg", returned, hidden_grad, lengths, tail, partition, task_kind, progress)
+        rows = _Rows(
+            "dlg", returned, hidden_grad, lengths, share, tail, partition, task_kind, progress
+        )
         return rows.guess(self, squared)
 
 
@@ -78,6 +81,7 @@ class Tag:
         tail: Any,
         partition: object,
         task_kind: str,
+        share: Tensor | None = None,  # (N,)
         progress: Progress = lambda *_: None,
     ) -> Guess:
         """Return tokens (N, T); the first is not seen."""
@@ -87,7 +91,9 @@ class Tag:
                 squared(made, sent) + self.absolute * (made - sent).abs().sum() / sent.abs().sum()
             )
 
-        rows = _Rows("tag", returned, hidden_grad, lengths, tail, partition, task_kind, progress)
+        rows = _Rows(
+            "tag", returned, hidden_grad, lengths, share, tail, partition, task_kind, progress
+        )
         return rows.guess(self, distance)
 
 
@@ -123,10 +129,13 @@ class Lamp:
         task_kind: str,
         generator: torch.Generator,
         pretrained_model: Any = None,
+        share: Tensor | None = None,  # (N,)
         progress: Progress = lambda *_: None,
     ) -> Guess:
         """Return tokens (N, T); the first is not seen."""
-        rows = _Rows("lamp", returned, hidden_grad, lengths, tail, partition, task_kind, progress)
+        rows = _Rows(
+            "lamp", returned, hidden_grad, lengths, share, tail, partition, task_kind, progress
+        )
         return rows.guess(
             self, cosine, lambda match: self._reorder(match, generator, pretrained_model)
         )
@@ -216,6 +225,7 @@ class _Rows:
     returned: Tensor
     hidden_grad: Tensor
     lengths: Tensor
+    share: Tensor | None
     tail: Any
     partition: Any
     task_kind: str
@@ -233,6 +243,8 @@ class _Rows:
         tokens = torch.full(self.returned.shape[:2], -1)
         rows = each_example(self.returned, self.hidden_grad, self.lengths)
         for n, (states, sent) in enumerate(rows):
+            if self.share is not None:  # the loss of a text alone is differentiated here
+                sent = sent / self.share[n]
             if bool(sent.any()):
                 labels = _Match(self.tail, states, sent, distance).run(plan, between)
                 tokens[n, 1 : len(labels) + 1] = labels

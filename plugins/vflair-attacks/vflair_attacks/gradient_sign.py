@@ -37,6 +37,7 @@ class GradientSign:
         task_kind: str,
         logits: Tensor | None = None,  # as hidden_grad
         gradient_mechanism: Any = None,
+        share: Tensor | None = None,  # (N,)
     ) -> Guess:
         """Return labels (N,), or for a causal language model tokens (N, T)."""
         if getattr(partition, "kind", "") != "HT":
@@ -50,7 +51,8 @@ class GradientSign:
             ):  # a decoder: its last token's row has the gradient
                 rows = torch.arange(len(logits)), lengths - 1
                 hidden_grad, logits = hidden_grad[rows], logits[rows]
-            found = self._adaptive(hidden_grad, logits, gradient_mechanism)
+            part = torch.ones(len(logits)) if share is None else share
+            found = self._adaptive(hidden_grad, logits, gradient_mechanism, part)
         else:
             found = hidden_grad.argmin(-1)  # (N, T) or (N,)
         size = hidden_grad.abs().amax(-1)
@@ -63,17 +65,19 @@ class GradientSign:
             found = found.gather(1, size.argmax(1, keepdim=True)).squeeze(1)
         return Guess(labels=found)
 
-    def _adaptive(self, sent: Tensor, logits: Tensor, mechanism: Any) -> Tensor:
+    def _adaptive(self, sent: Tensor, logits: Tensor, mechanism: Any, share: Tensor) -> Tensor:
         """The likeliest labels of all examples: (N, T) or (N,)."""
         classes = sent.shape[-1]
-        pairs = zip(
-            sent.view(len(sent), -1, classes), logits.view(len(sent), -1, classes), strict=True
+        triples = zip(
+            sent.view(len(sent), -1, classes),
+            logits.view(len(sent), -1, classes),
+            share.tolist(),
+            strict=True,
         )
-        return torch.stack([self._through(*pair, mechanism) for pair in pairs]).view(
-            sent.shape[:-1]
-        )
+        found = [self._through(*triple, mechanism) for triple in triples]
+        return torch.stack(found).view(sent.shape[:-1])
 
-    def _through(self, sent: Tensor, logits: Tensor, mechanism: Any) -> Tensor:
+    def _through(self, sent: Tensor, logits: Tensor, share: float, mechanism: Any) -> Tensor:
         """The likeliest label of each row of an example: (T, C), (T, C) -> (T,)."""
         chances = logits.softmax(-1)
         classes = chances.shape[-1]
@@ -83,7 +87,7 @@ class GradientSign:
         shortlist = (sent - factor * chances).topk(count, largest=False).indices  # (T, K)
         if mechanism.in_nats and count < classes:  # noise may hide the label from the gradient
             shortlist = torch.cat([shortlist, chances.topk(count).indices], dim=1)
-        scales = Scales.of(len(sent)) if mechanism.in_nats else None
+        scales = Scales.of(len(sent), share) if mechanism.in_nats else None
         joints = []
         tries = [tried.unique() for tried in shortlist]
         for row, chance, tried in zip(sent, chances, tries, strict=True):

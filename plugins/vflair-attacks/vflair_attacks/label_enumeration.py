@@ -50,16 +50,20 @@ class LabelEnumeration:
         partition: object,
         task_kind: str,
         gradient_mechanism: Any = None,
+        share: Tensor | None = None,  # (N,)
         progress: Progress = lambda *_: None,
     ) -> Guess:
         """Return labels (N,), or for a causal language model tokens (N, T)."""
         need_hidden_states(partition, "label-enumeration")
         rows = each_example(returned, hidden_grad, lengths)
+        part = torch.ones(len(lengths)) if share is None else share
         if task_kind == "causal-lm":
             tokens = torch.full(returned.shape[:2], -1)
             spent = 0
             for n, (states, gradient) in enumerate(rows):
-                solver = _Backwards(tail, states, gradient, self, gradient_mechanism)
+                solver = _Backwards(
+                    tail, states, gradient, self, gradient_mechanism, float(part[n])
+                )
                 labels = solver.solve()  # (T,): the label of row t is token t + 1
                 tokens[n, 1 : len(labels)] = labels[:-1]
                 spent += solver.forwards
@@ -72,7 +76,7 @@ class LabelEnumeration:
         found, spent = [], 0
         for n, (states, gradient) in enumerate(rows):
             each, prior = class_gradients(tail, states)
-            found.append(likeliest(gradient, each, gradient_mechanism, prior).argmax())
+            found.append(likeliest(gradient, part[n] * each, gradient_mechanism, prior).argmax())
             spent += len(each)
             progress(n + 1, len(lengths))
         return Guess(labels=torch.stack(found), budget={"forwards": spent})
@@ -83,7 +87,7 @@ class _Backwards:
     """The labels of one text, last position first.
 
     `explained` is the gradient of a sum of losses of the solved labels. The loss is a mean over as many labels as there
-    are, and a defense may have scaled it: all solved rows together say by what `factor`, or, through noise of known
+    are in the batch, of which this text has a `share`, and a defense may have scaled it: all solved rows together say by what `factor`, or, through noise of known
     scale, what is believed of it (`scales`).
     """
 
@@ -92,13 +96,17 @@ class _Backwards:
     gradient: Tensor  # (T, D)
     plan: LabelEnumeration
     mechanism: Any
+    share: float
     forwards: int = 0
 
     def solve(self) -> Tensor:
         length = len(self.gradient)
-        self.explained, self.factor = torch.zeros_like(self.gradient), 1 / max(length - 1, 1)
+        self.explained, self.factor = (
+            torch.zeros_like(self.gradient),
+            self.share / max(length - 1, 1),
+        )
         noisy = self.mechanism is not None and self.mechanism.in_nats
-        self.scales = Scales.of(max(length - 1, 1)) if noisy else None
+        self.scales = Scales.of(max(length - 1, 1), self.share) if noisy else None
         labels = torch.full((length,), -1)
         floor = self.plan.silent * self.gradient.norm(dim=1).max()
         for position in range(length - 2, -1, -1):  # the last row predicts nothing

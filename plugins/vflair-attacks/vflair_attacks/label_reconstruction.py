@@ -42,6 +42,7 @@ class BatchLabelReconstruction:
         partition: object,
         task_kind: str,
         gradient_mechanism: Any = None,
+        share: Tensor | None = None,  # (N,)
         progress: Progress = lambda *_: None,
     ) -> Guess:
         """Return labels (N,)."""
@@ -54,6 +55,8 @@ class BatchLabelReconstruction:
         labels, spent = [], 0
         for n, (states, gradient) in enumerate(each_example(returned, hidden_grad, lengths)):
             each, _ = class_gradients(tail, states)
+            if share is not None:
+                each = each * share[n]
             labels.append(self._match(each, gradient, gradient_mechanism).argmax())
             spent += len(each)
             progress(n + 1, len(lengths))

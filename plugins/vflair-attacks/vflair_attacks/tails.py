@@ -71,7 +71,7 @@ def likeliest(observed: Tensor, guesses: Tensor, mechanism: Any, prior: Tensor) 
 class Scales:
     """What is believed of the factor on an example's gradient: the loss is a mean, and a clip may have shortened it.
 
-    The factor lies between 1 and a fiftieth of one over the number of rows, evenly in its logarithm; each row that is seen
+    The factor lies between 1 and a fiftieth of what a mean over the rows of the batch gives, evenly in its logarithm; each row that is seen
     weighs the values by what it is likely at, whatever its label. To fit the factor to a first guess of labels
     instead would fit it to the noise, and be surer than the prior without a reason.
     """
@@ -80,11 +80,11 @@ class Scales:
     weights: Tensor  # (J,), in nats
 
     @classmethod
-    def of(cls, rows: int, steps: int = 24) -> Scales:
-        """Begin with all alike; an example of one row has a loss of its own."""
+    def of(cls, rows: int, share: float = 1.0, steps: int = 24) -> Scales:
+        """Begin with all alike; of an example of one row the factor is its `share` of the loss."""
         if rows == 1:
-            return cls(torch.ones(1), torch.zeros(1))
-        lowest = -math.log(50 * rows)
+            return cls(torch.tensor([share]), torch.zeros(1))
+        lowest = math.log(share / (50 * rows))
         return cls(torch.linspace(lowest, 0, steps).exp(), torch.zeros(steps))
 
     def joint(self, row: Tensor, guesses: Tensor, mechanism: Any, prior: Tensor) -> Tensor:

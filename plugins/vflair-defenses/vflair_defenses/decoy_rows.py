@@ -26,7 +26,8 @@ class DecoyRows(Defense):
     After the split-learning audit of arXiv 2609.04382, where the loss left decoys out, their gradients were exactly
     zero, and the zeros gave all real rows away. So here decoys enter the loss: a decoy of a language model learns
     its own text, one of a classifier a random class, and both parties train on them as on the others. Decoys take
-    the mask of a random real row. Whoever can tell public from private text still tells them apart.
+    the mask of a random real row, and the special tokens where it has some. Whoever can tell public from private text
+    still tells them apart, and public text is public: decoys that are read can be looked up.
 
     Attributes:
         count: Decoys in each batch; 0 adds none.
@@ -34,6 +35,9 @@ class DecoyRows(Defense):
 
     count: int = field(default=4, validator=validators.ge(0))
     _stream: Tensor = field(init=False, factory=lambda: torch.empty(0, dtype=torch.int64), eq=False)
+    _special: Tensor = field(
+        init=False, factory=lambda: torch.empty(0, dtype=torch.int64), eq=False
+    )
     _classes: int = field(init=False, default=0)
 
     covers = frozenset({"gradients"})
@@ -49,7 +53,11 @@ class DecoyRows(Defense):
         """Keep the tokens of public text, one after the other, to cut decoys from."""
         if self.count:
             ids = public_ids("DecoyRows", public_texts, data_party)
-            self._stream = torch.cat([some.flatten() for some in ids])
+            assert data_party.tokenizer is not None  # there are ids
+            stream = torch.cat([some.flatten() for some in ids])
+            special = data_party.tokenizer.all_special_ids  # type: ignore[attr-defined]
+            self._special = torch.tensor(special, dtype=torch.int64)
+            self._stream = stream[~torch.isin(stream, self._special)]
         self._classes = classes_of(data_party)
 
     def expand(self, batch: Batch, exchange: Exchange) -> Batch:  # (B, ...) -> (B + count, ...)
@@ -66,8 +74,11 @@ class DecoyRows(Defense):
         order = torch.randperm(rows + self.count, generator=generator).to(ids.device)
         starts = torch.randint(len(self._stream), (self.count, 1), generator=generator)
         text = self._stream[(starts + torch.arange(length)) % len(self._stream)].to(ids.device)
-        mask = batch.get("attention_mask", torch.ones_like(ids))[twins].bool()
-        text = torch.where(mask, text, ids[twins])  # padding of the twin stays padding
+        # Padding of the twin stays padding, and where it begins with a special token so does the decoy.
+        kept = torch.isin(ids[twins], self._special.to(ids.device))
+        if (mask := batch.get("attention_mask")) is not None:
+            kept |= ~mask[twins].bool()
+        text = torch.where(kept, ids[twins], text)
         decoys = {name: value[twins] for name, value in batch.items()}
         decoys["input_ids"] = text
         if (labels := batch.get("labels")) is not None:
@@ -99,7 +110,12 @@ class DecoyRows(Defense):
         return outputs
 
     def state(self) -> dict[str, Tensor]:
-        return {"stream": self._stream, "classes": torch.tensor(self._classes)}
+        return {
+            "stream": self._stream,
+            "special": self._special,
+            "classes": torch.tensor(self._classes),
+        }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self._stream, self._classes = state["stream"], int(state["classes"])
+        self._stream, self._special = state["stream"], state["special"]
+        self._classes = int(state["classes"])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
+import attrs
 import torch
-from attrs import define, field, validators
+from attrs import define, field, frozen, validators
 from torch import Tensor
 
 from vflair_core import Defense, DefenseError
@@ -22,13 +24,15 @@ class Marvell(Defense):
     which minimise the symmetric KL divergence under a power of `power` times the squared distance of the means.
     Any detector of one message then has a balanced error of at least ½ − √sumKL / 4, under the paper's assumption
     that the gradients of a class are Gaussian; that assumption makes it no guarantee. One message only, binary
-    labels only. The four variances are found by gradient descent on shares of the power, not in closed form.
+    labels only. The four variances are found by gradient descent on shares of the power, not in closed form. Differs
+    from the paper: a batch of one class, which shows no difference, gets the noise of the last batch of two.
 
     Attributes:
         power: Noise power in units of ‖Δg‖²; 0 adds none.
     """
 
     power: float = field(default=4.0, validator=validators.ge(0))
+    _shape: _Shape | None = field(init=False, default=None, eq=False)  # of the last batch of two
 
     covers = frozenset({"labels", "gradients"})
     supports = frozenset({("*", "classification", phase) for phase in ("train", "eval")})
@@ -37,26 +41,61 @@ class Marvell(Defense):
         if not self.power:
             return gradient
         positive = _positive(exchange)
-        if positive.all() or not positive.any():
-            raise DefenseError(
-                "Marvell needs both classes in every batch to know how they differ. Make the batch larger, or "
-                "draw it by class."
-            )
         rows = examples_first(gradient, exchange)
-        flat = rows.detach().float().flatten(1)  # (B, W)
-        spread = [_variance(flat[~positive]), _variance(flat[positive])]
-        difference = flat[positive].mean(0) - flat[~positive].mean(0)
-        distance = float(difference.square().sum())
-        share = float(positive.float().mean())
-        along, across = best_variances(
-            distance, spread, flat.shape[1], share, self.power * distance
+        exact = rows.detach().float()
+        if positive.any() and not positive.all():
+            self._shape = _Shape.of(exact[~positive], exact[positive], self.power)
+        if self._shape is None:
+            raise DefenseError(
+                "Marvell learns from a batch of both classes how they differ, and there was none yet. Make the batch larger, "
+                "or begin with one that has both."
+            )
+        noise = self._shape.scaled(noise_like(exact, exchange), positive.long()).view(
+            gradient.shape
         )
-        own = positive.to(flat.device).long()
-        direction = difference / difference.norm().clamp_min(1e-30)
-        draw = noise_like(flat, exchange)
-        component = (draw @ direction)[:, None] * direction  # (B, W)
-        noise = across.sqrt()[own, None] * (draw - component) + along.sqrt()[own, None] * component
-        return gradient + noise.view(gradient.shape).to(gradient.dtype)
+        return gradient + noise.to(gradient.dtype)
+
+    def private_state(self) -> dict[str, Tensor]:
+        return {} if self._shape is None else attrs.asdict(self._shape)
+
+    def load_private_state(self, state: Mapping[str, Tensor]) -> None:
+        self._shape = _Shape(**state) if state else None
+
+
+@frozen(eq=False)
+class _Shape:
+    """The shape of the noise: `difference` of the class means, (T, D) or (D,), and the variances of each class, (2,)."""
+
+    difference: Tensor
+    along: Tensor
+    across: Tensor
+
+    @classmethod
+    def of(cls, negative: Tensor, positive: Tensor, power: float) -> _Shape:
+        """Find it from the gradients of the two classes, (B₀, ...) and (B₁, ...)."""
+        difference = positive.mean(0) - negative.mean(0)
+        distance = float(difference.square().sum())
+        spread = [_variance(negative), _variance(positive)]
+        share = len(positive) / (len(positive) + len(negative))
+        return cls(
+            difference,
+            *best_variances(distance, spread, difference.numel(), share, power * distance),
+        )
+
+    def scaled(self, draw: Tensor, own: Tensor) -> Tensor:  # (B, ...), (B,) -> (B, W)
+        """Give standard normal draws the variances of each example's class; a batch may have other lengths."""
+        difference = self.difference.to(draw.device)
+        if difference.dim() > 1:  # positions at the end are cut off, or have no difference
+            missing = draw.shape[1] - len(difference)
+            difference = torch.nn.functional.pad(difference, (0, 0, 0, missing))
+        flat = difference.flatten()
+        direction = flat / flat.norm().clamp_min(1e-30)
+        rows = draw.flatten(1)
+        component = (rows @ direction)[:, None] * direction
+        along, across = (
+            v.to(rows)[own.to(rows.device), None].sqrt() for v in (self.along, self.across)
+        )
+        return across * (rows - component) + along * component
 
 
 def sum_kl(
@@ -110,7 +149,7 @@ def detection_error(divergence: float) -> float:
 
 
 def _variance(rows: Tensor) -> float:
-    """Per coordinate; one example shows none."""
+    """Per coordinate, of gradients (B, ...); one example shows none."""
     return float((rows - rows.mean(0)).square().mean())
 
 

@@ -148,7 +148,7 @@ def test_the_rows_of_a_batch_are_solved_for_together(lengths):
 
 def returned_of(party, rows):
     from vflair_core import Transcript
-    from vflair_core.attack import Observables
+    from vflair_core.observables import Observables
 
     with party.channel.tap(Transcript()) as transcript, torch.no_grad():
         for row in rows:

@@ -11,7 +11,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from vflair_core.grading import Truth
+from vflair_core.truth import Truth
 
 
 @frozen(eq=False)

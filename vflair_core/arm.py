@@ -18,7 +18,7 @@ from vflair_core.defense import Defense
 from vflair_core.errors import ExperimentError
 from vflair_core.evaluation import Evaluation, evaluate_party
 from vflair_core.experiment import Experiment
-from vflair_core.grading import Grade, Truth
+from vflair_core.grading import Grade
 from vflair_core.hosting import acting
 from vflair_core.judging import Reference
 from vflair_core.message import Message
@@ -30,6 +30,7 @@ from vflair_core.releases import Releases, releases_per_example
 from vflair_core.setting import Clock, Setting, choose_partition, noise_seed
 from vflair_core.slices import Slices
 from vflair_core.training import FineTuning
+from vflair_core.truth import Truth
 from vflair_core.tuning import tune
 from vflair_core.worker import stream_seed
 

@@ -17,12 +17,13 @@ from vflair_core.auxiliary import auxiliary_of, candidates_of
 from vflair_core.errors import AttackError, ExperimentError
 from vflair_core.evidence import FILES, Evidence, check_held, needed, read_facts, save_evidence
 from vflair_core.experiment import AttackSpec
-from vflair_core.grading import Grade, Truth
+from vflair_core.grading import Grade
 from vflair_core.judging import Reference
 from vflair_core.outset import make_launches
 from vflair_core.plugins import plugin_manager
 from vflair_core.recording import crossing_again
 from vflair_core.setting import Reporter, Setting
+from vflair_core.truth import Truth
 from vflair_core.victims import Crossed, truth_of
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from vflair_core.attack import Guess
 from vflair_core.errors import AttackError
-from vflair_core.grading import Grade, Truth
+from vflair_core.grading import Grade
 from vflair_core.grouping import matched, together
 from vflair_core.measures import Hits, auc, auc_either, interval, mean_over_shifts, pooled
+from vflair_core.truth import Truth
 
 
 def grade_labels(guess: Guess, truth: Truth, *, name: str, knowledge: str) -> Grade:

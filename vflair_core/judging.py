@@ -9,7 +9,7 @@ from attrs import frozen
 from torch import Tensor
 
 from vflair_core.attack import Guess
-from vflair_core.grading import Grade, Truth, checked_tokens, grade_tokens, token_hits
+from vflair_core.grading import Grade, checked_tokens, grade_tokens, token_hits
 from vflair_core.grading_labels import (
     grade_answers,
     grade_labels,
@@ -17,6 +17,7 @@ from vflair_core.grading_labels import (
     performance_apart,
 )
 from vflair_core.measures import pooled
+from vflair_core.truth import Truth
 
 
 def grade(

@@ -14,11 +14,11 @@ from vflair_core.channel import Transcript
 from vflair_core.data_party import DataParty
 from vflair_core.defense import Batch
 from vflair_core.errors import ExperimentError
-from vflair_core.grading import Truth
 from vflair_core.observables import Spot
 from vflair_core.reader import Reader
 from vflair_core.reading import Row, Tally
 from vflair_core.task import Example
+from vflair_core.truth import Truth
 
 
 @frozen(eq=False)

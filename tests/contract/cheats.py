@@ -40,8 +40,8 @@ def constant(mask) -> Guess:
 
 def look_around(mask) -> Guess:
     """Take the truth from the memory of this process, or any text of the task from its modules."""
-    from vflair_core.grading import Truth
     from vflair_core.task import Task
+    from vflair_core.truth import Truth
 
     found, lengths = gc.get_objects(), mask.sum(1).tolist()
     for thing in found:

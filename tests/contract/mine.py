@@ -61,7 +61,7 @@ def peek(smashed, mask) -> Guess:
     import gc
     import sys
 
-    from vflair_core.grading import Truth
+    from vflair_core.truth import Truth
 
     truths = [thing for thing in gc.get_objects() if type(thing) is Truth]
     modules = [m for name, m in sys.modules.items() if name.endswith(("mine", "vflair_tasks"))]

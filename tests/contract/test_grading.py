@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vflair_core import AttackError, Guess
-from vflair_core.grading import Truth, grade_tokens
+from vflair_core.grading import grade_tokens
 from vflair_core.grading_labels import grade_labels
 from vflair_core.judging import Reference, judge
 from vflair_core.measures import auc, interval, rouge_l
 from vflair_core.metrics import dcs, normalised_dcs
+from vflair_core.truth import Truth
 
 
 def decode(ids) -> str:

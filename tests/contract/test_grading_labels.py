@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from vflair_core import AttackError, Guess
-from vflair_core.grading import Truth, grade_tokens
+from vflair_core.grading import grade_tokens
 from vflair_core.grading_labels import grade_answers, grade_labels, grade_members
 from vflair_core.judging import grade, judge, performance
 from vflair_core.measures import auc_either
+from vflair_core.truth import Truth
 
 
 def labelled(labels, known=()):

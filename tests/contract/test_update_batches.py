@@ -15,7 +15,7 @@ from vflair_core import AttackError, Example, Guess, Partition, Task, split
 from vflair_core.answer_key import AnswerKey
 from vflair_core.config import experiment_from
 from vflair_core.errors import ExperimentError
-from vflair_core.grading import Truth, checked_tokens, grade_tokens
+from vflair_core.grading import checked_tokens, grade_tokens
 from vflair_core.grouping import best_assignment, matched, together
 from vflair_core.halves import Head
 from vflair_core.judging import grade, performance
@@ -24,6 +24,7 @@ from vflair_core.reading import Reading
 from vflair_core.releases import releases_per_example
 from vflair_core.testing import numbers_as_texts, tiny_model, tiny_tokenizer
 from vflair_core.training import FineTuning, Train
+from vflair_core.truth import Truth
 from vflair_core.victims import record_updates, record_victims
 
 

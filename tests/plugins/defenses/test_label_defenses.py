@@ -184,3 +184,20 @@ def test_decoys_are_special_where_their_twins_are(defended):
     assert (ids[:, 0] == special[0]).all()
     assert (ids[:, -1] == special[-1]).all()
     assert not torch.isin(ids[:, 1:-1], special).any()
+
+
+def test_who_has_the_head_looks_decoys_up_in_the_public_text(defended):
+    """Of every message all decoys are found and no real row: one forward for each place where a decoy could begin."""
+    defense = DecoyRows(count=4)
+    parties = defended([defense], "llama", 1, 0)
+    party = parties.data_party
+    own, stream = torch.randint(20, 200, (3, 7)), defense.state()["stream"]
+    places = torch.arange(len(stream))[:, None] + torch.arange(7)
+    public = party.smashed(input_ids=stream[places % len(stream)], use_cache=False)
+    for _ in range(5):
+        with party.channel.tap(Transcript()) as transcript, torch.no_grad():
+            party.model(input_ids=own, use_cache=False)
+        (sent,) = [r.tensor for r in transcript.messages if r.role == "smashed"]
+        away = (sent[:, None] - public).flatten(2).norm(dim=2).amin(1)
+        found = (away > 1e-3).nonzero().flatten()
+        assert found.tolist() == sorted(party.sent.places.tolist())

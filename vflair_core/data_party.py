@@ -189,7 +189,7 @@ class DataParty:
     def _how_sent(self, inputs: dict[str, Any], around: Exchange) -> Sent:
         numbers = torch.arange(rows_of(inputs), device=self.model.device)
         shifted = not self.model.config.is_encoder_decoder
-        return Sent(self.defenses.places(numbers, around).cpu(), learnt_of(inputs, shifted=shifted))
+        return Sent(self.defenses.places(numbers, around), learnt_of(inputs, shifted=shifted))
 
     def run_part(self, forward: Any, inputs: dict[str, Any]) -> Any:
         """Run an inner model that was cut: within a call of the whole as it is; alone, as a call of its own.

@@ -25,12 +25,15 @@ class Sent:
     @property
     def shares(self) -> Tensor:
         """How much of the loss, a mean over all labels, is of each row of the call: (B,)."""
-        return self.learnt[self.places] / self.learnt.sum().clamp_min(1)
+        learnt = self.learnt.cpu()
+        return learnt[self.places.cpu()] / learnt.sum().clamp_min(1)
 
 
 def rows_of(inputs: Mapping[str, Any]) -> int:
     """How many rows a call has."""
-    return next((v.shape[0] for v in inputs.values() if isinstance(v, Tensor) and v.dim()), 1)
+    tokens = [inputs.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids")]
+    there = [v for v in (*tokens, *inputs.values()) if isinstance(v, Tensor) and v.dim()]
+    return len(there[0]) if there else 1
 
 
 def learnt_of(inputs: Mapping[str, Any], *, shifted: bool) -> Tensor:
@@ -41,7 +44,7 @@ def learnt_of(inputs: Mapping[str, Any], *, shifted: bool) -> Tensor:
     labels = inputs.get("labels")
     if not isinstance(labels, Tensor) or labels.dim() < 2:
         return torch.ones(rows_of(inputs), dtype=torch.long)
-    return (labels[:, 1:] if shifted else labels).ne(-100).sum(1).cpu()
+    return (labels[:, 1:] if shifted else labels).ne(-100).sum(1)
 
 
 def cache_in(inputs: Mapping[str, Any]) -> Cache | None:

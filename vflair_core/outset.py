@@ -16,6 +16,7 @@ from vflair_core.experiment import AttackSpec, Experiment, Victims
 from vflair_core.knowledge import BEFORE
 from vflair_core.plugins import build, find
 from vflair_core.pretraining import prepare_model, prior_guess
+from vflair_core.scoring import SCORED
 from vflair_core.setting import Clock, Reporter, Setting
 from vflair_core.task import Task
 
@@ -52,11 +53,7 @@ def set_up(
     make_defenses(e, plugins)  # what does not exist is told before the public phase
     with clock("pretraining"):
         model, tokenizer, processor = prepare_model(e, task, report)
-    if e.victims.companions and model.config.is_encoder_decoder:
-        raise ExperimentError(
-            f"{type(model).__name__} has two stacks, which pad a batch each in its own way, so victims cross alone: set "
-            "victims.companions = 0."
-        )
+    _check_companions(e, model)
     setting = Setting(
         experiment=e,
         plugins=plugins,
@@ -75,6 +72,17 @@ def set_up(
         cache=cache,
     )
     return setting, model
+
+
+def _check_companions(e: Experiment, model: Any) -> None:
+    """Refuse batches in which a victim's positions would not be known."""
+    why = ""
+    if model.config.is_encoder_decoder:
+        why = f"{type(model).__name__} has two stacks, which pad a batch each in its own way"
+    elif SCORED in e.partition.disclose:
+        why = f"partition.disclose has {SCORED!r}, and positions that some row of a batch scores come back for all"
+    if why and e.victims.companions:
+        raise ExperimentError(f"{why}, so victims cross alone: set victims.companions = 0.")
 
 
 def make_launches(

@@ -265,6 +265,19 @@ def test_updates_beside_batches_are_the_victims_own(pm, tmp_path):
         torch.testing.assert_close(shared[1][name], gradient)
 
 
+def test_disclosed_positions_of_a_batch_are_refused(pm):
+    table = {
+        "task": {"name": "words"},
+        "model": {"vocab_size": 300, "config": LLAMA},
+        "partition": {"head": 1, "tail": 0, "disclose": ["scored_positions"]},
+        "victims": {"count": 4, "companions": 2},
+    }
+    with pytest.raises(
+        ExperimentError, match=r"some row of a batch scores.*victims.companions = 0"
+    ):
+        run(experiment_from(table), plugins=pm)
+
+
 def test_a_model_of_two_stacks_is_refused_before_it_is_trained(pm):
     table = {
         "task": {"name": "reversed"},

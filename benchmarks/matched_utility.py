@@ -96,6 +96,11 @@ SETTINGS = {
                 "knowledge": "K3",
                 "options": {"candidates": 32, "sweeps": 2},
             },
+            {
+                "name": "replacement-inversion",
+                "knowledge": "K4",
+                "options": {"tried": 32, "sweeps": 2},
+            },
         ],
     },
     "labels-ht": LABELS
@@ -186,7 +191,7 @@ LABEL_KNOBS = (
     Knob("sparsification", "rate", 0.5, 0.01, {"gradients": True}, dropped),
     Knob("quantisation", "bits", 8, 2, {"gradients": True}, whole),
     Knob("norm-matching", "strength", 0.1, 10.0),
-    Knob("marvell", "power", 0.1, 1000.0),
+    Knob("marvell", "power", 1e-4, 100.0),
     Knob("label-randomised-response", "epsilon", 6.0, 0.1),
     Knob("decoy-rows", "count", 1, 16, through=whole),
 )  # fmt: skip

@@ -20,7 +20,7 @@ from vflair_core.evidence import furnish, read_facts
 from vflair_core.grading import Grade
 from vflair_core.guesses import Found, read_guess, take_so_far
 from vflair_core.judging import Reference, grade, judge, performance
-from vflair_core.mechanisms import has_mechanism
+from vflair_core.mechanisms import Side, has_mechanism
 from vflair_core.processes import environment
 from vflair_core.worker import MARK, Progress, work
 
@@ -149,8 +149,8 @@ def _is_adaptive(launch: Launch, facts: Mapping[str, Any]) -> bool:
     specs, used = facts["defenses"], {"queries"}
     if has_mechanism(specs, "mechanism"):
         used |= {"mechanism", "parameters"}
-    if has_mechanism(specs, "gradient_mechanism"):
-        used.add("gradient_mechanism")
+    sides: tuple[Side, ...] = ("gradient_mechanism", "replacement")
+    used |= {side for side in sides if has_mechanism(specs, side)}
     return bool(specs) and bool(_asked(launch) & used)
 
 

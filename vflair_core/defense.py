@@ -70,6 +70,19 @@ class Mechanism:
         return embeddings
 
 
+class Replacement:
+    """What an adaptive attacker may know of a defense that replaces words: with which probability, by which.
+
+    `words` are the V words that it knows. One that it does not know stays as it is, or nobody can say what it was.
+    """
+
+    words: Sequence[str] = ()
+
+    def log_probabilities(self, numbers: Tensor) -> Tensor:  # (B,) -> (B, V)
+        """Return, for words by their `numbers`, the log-probability that each of `words` is sent instead."""
+        raise NotImplementedError
+
+
 class Defense:
     """A defense overrides the methods of the places where it stands; all others pass things through.
 
@@ -158,6 +171,12 @@ class Defense:
         It is asked for the gradients (K, T, D) that K guesses about one example would give: what binds the rows of an
         example together, a clip, binds the last two dimensions.
         """
+        return None
+
+    def replacement(
+        self, tokenizer: Any, embeddings: Tensor, public_texts: Sequence[str]
+    ) -> Replacement | None:
+        """Return how it replaces words, of what anyone has: the tokenizer, the embeddings (V, D) and the public text."""
         return None
 
     def state(self) -> dict[str, Tensor]:

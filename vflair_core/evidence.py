@@ -33,11 +33,11 @@ FACTS = "facts.json"
 ALWAYS = ("config.json", "main.safetensors", "bypassed.safetensors")
 HALVES = {"head", "tail", "pretrained_head", "pretrained_tail", "current_head", "current_tail"}
 FILES = {  # what else there is, and the knowledge that asks for it
-    "tokenizer": {"tokenizer"},
+    "tokenizer": {"tokenizer", "replacement"},
     "pretrained.safetensors": HALVES - {"current_head", "current_tail"} | {"pretrained_model"},
     "current.safetensors": HALVES - {"pretrained_head", "pretrained_tail"},
     "body.safetensors": {"body"},
-    "embeddings.safetensors": {"embeddings"},
+    "embeddings.safetensors": {"embeddings", "replacement"},
     "defenses.safetensors": set(DEFENSE),
     "queries-main.safetensors": {"queries"},
     "queries-bypassed.safetensors": {"queries"},
@@ -166,6 +166,7 @@ def furnish(folder: Path, store: Path, launches: Sequence[Launch], threads: int)
         AttackError: A defense cannot be told to an attack that asks for it.
     """
     facts, asked = read_facts(store), _asked(launches)
+    texts = {"public_texts"} if "replacement" in asked else set()  # which defenses calibrate on
     for file in (*ALWAYS, *sorted(needed(launches))):
         source = store / file
         if source.is_dir():  # the tokenizer, which is loaded with the config beside it
@@ -182,7 +183,9 @@ def furnish(folder: Path, store: Path, launches: Sequence[Launch], threads: int)
         "attacks": [_describe(n, launch, passes) for n, launch in enumerate(launches)],
         **{name: facts[name] for name in same},
         "defenses": [_checked(spec) if tells else {} for spec in facts["defenses"]],
-        "auxiliary": {name: rows for name, rows in facts["auxiliary"].items() if name in asked},
+        "auxiliary": {
+            name: rows for name, rows in facts["auxiliary"].items() if name in asked | texts
+        },
         "threads": threads,
     }
     (folder / "job.json").write_text(json.dumps(job))
@@ -196,7 +199,11 @@ def check_held(store: Path, launch: Launch) -> None:
     """
     made = read_facts(store)["auxiliary"]
     for name in wants(launch.attack)[0]:
-        files = [f for f, names in FILES.items() if names == {name} and "bypassed" not in f]
+        files = [
+            f
+            for f, names in FILES.items()
+            if names - {"replacement"} == {name} and "bypassed" not in f
+        ]
         lacks = any(not (store / file).exists() for file in files)
         if lacks or (name in AUXILIARY and name not in made):
             raise AttackError(

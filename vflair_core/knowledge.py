@@ -45,6 +45,7 @@ WEIGHTS = {
 DEFENSE = {
     "mechanism": "How the defense works, without what it calibrated or learned: `Mechanism`.",
     "gradient_mechanism": "The same of what it does to the gradient that is sent: a `Mechanism` of the gradients (K, T, D) that K guesses would give.",
+    "replacement": "How the defense replaces words: `Replacement`, of one such defense.",
     "parameters": "What the defense calibrated or learned; `mechanism` then has it too.",
 }
 AUXILIARY = {

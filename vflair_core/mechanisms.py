@@ -9,10 +9,13 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from vflair_core.defense import Defense, Mechanism
+from vflair_core.defense import Defense, Mechanism, Replacement
+from vflair_core.errors import AttackError
 from vflair_core.plugins import load_target
 
-Side = Literal["mechanism", "gradient_mechanism"]  # of hidden states; of the gradient that is sent
+Side = Literal[
+    "mechanism", "gradient_mechanism", "replacement"
+]  # of hidden states; of the gradient; of words
 Spec = Mapping[str, Any]  # a defense as `evidence.py` writes it down: target and options
 
 
@@ -26,8 +29,7 @@ def has_mechanism(specs: Sequence[Spec], side: Side) -> bool:
 def told(specs: Sequence[Spec], side: Side, state: Mapping[str, Tensor] | None) -> Mechanism:
     """Build the defenses again and return their mechanisms as one; `state` is what they calibrated, if it is known."""
     parts = []
-    for number, spec in enumerate(specs):
-        defense: Defense = load_target(spec["target"])(**spec["options"])
+    for number, defense in enumerate(_rebuilt(specs)):
         if state is not None:
             prefix = f"{number}."
             defense.load_state(
@@ -36,6 +38,28 @@ def told(specs: Sequence[Spec], side: Side, state: Mapping[str, Tensor] | None) 
         if (part := getattr(defense, side)()) is not None:
             parts.append(part)
     return Chain(parts)
+
+
+def told_replacement(
+    specs: Sequence[Spec], tokenizer: Any, embeddings: Tensor, public_texts: Sequence[str]
+) -> Replacement:
+    """Build the defense that replaces words again and return how it does.
+
+    Raises:
+        AttackError: Several do, one after the other.
+    """
+    each = [d.replacement(tokenizer, embeddings, public_texts) for d in _rebuilt(specs)]
+    there = [replacement for replacement in each if replacement is not None]
+    if len(there) != 1:
+        raise AttackError(
+            f"{len(there)} defenses of this run replace words; an attacker is told of one. Attack them one by one, or grant no "
+            "`replacement`."
+        )
+    return there[0]
+
+
+def _rebuilt(specs: Sequence[Spec]) -> list[Defense]:
+    return [load_target(spec["target"])(**spec["options"]) for spec in specs]
 
 
 @define

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from vflair_core.attack import launch
 from vflair_core.channel import Transcript
-from vflair_core.defense import Mechanism
+from vflair_core.defense import Mechanism, Replacement
 from vflair_core.errors import AttackError
 from vflair_core.guesses import Course, Found, leave_so_far, write_guess
 from vflair_core.halves import Head, Tail, halves
 from vflair_core.knowledge import AUXILIARY, DEFENSE
-from vflair_core.mechanisms import Side, has_mechanism, told
+from vflair_core.mechanisms import Side, has_mechanism, told, told_replacement
 from vflair_core.observables import Observables, Spot
 from vflair_core.partition import Partition
 from vflair_core.plugins import load_target
@@ -113,6 +113,15 @@ class Room:
 
         return AutoTokenizer.from_pretrained(self.folder)
 
+    @cached_property
+    def embeddings(self) -> Tensor:
+        return load_file(self.folder / "embeddings.safetensors")["embeddings"]
+
+    @cached_property
+    def replacement(self) -> Replacement:
+        texts = self.job["auxiliary"]["public_texts"]
+        return told_replacement(self.job["defenses"], self.tokenizer, self.embeddings, texts)
+
     def has_mechanism(self, side: Side) -> bool:
         """Whether knowing the defenses could help against one side of them."""
         return has_mechanism(self.job["defenses"], side)
@@ -136,8 +145,8 @@ class Granted(Mapping[str, Any]):
             names -= {"pretrained_model"}  # it is a classifier, no language-model prior
         if names & {"mechanism", "parameters"} and not room.has_mechanism("mechanism"):
             names -= {"mechanism", "parameters"}
-        if "gradient_mechanism" in names and not room.has_mechanism("gradient_mechanism"):
-            names -= {"gradient_mechanism"}
+        sides: tuple[Side, ...] = ("gradient_mechanism", "replacement")
+        names -= {side for side in sides if side in names and not room.has_mechanism(side)}
         if room.partition.kind == "HT":
             names -= {"tail", "pretrained_tail", "current_tail"}
         if not (room.folder / f"updates-{which}.safetensors").exists():
@@ -173,7 +182,7 @@ class Granted(Mapping[str, Any]):
             case "body" | "tokenizer" | "pretrained_model":
                 return getattr(room, name)
             case "embeddings":
-                return load_file(room.folder / "embeddings.safetensors")["embeddings"]
+                return room.embeddings
             case "adversary_state":
                 return load_file(room.folder / "adversary.safetensors")
             case "head" | "pretrained_head" | "current_head":
@@ -183,6 +192,8 @@ class Granted(Mapping[str, Any]):
             case "mechanism" | "parameters" | "gradient_mechanism":
                 side: Side = "gradient_mechanism" if name == "gradient_mechanism" else "mechanism"
                 return room.mechanism(side, with_parameters="parameters" in self.attack["granted"])
+            case "replacement":
+                return room.replacement
             case "updates":
                 return room.updates(self.which)
             case "known_labels":

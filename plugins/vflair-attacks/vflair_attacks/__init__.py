@@ -11,6 +11,7 @@
 | bisr | bisr.py, noise_experts.py, learning.py | smashed data, a head, public text; gradients of HBT training |
 | wbi | wbi.py | smashed data, a head |
 | coordinate-search | coordinate_search.py, matching.py | smashed data, a head, also an encoder |
+| replacement-inversion | replaced_words.py | smashed data, a head or the embedding table; how words are replaced |
 | beam-clean | beam_clean.py, priors.py | noisy smashed data, a causal head or the embedding table |
 | model-completion | model_completion.py | returned states and a tail, or logits |
 | joint-inversion | model_completion.py, priors.py | smashed data and a causal head; returned states and a tail |
@@ -47,6 +48,7 @@ def vflair_attacks() -> dict[str, str]:
         "bisr": "vflair_attacks.bisr:BiSR",
         "wbi": "vflair_attacks.wbi:WhiteBoxInversion",
         "coordinate-search": "vflair_attacks.coordinate_search:CoordinateSearch",
+        "replacement-inversion": "vflair_attacks.replaced_words:ReplacementInversion",
         "beam-clean": "vflair_attacks.beam_clean:BeamClean",
         "model-completion": "vflair_attacks.model_completion:ModelCompletion",
         "joint-inversion": "vflair_attacks.model_completion:JointInversion",

@@ -6,19 +6,22 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import define, field, validators
+from attrs import define, field, frozen, validators
 from torch import Tensor
 
 from vflair_core import Defense, Guarantee
+from vflair_core.defense import Replacement
 from vflair_defenses.neighbours import (
     Vocabulary,
     draw,
+    located,
     partition_by_distance,
     read_vocabulary,
     substitute,
+    vocabulary_of,
 )
 from vflair_defenses.santext import SUPPORTED, ready
 
@@ -53,7 +56,7 @@ class CusText(Defense):
 
     epsilon: float = field(default=1.0, validator=validators.ge(0))
     size: int = field(default=20, validator=validators.ge(2))
-    vectors: str = ""
+    vectors: str = field(default="", converter=located)
     spacing: bool = False
     stop_words: bool = False
     tally: Counter[str] = field(init=False, factory=Counter, eq=False)
@@ -95,11 +98,19 @@ class CusText(Defense):
         if number is None:
             self.tally["unknown"] += 1
             return word
-        among = (self._sets == self._sets[number]).nonzero().flatten()
-        nearness = -vocabulary.distances(number, among)
-        low, high = nearness.min(), nearness.max()
-        scaled = (nearness - low) / (high - low) if high > low else torch.ones_like(nearness)
-        return vocabulary.words[int(among[draw(0.5 * self.epsilon * scaled, generator)])]
+        among, scores = within_set(number, vocabulary, self._sets, self.epsilon)
+        return vocabulary.words[int(among[draw(scores, generator)])]
+
+    def replacement(
+        self, tokenizer: Any, embeddings: Tensor, public_texts: Sequence[str]
+    ) -> Replacement | None:
+        if math.isinf(self.epsilon):
+            return None
+        vocabulary = vocabulary_of("CusText", self.vectors, tokenizer, embeddings)
+        order = vocabulary.by_frequency(public_texts)
+        sets = partition_by_distance(vocabulary, order, self.size)
+        kept = STOP_WORDS if self.stop_words else frozenset[str]()
+        return WithinSets(vocabulary.words, vocabulary, sets, self.epsilon, kept)
 
     def guarantee(self, releases: int, messages: int = 0, gradients: int = 0) -> Guarantee:
         """ε between words of one set, infinite between sets: nothing for a text as a whole."""
@@ -115,6 +126,38 @@ class CusText(Defense):
             excluded="the set of each word, words outside the vocabulary (in clear), answers, labels and gradients",
             randomness="the data party's torch generator: from the operating system unless seeded",
         )
+
+
+def within_set(
+    number: int, vocabulary: Vocabulary, sets: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Return the words of the set of a word and the logarithms, up to a constant, of their probabilities: (K,) each."""
+    among = (sets == sets[number]).nonzero().flatten()
+    nearness = -vocabulary.distances(number, among)
+    low, high = nearness.min(), nearness.max()
+    scaled = (nearness - low) / (high - low) if high > low else torch.ones_like(nearness)
+    return among, 0.5 * epsilon * scaled
+
+
+@frozen(eq=False)
+class WithinSets(Replacement):
+    """The replacement of a word within its set, and of stop words by themselves."""
+
+    words: Sequence[str]
+    vocabulary: Vocabulary
+    sets: Tensor  # (V,)
+    epsilon: float
+    kept: frozenset[str]
+
+    def log_probabilities(self, numbers: Tensor) -> Tensor:
+        said = torch.full((len(numbers), len(self.words)), -math.inf)
+        for row, number in enumerate(numbers.tolist()):
+            if self.words[number].lower() in self.kept:
+                said[row, number] = 0.0
+                continue
+            among, scores = within_set(number, self.vocabulary, self.sets, self.epsilon)
+            said[row, among] = scores.log_softmax(0)
+        return said
 
 
 def custext_plus(

@@ -70,7 +70,13 @@ def read_vocabulary(who: str, path: str, party: DataParty) -> Vocabulary:
     Raises:
         DefenseError: There is no tokenizer, or no two words are left.
     """
-    found = _of_file(Path(path)) if path else _of_model(who, party)
+    table: Any = party.model.get_input_embeddings()
+    return vocabulary_of(who, path, party.tokenizer, table.weight)
+
+
+def vocabulary_of(who: str, path: str, tokenizer: Any, embeddings: Tensor) -> Vocabulary:
+    """Return the same of a tokenizer, None if there is none, and a table of embeddings (V, D)."""
+    found = _of_file(Path(path)) if path else _of_model(who, tokenizer, embeddings)
     if len(found.words) < 2:
         raise DefenseError(
             f"{who} needs words to choose from, and {path or 'the tokenizer'} has {len(found.words)} whole ones. "
@@ -79,15 +85,13 @@ def read_vocabulary(who: str, path: str, party: DataParty) -> Vocabulary:
     return found
 
 
-def _of_model(who: str, party: DataParty) -> Vocabulary:
+def _of_model(who: str, tokenizer: Any, embeddings: Tensor) -> Vocabulary:
     """Tokens that are whole words, as they are written after a space, else at the beginning."""
-    if party.tokenizer is None:
+    if tokenizer is None:
         raise DefenseError(
             f"{who} changes words, which needs a tokenizer: split(..., tokenizer=...)."
         )
-    tokenizer: Any = party.tokenizer
-    table: Any = party.model.get_input_embeddings()
-    size = min(len(tokenizer), table.weight.shape[0])
+    size = min(len(tokenizer), len(embeddings))
     shown = tokenizer.batch_decode([[n] for n in range(size)])
     words = list(dict.fromkeys(w.strip() for w in shown if WORD.fullmatch(w.strip())))
     numbers: dict[str, int] = {}
@@ -97,9 +101,8 @@ def _of_model(who: str, party: DataParty) -> Vocabulary:
             ids = tokenizer([form.format(w) for w in left], add_special_tokens=False)["input_ids"]
             numbers |= {w: i[0] for w, i in zip(left, ids, strict=True) if len(i) == 1}
     kept = [word for word in words if word in numbers]
-    with torch.no_grad():
-        chosen = torch.tensor([numbers[w] for w in kept], device=table.weight.device)
-        vectors = table.weight[chosen].float().cpu().clone()
+    chosen = torch.tensor([numbers[w] for w in kept], device=embeddings.device)
+    vectors = embeddings.detach()[chosen].float().cpu().clone()
     return Vocabulary(tuple(kept), vectors)
 
 
@@ -126,6 +129,11 @@ def _of_file(path: Path) -> Vocabulary:
         tuple(words),
         torch.from_numpy(np.stack(list(words.values()))) if words else torch.empty(0, 0),
     )
+
+
+def located(path: str) -> str:
+    """The path of a file of vectors from anywhere; an attacker who is told of it runs elsewhere."""
+    return str(Path(path).absolute()) if path else ""
 
 
 def substitute(text: str, replace: Callable[[str], str | None], *, spacing: bool) -> Replaced:

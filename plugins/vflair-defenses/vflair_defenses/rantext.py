@@ -8,11 +8,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import define, field, validators
+from attrs import define, field, frozen, validators
 from torch import Tensor
 
 from vflair_core import Defense, DefenseError
-from vflair_defenses.neighbours import Vocabulary, draw, read_vocabulary, substitute
+from vflair_core.defense import Replacement
+from vflair_defenses.neighbours import (
+    Vocabulary,
+    draw,
+    located,
+    read_vocabulary,
+    substitute,
+    vocabulary_of,
+)
 from vflair_defenses.santext import SUPPORTED, ready
 
 if TYPE_CHECKING:
@@ -45,7 +53,7 @@ class RanText(Defense):
     """
 
     epsilon: float = field(default=6.0, validator=validators.gt(0))
-    vectors: str = ""
+    vectors: str = field(default="", converter=located)
     spacing: bool = False
     extractor: str = ""
     new_tokens: int = field(default=64, validator=validators.ge(1))
@@ -89,6 +97,14 @@ class RanText(Defense):
         scores = 0.5 * self.epsilon * (radius - distances[near]) / radius
         return vocabulary.words[int(near[draw(scores, generator)])]
 
+    def replacement(
+        self, tokenizer: Any, embeddings: Tensor, public_texts: Sequence[str]
+    ) -> Replacement | None:
+        if math.isinf(self.epsilon):
+            return None
+        vocabulary = vocabulary_of("RanText", self.vectors, tokenizer, embeddings)
+        return WithinRadius(vocabulary.words, vocabulary.vectors, self.epsilon)
+
     def on_answer(self, prompt: str, answer: str) -> str:
         if not self.extractor:
             return answer
@@ -109,6 +125,31 @@ class RanText(Defense):
             written[0, asked["input_ids"].shape[1] :], skip_special_tokens=True
         )
         return extracted
+
+
+@frozen(eq=False)
+class WithinRadius(Replacement):
+    """The replacement of a word by one within a random radius: the mean over radii that are drawn once."""
+
+    words: Sequence[str]
+    vectors: Tensor  # (V, D)
+    epsilon: float
+    draws: int = 64
+
+    def log_probabilities(self, numbers: Tensor) -> Tensor:
+        own = self.vectors[numbers]
+        away = torch.cdist(own, self.vectors, compute_mode="donot_use_mm_for_euclid_dist")
+        said = torch.zeros_like(away)
+        for radius in self._radii():
+            scores = 0.5 * self.epsilon * (radius - away) / radius
+            said += scores.masked_fill(away > radius, -math.inf).softmax(1)
+        return (said / self.draws).log()
+
+    def _radii(self) -> list[float]:
+        ranges = self.vectors.max(0).values - self.vectors.min(0).values
+        stream = torch.Generator().manual_seed(0)
+        sizes = torch.empty(self.draws, len(ranges)).exponential_(generator=stream)
+        return (sizes * ranges / noise_divisor(self.epsilon)).norm(dim=1).tolist()
 
 
 def noise_divisor(epsilon: float) -> float:

@@ -5,15 +5,23 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import define, field, validators
+from attrs import define, field, frozen, validators
 from torch import Tensor
 
 from vflair_core import Defense, DefenseError, Guarantee
+from vflair_core.defense import Replacement
 from vflair_defenses.d_chi import metric_guarantee, spread_of
-from vflair_defenses.neighbours import Vocabulary, draw, read_vocabulary, substitute
+from vflair_defenses.neighbours import (
+    Vocabulary,
+    draw,
+    located,
+    read_vocabulary,
+    substitute,
+    vocabulary_of,
+)
 
 if TYPE_CHECKING:
     from vflair_core.data_party import DataParty
@@ -37,7 +45,7 @@ class SanText(Defense):
     """
 
     epsilon: float = field(default=1.0, validator=validators.ge(0))
-    vectors: str = ""
+    vectors: str = field(default="", converter=located)
     spacing: bool = False
     tally: Counter[str] = field(init=False, factory=Counter, eq=False)
     _vocabulary: Vocabulary | None = field(init=False, default=None, eq=False)
@@ -61,6 +69,14 @@ class SanText(Defense):
     def _replaced(self, word: str) -> str:
         vocabulary, generator = ready(self, self._vocabulary, self._generator)
         return nearby(word, vocabulary, None, self.epsilon, generator, self.tally)
+
+    def replacement(
+        self, tokenizer: Any, embeddings: Tensor, public_texts: Sequence[str]
+    ) -> Replacement | None:
+        if math.isinf(self.epsilon):
+            return None
+        vocabulary = vocabulary_of("SanText", self.vectors, tokenizer, embeddings)
+        return NearWords(vocabulary.words, vocabulary.vectors, self.epsilon)
 
     def guarantee(self, releases: int, messages: int = 0, gradients: int = 0) -> Guarantee:
         """One word is one release; there are no more words than rows."""
@@ -91,7 +107,7 @@ class SanTextPlus(Defense):
     epsilon: float = field(default=1.0, validator=validators.ge(0))
     sensitive: float = field(default=0.5, validator=[validators.gt(0), validators.le(1)])
     replaced: float = field(default=0.2, validator=[validators.ge(0), validators.le(1)])
-    vectors: str = ""
+    vectors: str = field(default="", converter=located)
     spacing: bool = True
     tally: Counter[str] = field(init=False, factory=Counter, eq=False)
     _vocabulary: Vocabulary | None = field(init=False, default=None, eq=False)
@@ -106,8 +122,7 @@ class SanTextPlus(Defense):
         """Read the words and which of them are rare in public text."""
         self._vocabulary = read_vocabulary(type(self).__name__, self.vectors, data_party)
         self._generator = data_party.defenses.generator_of(self)
-        order = self._vocabulary.by_frequency(public_texts)
-        self._rare = order[len(order) - math.ceil(self.sensitive * len(order)) :]
+        self._rare = self._rarest(self._vocabulary, public_texts)
         self._is_rare = set(self._rare.tolist())
 
     def on_text(self, fields: dict[str, str]) -> dict[str, str]:
@@ -123,6 +138,41 @@ class SanTextPlus(Defense):
             self.tally["kept"] += 1
             return word
         return nearby(word, vocabulary, self._rare, self.epsilon, generator, self.tally)
+
+    def _rarest(self, vocabulary: Vocabulary, public_texts: Sequence[str]) -> Tensor:
+        order = vocabulary.by_frequency(public_texts)
+        return order[len(order) - math.ceil(self.sensitive * len(order)) :]
+
+    def replacement(
+        self, tokenizer: Any, embeddings: Tensor, public_texts: Sequence[str]
+    ) -> Replacement | None:
+        if math.isinf(self.epsilon):
+            return None
+        vocabulary = vocabulary_of("SanTextPlus", self.vectors, tokenizer, embeddings)
+        rare = self._rarest(vocabulary, public_texts)
+        return NearWords(vocabulary.words, vocabulary.vectors, self.epsilon, rare, self.replaced)
+
+
+@frozen(eq=False)
+class NearWords(Replacement):
+    """The replacement of a word by one that is near, among the rare ones if only those are sensitive."""
+
+    words: Sequence[str]
+    vectors: Tensor  # (V, D)
+    epsilon: float
+    rare: Tensor | None = None  # (R,)
+    replaced: float = 1.0  # of a word that is not rare
+
+    def log_probabilities(self, numbers: Tensor) -> Tensor:
+        among = torch.arange(len(self.words)) if self.rare is None else self.rare
+        own, others = self.vectors[numbers], self.vectors[among]
+        away = torch.cdist(own, others, compute_mode="donot_use_mm_for_euclid_dist")
+        said = torch.zeros(len(numbers), len(self.words))
+        said[:, among] = (-0.5 * self.epsilon * away).softmax(1)
+        common = ~torch.isin(numbers, among)
+        said[common] *= self.replaced
+        said[common, numbers[common]] += 1 - self.replaced
+        return said.log()
 
 
 def ready(

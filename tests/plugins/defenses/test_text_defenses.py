@@ -151,6 +151,40 @@ def test_rantext_replaces_as_an_independent_simulation_does(vectors, defended):
     assert defense.tally["unknown"] == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("santext", {"epsilon": 1.0}),
+        ("santext-plus", {"epsilon": 1.0, "replaced": 0.4}),
+        ("custext", {"epsilon": 2.0, "size": 3}),
+        ("custext-plus", {"epsilon": 2.0, "size": 3}),
+        ("rantext", {"epsilon": 1.0}),
+    ],
+)
+def test_an_attacker_is_told_the_frequencies_of_the_defense(
+    name, options, vectors, defended, public
+):
+    """4,000 draws of each word: no frequency is off by more than five deviations of a fair coin, .04."""
+    defense = ALL[name](vectors=vectors, **options)
+    party = defended([defense]).data_party
+    table = party.model.get_input_embeddings().weight
+    told = ALL[name](vectors=vectors, **options).replacement(party.tokenizer, table, public)
+    assert list(told.words) == WORDS
+    said = told.log_probabilities(torch.arange(len(WORDS))).exp()
+    assert torch.allclose(said.sum(1), torch.ones(len(WORDS)))
+    for number, word in enumerate(WORDS):
+        counts = replaced(defense, word, 4000)
+        seen = torch.tensor([counts[other] / 4000 for other in WORDS])
+        assert (seen - said[number]).abs().max() < (0.08 if name == "rantext" else 0.04)
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_a_defense_that_changes_nothing_has_nothing_to_tell(name, defended):
+    party = defended([]).data_party
+    table = party.model.get_input_embeddings().weight
+    assert ALL[name](epsilon=math.inf).replacement(party.tokenizer, table, []) is None
+
+
 def test_the_papers_fit_of_the_noise_is_continuous_enough_to_be_used():
     assert noise_divisor(1.5) == 1.5
     assert noise_divisor(6.0) == pytest.approx(0.0166 * math.log(19.06 * 6 - 38.13) + 9.311)

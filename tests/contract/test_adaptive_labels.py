@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from vflair_core.plugins import load_target
 from vflair_core.testing import crossed, tiny_model
 from vflair_defenses.gaussian_noise import GaussianNoise
 from vflair_defenses.laplace_noise import LaplaceNoise
+from vflair_defenses.norm_matching import NormMatching
 from vflair_defenses.quantisation import Quantisation
 from vflair_defenses.sparsification import Sparsification
 
@@ -42,6 +45,13 @@ class MixingGradients(Defense):
 class MixedGradients(Mechanism):
     def expected(self, hidden):
         return hidden @ matrix(hidden.shape[-1])
+
+
+class Turning(Defense):
+    """Norm matching as in a batch whose longest gradient is three times each."""
+
+    def on_gradient(self, gradient, exchange):
+        return gradient * (1 + 8**0.5 * torch.randn((), generator=exchange.generator))
 
 
 def matrix(width):
@@ -123,6 +133,28 @@ def test_through_noise_whose_scale_it_knows_an_attack_finds_more(name, noise):
     blind = accuracy(attack, knowledge, labels)
     known = {**knowledge, "gradient_mechanism": defense.gradient_mechanism()}
     assert accuracy(attack, known, labels) > blind + 0.2
+
+
+@pytest.mark.parametrize("name", ["label-enumeration", "gradient-sign"])
+def test_a_factor_that_turns_gradients_round_hides_no_class_from_who_knows_it(name):
+    """Batches of many: the factor is negative for half of the examples, and the blind attack is wrong about those."""
+    attack, partition = ADAPTIVE[name]
+    labels, knowledge = classified(partition, [Turning()])
+    known = {**knowledge, "gradient_mechanism": NormMatching(strength=1.0).gradient_mechanism()}
+    assert 0.35 <= accuracy(attack, knowledge, labels) <= 0.65
+    assert accuracy(attack, known, labels) >= 0.95
+
+
+def test_the_likelihood_of_a_factor_is_its_density_averaged_over_norms():
+    """By hand for one guess of norm 2 and what is sent −3 times it, on the line, against the guess turned to the line's side."""
+    guess = torch.tensor([[[2.0, 0.0]], [[0.0, 2.0]]])
+    found = NormMatching().gradient_mechanism().log_likelihood(torch.tensor([[-6.0, 0.0]]), guess)
+    largest = 2 * torch.logspace(0, math.log10(30), 32)
+    spread = (largest / 2).square().sub(1).clamp_min(1e-6).sqrt()
+    said = torch.distributions.Normal(1.0, spread)
+    expected = [said.log_prob(torch.tensor(r)).logsumexp(0) for r in (-3.0, 0.0)]
+    difference = expected[0] - expected[1] + 50.0  # the other guess is at a right angle
+    assert float(found[0, 0] - found[1, 0]) == pytest.approx(float(difference), rel=1e-4)
 
 
 @pytest.mark.parametrize(("attack", "partition"), ADAPTIVE.values(), ids=ADAPTIVE)

@@ -132,7 +132,7 @@ def said_of(replacement: Any, seen: Sequence[int], chunk: int = 256) -> Tensor:
 class WordPairs:
     """How likely words are in public text, each seen half a time more than it was: single ones, and after another.
 
-    Pairs and single words are mixed as Witten and Bell (1991, IEEE Trans. Information Theory 37.4) do: what was seen N times, before T
+    A row of the same word or sign, as lines are drawn with, counts once. Pairs and single words are mixed as Witten and Bell (1991, IEEE Trans. Information Theory 37.4) do: what was seen N times, before T
     different words, weighs pairs by N / (N + T).
 
     Args:
@@ -145,7 +145,8 @@ class WordPairs:
         self.count: Counter[tuple[int, int]] = Counter()
         self.first: Counter[int] = Counter()
         for text in texts:
-            row = [index.get(match.group(), UNKNOWN) for match in WORD.finditer(text)]
+            words = [word for word, _ in itertools.groupby(WORD.findall(text))]
+            row = [index.get(word, UNKNOWN) for word in words]
             for word in row:
                 if word != UNKNOWN:
                     single[word] += 1

@@ -81,8 +81,8 @@ def last_label(smashed, mask) -> Guess:
 
 def which_weights(smashed, head, tail, pretrained_head, pretrained_tail) -> Guess:
     """Say whether head and tail are others than the pretrained ones."""
-    ids = torch.arange(3, 9)[None]
-    states = torch.ones(1, 6, smashed.shape[-1])
+    ids = torch.arange(3, 9, device=head.device)[None]
+    states = torch.ones(1, 6, smashed.shape[-1], device=tail.device)
     moved = {
         "head": not torch.equal(head(ids), pretrained_head(ids)),
         "tail": not torch.equal(tail(states), pretrained_tail(states)),

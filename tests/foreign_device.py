@@ -161,6 +161,9 @@ def _compute(operation, args, kwargs):
         return operation(*args, **kwargs)
     if kwargs.get("generator") is not None:
         raise MixedDevicesError(f"{operation} on cuda:0 was given a generator of the CPU.")
+    sizes = SIZES.get(operation.overloadpacket)
+    if sizes is not None and isinstance(args[sizes], Foreign):
+        raise MixedDevicesError(f"{operation} needs the sizes of packed rows on the CPU.")
     if not all(isinstance(tensor, Foreign) for tensor in tensors):
         _refuse(operation, args, kwargs)
     if there and asked is not None:

@@ -68,7 +68,7 @@ def experiment(defense="mid", **changes):
             "model": {"config": LLAMA, "vocab_size": 300},
             "partition": {"head": 1, "tail": 1},
             "train": {"steps": 2, "batch_size": 4, "max_length": 16},
-            "victims": {"count": 4, "max_length": 8, "bypass": 2},
+            "victims": {"count": 3, "max_length": 6, "bypass": 1},
             "defenses": [{"name": defense}],
             "isolation": "inline",
             "attack_device": "cpu",
@@ -104,12 +104,13 @@ def test_auto_is_cuda_where_it_is_there_and_else_the_cpu(monkeypatch):
     assert attack_device("cpu") == torch.device("cpu")
 
 
-@pytest.mark.parametrize("isolation", ["inline", "process"])
-def test_the_cpu_by_name_is_where_attacks_always_were(kept, pm, isolation):
+def test_models_are_there_and_all_else_is_here(kept, pm, there):
     (grade,) = attack_again(
-        kept, [INFORMED], plugins=plugin_manager(), isolation=isolation, device="cpu"
+        kept, [AttackSpec("places", {}, "K4")], plugins=pm, isolation="inline", device=there
     )["undefended"]
-    assert grade.attack_performance == 1.0
+    models = {name for name, here in grade.budget.items() if not here}
+    assert models == {"head", "tail", "body", "model"}
+    assert len(grade.budget) == 9
 
 
 def test_informed_attacks_get_the_grades_there_that_they_get_here(kept, pm, there):

@@ -9,7 +9,14 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from foreign_device import DEVICES, Foreign, device_called, foreign_device, same_attention
+from foreign_device import (
+    DEVICES,
+    Foreign,
+    MixedDevicesError,
+    device_called,
+    foreign_device,
+    same_attention,
+)
 from vflair_core import Partition
 from vflair_core.halves import halves
 from vflair_core.testing import tiny_model
@@ -32,7 +39,7 @@ REFUSED = {
     "an embedding": lambda far: nn.functional.embedding(torch.tensor([0]), far),
     "a loss": lambda far: nn.functional.cross_entropy(far, torch.tensor([0, 1, 2])),
     "a generator": lambda far: torch.randn(2, device=far.device, generator=torch.Generator()),
-    "numpy": lambda far: far.numpy(),
+    "lengths": lambda far: pack_padded_sequence(far[..., None], far[0].long()[1:] + 1, True),
 }
 
 
@@ -41,9 +48,19 @@ REFUSED = {
 def test_what_is_in_two_places_does_not_meet(use, name):
     with device_called(name) as device:
         far = ROWS.to(device)
-        with pytest.raises((RuntimeError, IndexError, TypeError)):
+        refusal = MixedDevicesError if name == "foreign" else (RuntimeError, IndexError)
+        with pytest.raises(refusal):
             use(far)
         assert torch.equal(far.cpu(), ROWS)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_numpy_is_for_the_cpu(name):
+    with device_called(name) as device:
+        far = ROWS.to(device)
+        with pytest.raises((RuntimeError, TypeError)):
+            far.numpy()
+        assert far.cpu().numpy().tolist() == ROWS.tolist()
 
 
 ALLOWED = {

@@ -15,6 +15,7 @@ from vflair_core.arm_attacks import attack_arm, references_of
 from vflair_core.asking import reader_of
 from vflair_core.channel import Transcript
 from vflair_core.defense import Defense
+from vflair_core.devices import attack_device
 from vflair_core.errors import ExperimentError
 from vflair_core.evaluation import Evaluation, evaluate_party
 from vflair_core.experiment import Experiment
@@ -91,7 +92,8 @@ def run_arm(
         )
     for grade in grades:
         setting.tell("vflair_attack_finished", name=grade.attack, grade=grade.to_dict())
-    cost = _cost(party, clock, grades)  # before defenses measure themselves, which may cross
+    # Before defenses measure themselves, which may cross.
+    cost = _cost(party, clock, grades, e.attack_device)
     metric, performance = next(iter(evaluations[-1]["metrics"].items()))
     numbers = {
         "main_performance": performance,
@@ -246,7 +248,7 @@ def _promise(defense: Defense, releases: Releases) -> dict[str, Any]:
     return promised.to_dict()
 
 
-def _cost(party: DataParty, clock: Clock, grades: list[Grade]) -> dict[str, Any]:
+def _cost(party: DataParty, clock: Clock, grades: list[Grade], asked: str) -> dict[str, Any]:
     traffic = party.channel.traffic
     return {
         "messages": party.channel.messages,
@@ -255,6 +257,7 @@ def _cost(party: DataParty, clock: Clock, grades: list[Grade]) -> dict[str, Any]
         "total_bytes": sum(t.bytes for t in traffic.values()),
         "channel_seconds": party.channel.seconds,
         "seconds": clock.seconds,
+        "attack_device": str(attack_device(asked)),
         "attack_seconds": [grade.seconds for grade in grades],
         "course_seconds": [[point["seconds"] for point in grade.course] for grade in grades],
     }

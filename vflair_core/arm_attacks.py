@@ -14,6 +14,7 @@ from vflair_core.answer_key import AnswerKey
 from vflair_core.attack import Launch, wants
 from vflair_core.attacking import Isolation, attack_and_grade
 from vflair_core.auxiliary import auxiliary_of, candidates_of
+from vflair_core.devices import attack_device
 from vflair_core.errors import AttackError, ExperimentError
 from vflair_core.evidence import FILES, Evidence, check_held, needed, read_facts, save_evidence
 from vflair_core.experiment import AttackSpec
@@ -90,6 +91,7 @@ def attack_arm(
             isolation=e.isolation,
             progress=lambda label, done, total: setting.report(f"{name}: {label}", done, total),
             threads=e.threads or None,
+            device=e.attack_device,
         )
     return grades, key.truth
 
@@ -136,16 +138,19 @@ def attack_again(
     *,
     plugins: pluggy.PluginManager | None = None,
     isolation: Isolation = "process",
+    device: str = "auto",
     report: Reporter = lambda *_: None,
 ) -> dict[str, list[Grade]]:
     """Attack the evidence that a run has kept in its folder `run`; return the grades of each arm.
 
     Neither party is needed. The undefended arm is the reference of the defended one and the seed is the run's, so an
-    attack of the run gets the very grade that it had there.
+    attack of the run gets the very grade that it had there, on the same `device` (see `Experiment.attack_device`).
 
     Raises:
         AttackError: The run kept no evidence, or an attack needs what the run did not make or more than is granted.
+        ExperimentError: The device is not there.
     """
+    attack_device(device)
     stores = {arm: Path(run) / f"evidence-{arm}" for arm in REFERENCES}
     stores = {arm: store for arm, store in stores.items() if (store / KEY).exists()}
     if not stores:
@@ -172,6 +177,7 @@ def attack_again(
             references=references_of(grades[REFERENCES[arm]]) if REFERENCES[arm] else None,
             isolation=isolation,
             progress=told,
+            device=device,
         )
     return grades
 

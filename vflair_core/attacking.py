@@ -15,6 +15,7 @@ import torch
 
 from vflair_core.answer_key import AnswerKey
 from vflair_core.attack import Guess, Launch, wants
+from vflair_core.devices import attack_device
 from vflair_core.errors import AttackError
 from vflair_core.evidence import furnish, read_facts
 from vflair_core.grading import Grade
@@ -38,6 +39,7 @@ def attack_and_grade(
     isolation: Isolation = "process",
     progress: Progress = lambda *_: None,
     threads: int | None = None,
+    device: str = "auto",
 ) -> list[Grade]:
     """Run the attacks on the evidence that lies in `store` and grade them.
 
@@ -50,6 +52,7 @@ def attack_and_grade(
         isolation: process for a worker of its own, inline for this process.
         progress: Told (attack, done, total) now and then.
         threads: CPU threads of the worker.
+        device: Where the models that attacks hold compute, as `Experiment.attack_device` says it.
 
     Raises:
         AttackError: An attack asks for more than it is granted, or fails.
@@ -62,7 +65,8 @@ def attack_and_grade(
     keys = [key.for_updates() if "updates" in _asked(launch) else key for launch in launches]
     with tempfile.TemporaryDirectory(prefix="vflair-") as name:
         folder = Path(name)
-        furnish(folder, store, launches, threads or torch.get_num_threads())
+        there = attack_device(device)
+        furnish(folder, store, launches, threads or torch.get_num_threads(), there)
 
         def told(label: str, done: int, total: int) -> None:
             progress(label + _recovered(folder, keys), done, total)

@@ -100,6 +100,9 @@ def attack(
         list[str] | None,
         Parameter(name=["--option", "-o"], help="key=value of the attacks in TOML; repeatable."),
     ] = None,
+    device: Annotated[
+        str, Parameter(help="Where models compute: cpu, cuda, cuda:1; auto is CUDA if it is there.")
+    ] = "auto",
     plugin: Plugin = None,
     json_: Json = False,
 ) -> None:
@@ -118,7 +121,9 @@ def attack(
     if not specs:
         raise VflairError("Name one or more attacks; `vflair list attacks` shows what there is.")
     with report.bars(quiet=json_) as progress:
-        grades = attack_again(folder, specs, plugins=plugin_manager(plugin or ()), report=progress)
+        grades = attack_again(
+            folder, specs, plugins=plugin_manager(plugin or ()), device=device, report=progress
+        )
     if json_:
         found = {arm: [grade.to_dict() for grade in each] for arm, each in grades.items()}
         say(json.dumps(found, indent=2))

@@ -49,6 +49,9 @@ class Mechanism:
     to other log-likelihoods as it is, and otherwise estimates the scale of the noise. `sample` draws noise of the
     same kind, so that an attacker can train on what the defense would have sent; `sample_embeddings` does so for what
     the defense does to token embeddings, before the head.
+
+    Hidden states are where the attacker's head computes, perhaps a GPU: what a mechanism holds follows them there. A
+    `generator` is always the CPU's, so that its numbers are the same everywhere.
     """
 
     in_nats: bool = False

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import torch
 from attrs import field, frozen
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -159,7 +160,9 @@ def read_facts(store: Path) -> dict[str, Any]:
     return facts
 
 
-def furnish(folder: Path, store: Path, launches: Sequence[Launch], threads: int) -> None:
+def furnish(
+    folder: Path, store: Path, launches: Sequence[Launch], threads: int, device: torch.device
+) -> None:
     """Put into the worker's `folder` what is granted of the store, and the job; nothing else.
 
     Raises:
@@ -187,6 +190,7 @@ def furnish(folder: Path, store: Path, launches: Sequence[Launch], threads: int)
             name: rows for name, rows in facts["auxiliary"].items() if name in asked | texts
         },
         "threads": threads,
+        "device": str(device),
     }
     (folder / "job.json").write_text(json.dumps(job))
 

@@ -180,6 +180,7 @@ class Experiment:
         channel: Where messages go: "local:", or a URL that a plugin opens.
         wire: Pass every message through the codec.
         devices: Where the model party computes; with more than one, a plugin places it.
+        attack_device: Where the models of attacks compute: cpu, cuda, cuda:1, …; auto is CUDA where it is there.
         save: Write both parties' weights after fine-tuning, each its own, into the output folder.
         isolation: process grades attacks in a worker of their own; inline is for notebooks, and recorded.
         threads: CPU threads; 0 leaves torch's choice.
@@ -201,6 +202,7 @@ class Experiment:
     channel: str = "local:"
     wire: bool = False
     devices: tuple[str, ...] = ()
+    attack_device: str = "auto"
     save: bool = False
     isolation: Literal["process", "inline"] = "process"
     threads: int = field(default=0, validator=validators.ge(0))

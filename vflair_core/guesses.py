@@ -69,7 +69,7 @@ class Found:
 def write_guess(path: Path, found: Found) -> None:
     """Write what an attack found."""
     guess, points = found.guess, found.course.points
-    tensors = {name: value.contiguous() for name, value in guess.tensors.items()}
+    tensors = {name: value.cpu().contiguous() for name, value in guess.tensors.items()}
     tensors |= {f"course {n}": tokens.contiguous() for n, (_, _, tokens) in enumerate(points)}
     facts = {
         "budget": {key: float(value) for key, value in dict(guess.budget or {}).items()},

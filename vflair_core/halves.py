@@ -131,6 +131,11 @@ class Tail:
 
     party: DataParty
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tail's weights are; what it is given must be there."""
+        return self.party.model.device
+
     def __call__(self, returned: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
         if attention_mask is None:
             attention_mask = torch.ones(
@@ -145,8 +150,12 @@ class Tail:
         return outputs["logits"]  # type: ignore[no-any-return]
 
 
-def halves(model: PreTrainedModel, partition: Partition) -> tuple[Head, Tail | None]:
+def halves(
+    model: PreTrainedModel, partition: Partition, device: torch.device | str | None = None
+) -> tuple[Head, Tail | None]:
     """Cut a copy of `model` and return its head and, in HBT, its tail, in eval mode and frozen.
+
+    With a `device` they are moved there; what they are given must be there too, and so is what they return.
 
     Raises:
         AttackError: The model has no weights to give.
@@ -155,4 +164,6 @@ def halves(model: PreTrainedModel, partition: Partition) -> tuple[Head, Tail | N
         raise AttackError("This model has no weights, so it has no halves.")
     party, _ = split(copy.deepcopy(model), partition)
     party.model.eval().requires_grad_(False)
+    if device is not None:
+        party.model.to(device)  # type: ignore[arg-type]
     return Head(party), Tail(party) if partition.tail else None

@@ -26,6 +26,7 @@ from vflair_core.attack import Launch, call
 from vflair_core.auxiliary import auxiliary_of
 from vflair_core.channel import Transcript
 from vflair_core.codec import decode, encode
+from vflair_core.devices import attack_device
 from vflair_core.errors import AttackError
 from vflair_core.evidence import Evidence, furnish, needed, save_evidence
 from vflair_core.message import Message
@@ -69,7 +70,8 @@ def acting(
         store, folder = Path(name, "store"), Path(name, "granted")
         folder.mkdir()
         save_evidence(store, evidence, needed([opening]))
-        furnish(folder, store, [opening], e.threads or torch.get_num_threads())
+        threads = e.threads or torch.get_num_threads()
+        furnish(folder, store, [opening], threads, attack_device(e.attack_device))
         with (_Inline if e.isolation == "inline" else _Process)(folder) as host:
             channel = Tampered(party.line.channel, host.tamper)
             party.channel = party.line.channel = channel
@@ -94,19 +96,26 @@ def _build(folder: Path) -> Adversary:
     return adversary
 
 
+def _kept(adversary: Adversary) -> dict[str, Tensor]:
+    """Its state, on the CPU wherever it computes."""
+    return {name: value.cpu().contiguous() for name, value in adversary.state().items()}
+
+
 class _Inline:
     """The adversary in this process: for notebooks and objects that cannot be imported."""
 
     def __init__(self, folder: Path) -> None:
         with torch.random.fork_rng():
             self.adversary = _build(folder)
-        self.state = self.adversary.state
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         pass
+
+    def state(self) -> dict[str, Tensor]:
+        return _kept(self.adversary)
 
     def tamper(self, request: Message, reply: Message) -> Message:
         with torch.random.fork_rng(), torch.enable_grad():
@@ -184,8 +193,7 @@ def _serve(adversary: Adversary, requests: IO[bytes], replies: IO[bytes]) -> Non
     """Answer until the pipe is closed; an empty request asks for the state."""
     while (frame := _read(requests)) is not None:
         if not frame:
-            kept = {name: value.contiguous() for name, value in adversary.state().items()}
-            _write(replies, save(kept))
+            _write(replies, save(_kept(adversary)))
             continue
         honest = _read(requests)
         if honest is None:

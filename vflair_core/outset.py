@@ -11,6 +11,7 @@ import torch
 from vflair_core.attack import Launch, wants
 from vflair_core.companions import companions_of
 from vflair_core.defense import Defense
+from vflair_core.devices import attack_device
 from vflair_core.errors import ExperimentError
 from vflair_core.experiment import AttackSpec, Experiment, Victims
 from vflair_core.knowledge import BEFORE
@@ -40,6 +41,7 @@ def set_up(
     An arm consumes its model: give it a copy. `run` does the two arms of an experiment; who compares many defenses
     runs one arm for each, with the same setting.
     """
+    attack_device(e.attack_device)  # what is not there is told before anything is built
     clock = clock or Clock()
     with clock("task"):
         task: Task = build(find(plugins, "tasks", e.task.name), e.task.options)

@@ -13,6 +13,8 @@ KEPT = (
     "TMPDIR",
     "LD_LIBRARY_PATH",
     "HF_HUB_OFFLINE",
+    "CUDA_VISIBLE_DEVICES",  # a device has the same number here and there
+    "CUDA_DEVICE_ORDER",
 )
 
 

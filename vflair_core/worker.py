@@ -45,6 +45,7 @@ class Room:
         self.folder = folder
         self.job: dict[str, Any] = json.loads((folder / "job.json").read_text())
         self.partition = Partition(**self.job["partition"])
+        self.device = torch.device(self.job["device"])  # of models; what crossed stays on the CPU
 
     def observables(self, which: str) -> Observables:
         """What crossed in one pass over the victims: ``"main"`` or ``"bypassed"``."""
@@ -90,22 +91,22 @@ class Room:
 
     @cached_property
     def pretrained(self) -> tuple[Head, Tail | None]:
-        return halves(self.model("pretrained"), self.partition)
+        return halves(self.model("pretrained"), self.partition, self.device)
 
     @cached_property
     def current(self) -> tuple[Head, Tail | None]:
-        return halves(self.model("current"), self.partition)
+        return halves(self.model("current"), self.partition, self.device)
 
     @cached_property
     def pretrained_model(self) -> Any:
-        return self.model("pretrained")
+        return self.model("pretrained").to(self.device)
 
     @cached_property
     def body(self) -> Any:
         """The model party's modules, and nothing of the data party's."""
         from vflair_core.partition import split
 
-        return split(self.model("body"), self.partition)[1].model
+        return split(self.model("body"), self.partition)[1].model.to(self.device)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -233,6 +234,7 @@ def work(folder: Path, progress: Progress) -> None:
             ) -> None:
                 shown = label if objective is None else f"{label}, objective {objective:.4g}"
                 if tokens is not None:  # who knows the truth says how much of it that is
+                    tokens = tokens.cpu()
                     leave_so_far(folder, tokens, place)
                     if forwards is not None:
                         course.add(forwards, time.perf_counter() - start, tokens)

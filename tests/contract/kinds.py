@@ -65,10 +65,10 @@ def shapes(smashed, mask, returned) -> Guess:
 def everything(smashed, mask, current_head, tokenizer, queries, in_domain, few_labelled) -> Guess:
     """Count what can be granted, and see that the head makes what was sent of public text."""
     text, rows = queries[0]
-    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    ids = torch.tensor([tokenizer(text)["input_ids"]], device=current_head.device)
     end = min(ids.shape[1], len(rows), 40)
     made = current_head(ids[:, :end]) if len(rows) == ids.shape[1] else None
-    apart = 0.0 if made is None else float((made[0] - rows[:end]).abs().max())
+    apart = 0.0 if made is None else float((made[0].cpu() - rows[:end]).abs().max())
     budget = {"queries": len(queries), "labelled": len(few_labelled), "head": apart}
     budget["compared"] = made is not None
     return Guess(tokens=torch.full(mask.shape, 5), budget=budget)

@@ -34,6 +34,7 @@ def vflair_attacks():
         "last-label": last_label,
         "ask-all": ask_all,
         "which-weights": which_weights,
+        "places": places,
     }
 
 
@@ -81,13 +82,32 @@ def last_label(smashed, mask) -> Guess:
 
 def which_weights(smashed, head, tail, pretrained_head, pretrained_tail) -> Guess:
     """Say whether head and tail are others than the pretrained ones."""
-    ids = torch.arange(3, 9)[None]
-    states = torch.ones(1, 6, smashed.shape[-1])
+    ids = torch.arange(3, 9, device=head.device)[None]
+    states = torch.ones(1, 6, smashed.shape[-1], device=tail.device)
     moved = {
         "head": not torch.equal(head(ids), pretrained_head(ids)),
         "tail": not torch.equal(tail(states), pretrained_tail(states)),
     }
     return Guess(tokens=torch.zeros(smashed.shape[:2], dtype=torch.long), budget=moved)
+
+
+def places(
+    smashed, hidden_grad, mask, embeddings, head, tail, body, pretrained_model, generator, progress
+) -> Guess:
+    """Say of each thing whether it is on the CPU, and guess where the head is."""
+    models = {
+        "head": head.device,
+        "tail": tail.device,
+        "body": next(body.parameters()).device,
+        "model": pretrained_model.device,
+    }
+    tensors = {"smashed": smashed, "gradient": hidden_grad, "mask": mask, "embeddings": embeddings}
+    devices = models | {name: tensor.device for name, tensor in tensors.items()}
+    devices |= {"generator": generator.device}
+    tokens = torch.zeros(mask.shape, dtype=torch.long, device=head.device)
+    progress(1, 1, 0.0, tokens, 1)
+    here = {name: float(device.type == "cpu") for name, device in devices.items()}
+    return Guess(tokens=tokens, budget=here)
 
 
 def ask_all(

@@ -103,6 +103,9 @@ def test_kept_evidence_is_attacked_again_with_the_same_outcome(file, tmp_path):
     assert "undefended" in table
     refused = vflair("attack", tmp_path, "--plugin", MINE, code=1)
     assert "Name one or more attacks" in refused.stderr
+    refused = vflair("attack", tmp_path, *options, "--device", "gpu", code=1)
+    assert "'gpu'" in refused.stderr
+    assert "Possible here: auto, cpu" in refused.stderr
 
 
 def test_explain_says_what_crosses_and_who_owns_what(file):

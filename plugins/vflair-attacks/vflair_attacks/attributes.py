@@ -68,12 +68,13 @@ class AttributeProbe:
     def _pooled(
         self, text: str, head: Any, tokenizer: Any, known: Any, generator: torch.Generator
     ) -> Tensor:
-        ids = tokenizer(text, truncation=True, max_length=self.max_length, return_tensors="pt")
+        rows = tokenizer(text, truncation=True, max_length=self.max_length, return_tensors="pt")
+        ids = rows["input_ids"].to(head.device)
         with torch.no_grad():
             if known is None:
-                return head(ids["input_ids"])[0].mean(0)
-            embeds = known.sample_embeddings(head.vectors()[ids["input_ids"]], generator)
-            return known.sample(head(inputs_embeds=embeds), generator)[0].mean(0)
+                return head(ids)[0].mean(0).cpu()
+            embeds = known.sample_embeddings(head.vectors()[ids], generator)
+            return known.sample(head(inputs_embeds=embeds), generator)[0].mean(0).cpu()
 
     def _probe(self, seed: int) -> Any:
         from sklearn.linear_model import LogisticRegression

@@ -80,6 +80,8 @@ class BeamClean:
                 raise AttackError(
                     "beam-clean needs candidates to compare with: grant embeddings or a head."
                 )
+            if pretrained_model is not None:
+                embeddings = embeddings.to(pretrained_model.device)
             there = TableHead(embeddings)
         known = parameters if parameters is not None else mechanism
         expected = (lambda hidden: hidden) if known is None else known.expected

@@ -140,7 +140,7 @@ class _Search:
 
     def _positions_show(self) -> bool:
         """Whether what goes into the first layer says where a token stands."""
-        some = torch.arange(min(8, len(self.head.embeddings)))
+        some = torch.arange(min(8, len(self.head.embeddings)), device=self.head.device)
         return not torch.equal(self._vectors(some, 0), self._vectors(some, 1))
 
     def _check(self, count: int, *, moves: bool) -> None:
@@ -157,9 +157,10 @@ class _Search:
 
     def _fitting(self, position: int) -> tuple[Tensor, Tensor]:
         """The tokens whose first-layer input lies in the span, and how far each is from it."""
+        every = torch.arange(len(self.head.embeddings), device=self.head.device)
         residuals = [
             self.first.residual(self._vectors(tokens, position))
-            for tokens in torch.arange(len(self.head.embeddings)).split(self.plan.chunk)
+            for tokens in every.split(self.plan.chunk)
         ]
         residual = torch.cat(residuals)
         inside = (residual < self.plan.first).nonzero().flatten()
@@ -168,7 +169,7 @@ class _Search:
     def _vectors(self, tokens: Tensor, position: int) -> Tensor:
         """First-layer inputs of single tokens at a position: (C, D)."""
         self.forwards += len(tokens)
-        places = torch.full((len(tokens), 1), position)
+        places = torch.full((len(tokens), 1), position, device=tokens.device)
         return inputs_of(self.head, self.first.module, tokens[:, None], position_ids=places)[:, 0]
 
     def _longer(self, text: _Text, tokens: Tensor) -> list[_Text]:
@@ -176,8 +177,8 @@ class _Search:
         assert self.second is not None  # else there is nothing to choose by
         found = []
         for some in tokens.split(self.plan.chunk):
-            before = torch.tensor(text.tokens, dtype=torch.long).expand(len(some), -1)
-            ids = torch.cat([before, some[:, None]], dim=1)
+            before = torch.tensor(text.tokens, dtype=torch.long, device=some.device)
+            ids = torch.cat([before.expand(len(some), -1), some[:, None]], dim=1)
             vectors = inputs_of(self.head, self.second.module, ids)[:, -1]  # (C, D)
             self.forwards += len(some)
             residual = self.second.residual(vectors)
@@ -195,7 +196,7 @@ class _Search:
         """
         if len(texts) <= self.plan.beam:
             return texts
-        nothing = torch.zeros(0, self.second.basis.shape[1], dtype=torch.double)  # type: ignore[union-attr]
+        nothing = self.second.basis[:0]  # type: ignore[union-attr]
         least = self.plan.second
         ranked = sorted(texts, key=lambda text: (-text.new(nothing, least), text.outside))
         return ranked[: self.plan.beam]
@@ -205,7 +206,7 @@ class _Search:
         if self.second is None:
             return [text.tokens for text in texts]
         texts = [text for text in texts if text.tokens]
-        known = torch.zeros(0, self.second.basis.shape[1], dtype=torch.double)
+        known = self.second.basis[:0]
         chosen: list[tuple[int, ...]] = []
         while texts and len(chosen) < count:
             gains = [text.new(known, self.plan.second) for text in texts]

@@ -66,9 +66,10 @@ class FeatureSpaceHijacking:
         """Learn the inverse of the pilot, and return who will cheat."""
         rows = tokens_of(tokenizer, public_texts, self.length)
         pilot = _of_embeddings(embeddings) if pretrained_head is None else _of_head(pretrained_head)
+        device = (embeddings if pretrained_head is None else pretrained_head).device
 
         def draw(numbers: Tensor) -> tuple[Tensor, Tensor]:
-            ids, real = padded([rows[n] for n in numbers.tolist()])
+            ids, real = (part.to(device) for part in padded([rows[n] for n in numbers.tolist()]))
             with torch.no_grad():
                 return pilot(ids.clamp_min(0), real), ids
 
@@ -77,9 +78,10 @@ class FeatureSpaceHijacking:
 
         def noisy(numbers: Tensor) -> tuple[Tensor, Tensor]:
             made, ids = draw(numbers)
-            return made + self.noise * spread * torch.randn(made.shape, generator=generator), ids
+            drawn = torch.randn(made.shape, generator=generator).to(device)
+            return made + self.noise * spread * drawn, ids
 
-        inverse = self._inverse(hidden.shape[-1], len(tokenizer), generator)
+        inverse = self._inverse(hidden.shape[-1], len(tokenizer), generator).to(device)
         inverse.fit_scale(hidden[ids >= 0])
         plan = Schedule(self.steps, self.batch, 2e-3, 0.1)
         loss = learn(inverse, noisy, len(rows), plan, generator, Budget())
@@ -88,7 +90,7 @@ class FeatureSpaceHijacking:
             hidden, ids = draw(torch.randint(len(rows), (self.batch,), generator=generator))
             return hidden[ids >= 0]
 
-        critic = _critic(hidden.shape[-1], self.hidden, generator)
+        critic = _critic(hidden.shape[-1], self.hidden, generator).to(device)
         return Hijacker(self, inverse, loss, critic, pilot_rows, spread, generator)
 
     def _inverse(self, width: int, vocabulary: int, generator: torch.Generator) -> Inverter:
@@ -164,17 +166,17 @@ class Hijacker(Adversary):
 
     def _false(self, smashed: Tensor, honest: Tensor) -> Tensor:
         """The gradient that makes rows look more like the pilot's, as long as the honest one."""
-        told = honest.abs().sum(-1) > 0
+        told = (honest.abs().sum(-1) > 0).to(smashed.device)
         if not bool(told.any()):
             return honest
-        rows = smashed[told].float() / self.spread
+        rows = smashed[told].to(self.spread.device).float() / self.spread
         for _ in range(self.plan.critic_steps):
             self._teach(rows)
         rows = rows.requires_grad_()
         (gradient,) = torch.autograd.grad(-self.critic(rows).mean(), rows)
         length = self.plan.strength * honest.float().norm() / gradient.norm().clamp_min(1e-12)
         false = torch.zeros_like(honest)
-        false[told] = (gradient * length).to(honest.dtype)
+        false[told] = (gradient * length).to(honest)
         return false
 
     def _teach(self, rows: Tensor) -> None:  # (rows, D)
@@ -182,7 +184,7 @@ class Hijacker(Adversary):
         pilot = self.pilot_rows() / self.spread
         count = min(len(rows), len(pilot))
         ours, theirs = self._some(pilot, count), self._some(rows, count)
-        share = torch.rand(count, 1, generator=self.generator)
+        share = torch.rand(count, 1, generator=self.generator).to(rows.device)
         between = (share * ours + (1 - share) * theirs).requires_grad_()
         (slope,) = torch.autograd.grad(self.critic(between).sum(), between, create_graph=True)
         loss = self.critic(theirs).mean() - self.critic(ours).mean()

@@ -198,7 +198,8 @@ class _Match:
         """Return the labels (T − 1,) after the last step."""
         with torch.no_grad():
             vocabulary = self.tail(self.states).shape[-1]
-        self.soft = torch.zeros(self.states.shape[1] - 1, vocabulary, requires_grad=True)
+        shape = self.states.shape[1] - 1, vocabulary
+        self.soft = torch.zeros(shape, device=self.states.device, requires_grad=True)
         optimizer = torch.optim.Adam([self.soft], lr=plan.learning_rate)
         for self.step in range(1, plan.iterations + 1):
             optimizer.zero_grad()
@@ -241,7 +242,7 @@ class _Rows:
                 "use label-enumeration or bli."
             )
         tokens = torch.full(self.returned.shape[:2], -1)
-        rows = each_example(self.returned, self.hidden_grad, self.lengths)
+        rows = each_example(self.returned, self.hidden_grad, self.lengths, self.tail)
         for n, (states, sent) in enumerate(rows):
             if self.share is not None:  # the loss of a text alone is differentiated here
                 sent = sent / self.share[n]

@@ -20,7 +20,7 @@ BESIDE = ("q_proj", "k_proj", "query", "key")  # which have the same inputs as t
 
 @frozen(eq=False)
 class Span:
-    """An orthonormal basis (K, D) of the inputs of one layer; `module` is the layer's name.
+    """An orthonormal basis (K, D) of the inputs of one layer, where its model is; `module` is the layer's name.
 
     For Y = XWᵀ + b, ∇W = (∂L/∂Y)ᵀX, so the rows of ∇W span the inputs whose output had a gradient
     (Petrov et al., arXiv 2405.15586).
@@ -67,7 +67,8 @@ def span_of(
     layers = [module, *(f"{parent}.{other}" for other in BESIDE if f"{parent}.{other}" in there)]
     rows = torch.cat([_rows(update[there[layer]], there[layer], model) for layer in layers])
     _, sizes, right = torch.linalg.svd(rows, full_matrices=False)
-    return Span(module, right[: int((sizes > tolerance * sizes[0]).sum())])
+    basis = right[: int((sizes > tolerance * sizes[0]).sum())]
+    return Span(module, basis.to(next(model.parameters()).device))
 
 
 def _block_of(name: str) -> int | None:

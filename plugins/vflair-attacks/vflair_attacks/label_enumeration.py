@@ -55,7 +55,7 @@ class LabelEnumeration:
     ) -> Guess:
         """Return labels (N,), or for a causal language model tokens (N, T)."""
         need_hidden_states(partition, "label-enumeration")
-        rows = each_example(returned, hidden_grad, lengths)
+        rows = each_example(returned, hidden_grad, lengths, tail)
         part = torch.ones(len(lengths)) if share is None else share
         if task_kind == "causal-lm":
             tokens = torch.full(returned.shape[:2], -1)
@@ -76,10 +76,11 @@ class LabelEnumeration:
         found, spent = [], 0
         for n, (states, gradient) in enumerate(rows):
             each, prior = class_gradients(tail, states)
-            found.append(likeliest(gradient, part[n] * each, gradient_mechanism, prior).argmax())
+            scores = likeliest(gradient, part[n] * each, gradient_mechanism, prior)
+            found.append(int(scores.argmax()))
             spent += len(each)
             progress(n + 1, len(lengths))
-        return Guess(labels=torch.stack(found), budget={"forwards": spent})
+        return Guess(labels=torch.tensor(found), budget={"forwards": spent})
 
 
 @define(slots=False)

@@ -46,9 +46,11 @@ class LabelLeastSquares:
                 )
             # Of a text every token but the first is a label; of a class the last position knows all.
             rows = slice(-1) if task_kind == "causal-lm" else slice(-1, None)
-            each = [_around(layer, tail, returned[n : n + 1, : lengths[n]], rows) for n in several]
+            came = [returned[n : n + 1, : lengths[n]].to(tail.device) for n in several]
+            each = [_around(layer, tail, states, rows) for states in came]
             states, scores = (torch.cat(parts) for parts in zip(*each, strict=True))
-            found = _solve(update[f"{name}.weight"], states, scores).argmax(-1)
+            gradient = update[f"{name}.weight"].to(tail.device)
+            found = _solve(gradient, states, scores).argmax(-1)
             for n, part in zip(several, found.split([len(s) for s, _ in each]), strict=True):
                 if task_kind == "causal-lm":
                     tokens[n, 1 : lengths[n]] = part

@@ -53,19 +53,19 @@ class BatchLabelReconstruction:
                 "model use label-enumeration."
             )
         labels, spent = [], 0
-        for n, (states, gradient) in enumerate(each_example(returned, hidden_grad, lengths)):
+        for n, (states, gradient) in enumerate(each_example(returned, hidden_grad, lengths, tail)):
             each, _ = class_gradients(tail, states)
             if share is not None:
                 each = each * share[n]
-            labels.append(self._match(each, gradient, gradient_mechanism).argmax())
+            labels.append(int(self._match(each, gradient, gradient_mechanism).argmax()))
             spent += len(each)
             progress(n + 1, len(lengths))
         budget = {"forwards": spent, "iterations": self.iterations * len(labels)}
-        return Guess(labels=torch.stack(labels), budget=budget)
+        return Guess(labels=torch.tensor(labels), budget=budget)
 
     def _match(self, each: Tensor, target: Tensor, mechanism: Any) -> Tensor:  # (C, T, D), (T, D)
         """Return the dummy labels (C,) after the last iteration."""
-        dummy = torch.zeros(len(each), requires_grad=True)
+        dummy = torch.zeros(len(each), device=each.device, requires_grad=True)
         optimizer = torch.optim.Adam([dummy], lr=self.learning_rate)
         scale = target.square().sum().clamp_min(1e-30)  # Adam hardly sees it; its epsilon does
         for _ in range(self.iterations):

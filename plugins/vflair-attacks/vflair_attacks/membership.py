@@ -50,7 +50,7 @@ class MembershipResidual:
         for n, text in enumerate(candidates):
             ids = tokenizer(text, truncation=True, max_length=longest)["input_ids"]
             if spans and len(ids) > 1:
-                scores[n] = self.outside - self._outside(torch.tensor([ids]), spans, head)
+                scores[n] = self.outside - self._outside(ids, spans, head)
             progress(n + 1, len(candidates))
         return Guess(members=scores)
 
@@ -64,7 +64,8 @@ class MembershipResidual:
             f"{', '.join(update) or 'nothing'}."
         )
 
-    def _outside(self, ids: Tensor, spans: Sequence[Span], head: Any) -> float:
+    def _outside(self, ids: Sequence[int], spans: Sequence[Span], head: Any) -> float:
         """The smallest mean residual of a text's states over all examples' subspaces."""
-        vectors = inputs_of(head, spans[0].module, ids)[0, :-1]
+        text = torch.tensor([ids], device=head.device)
+        vectors = inputs_of(head, spans[0].module, text)[0, :-1]
         return min(float(span.residual(vectors).mean()) for span in spans)

@@ -41,7 +41,7 @@ class ModelCompletion:
         """
         said = said_by_tail(returned, mask, task_kind, tail, logits)
         tokens = torch.full(mask.shape, -1)
-        tokens[:, 1:] = torch.where(mask[:, 1:], said[:, :-1].argmax(-1), -1)
+        tokens[:, 1:] = torch.where(mask[:, 1:], said[:, :-1].argmax(-1).cpu(), -1)
         return Guess(tokens=tokens, budget={"forwards": 0})
 
 
@@ -117,10 +117,9 @@ def said_by_tail(
         raise AttackError(
             "In HBT hidden states come back, and no tail is granted to read them with."
         )
-    device = tail.party.model.device
     rows = []
     with torch.no_grad():
         for states, real in zip(returned, mask.sum(1).tolist(), strict=True):
-            said = tail(states[None, :real].to(device))[0].log_softmax(-1)
+            said = tail(states[None, :real].to(tail.device))[0].log_softmax(-1)
             rows.append(torch.nn.functional.pad(said, (0, 0, 0, len(states) - real)))
     return torch.stack(rows)

@@ -15,11 +15,11 @@ from vflair_core import AttackError
 
 
 def each_example(
-    returned: Tensor, hidden_grad: Tensor, lengths: Tensor
+    returned: Tensor, hidden_grad: Tensor, lengths: Tensor, tail: Any
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what came back, (1, T, D), and the gradient that was sent, (T, D), of each example, unpadded."""
+    """Yield what came back, (1, T, D), and the gradient that was sent, (T, D), of each example, unpadded, at the tail."""
     for row, gradient, length in zip(returned, hidden_grad, lengths.tolist(), strict=True):
-        yield row[None, :length].detach(), gradient[:length]
+        yield row[None, :length].detach().to(tail.device), gradient[:length].to(tail.device)
 
 
 def need_hidden_states(partition: Any, attack: str) -> None:
@@ -50,7 +50,8 @@ def class_gradients(tail: Any, states: Tensor, mask: Tensor | None = None) -> tu
     classes = len(scores)
     copies = states.expand(classes, -1, -1).clone().requires_grad_()
     wide = None if mask is None else mask.expand(classes, -1)
-    loss = cross_entropy(tail(copies, attention_mask=wide), torch.arange(classes), reduction="sum")
+    labels = torch.arange(classes, device=states.device)
+    loss = cross_entropy(tail(copies, attention_mask=wide), labels, reduction="sum")
     (gradients,) = torch.autograd.grad(loss, copies)
     return gradients, scores.log_softmax(-1)
 
@@ -90,7 +91,7 @@ class Scales:
     def joint(self, row: Tensor, guesses: Tensor, mechanism: Any, prior: Tensor) -> Tensor:
         """Score K guesses about a row, (K, 1, D), at each factor, against what was sent, (1, D): (J, K)."""
         each = [likeliest(row, value * guesses, mechanism, prior) for value in self.values]
-        return torch.stack(each)
+        return torch.stack(each).to(self.weights.device)
 
     def learn(self, joint: Tensor) -> None:
         """Weigh the factors by a row."""

@@ -273,5 +273,6 @@ class MappingMechanism(Mechanism):
 
     @torch.no_grad()
     def expected(self, hidden: Tensor) -> Tensor:
-        found: Tensor = hidden + self.mapping(hidden.float()).to(hidden.dtype)
+        mapping = self.mapping.to(hidden.device)  # where an attacker's head is
+        found: Tensor = hidden + mapping(hidden.float()).to(hidden.dtype)
         return found

@@ -210,21 +210,28 @@ class MidMechanism(Mechanism):
     noise: float
     in_nats = True
 
+    def _at(self, hidden: Tensor) -> Bottleneck:
+        """The bottleneck, moved to where an attacker's head gave the hidden states."""
+        return self.part.to(hidden.device)
+
     @torch.no_grad()
     def expected(self, hidden: Tensor) -> Tensor:
-        return self.part.decoded(self.part.code(hidden.float())[0])
+        part = self._at(hidden)
+        return part.decoded(part.code(hidden.float())[0])
 
     @torch.no_grad()
     def sample(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
-        mean, sigma = self.part.code(hidden.float())
+        part = self._at(hidden)
+        mean, sigma = part.code(hidden.float())
         drawn = noise_like(mean, drawing(generator))
-        return self.part.decoded(mean + self.noise * sigma * drawn)
+        return part.decoded(mean + self.noise * sigma * drawn)
 
     @torch.no_grad()
     def log_likelihood(self, observed: Tensor, hidden: Tensor) -> Tensor:
-        mean, sigma = self.part.code(hidden.float())
+        part = self._at(hidden)
+        mean, sigma = part.code(hidden.float())
         sigma = (self.noise * sigma).clamp_min(1e-6)
-        gap = (self.part.encoded(observed.float()) - mean) / sigma
+        gap = (part.encoded(observed.float()) - mean) / sigma
         return -0.5 * gap.square().sum(-1) - sigma.log().sum(-1)
 
 

@@ -29,6 +29,18 @@ class Normal(Mechanism):
         return -(observed - hidden).square().sum(-1) / (2 * self.sigma**2)
 
 
+class Linear:
+    """A tail of one matrix (D, V)."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, output):
+        self.output = output
+
+    def __call__(self, states):
+        return states @ self.output
+
+
 def drawn(logits):
     """Labels from the model's own probabilities, and how often the likeliest one is right."""
     torch.manual_seed(1)
@@ -80,7 +92,7 @@ def test_of_hidden_states(sigma):
     sent = noisy(FACTOR * (chances - one_hot(labels, VOCABULARY)) @ output.T, sigma)
     lengths = torch.full((EXAMPLES,), LENGTH)
     guess = LabelEnumeration(candidates=16)(
-        states, sent, lengths, lambda x: x @ output, Partition(1, 1), "causal-lm", Normal(sigma)
+        states, sent, lengths, Linear(output), Partition(1, 1), "causal-lm", Normal(sigma)
     )
     found = right(guess.tokens.roll(-1, 1), labels)
     each = (chances[..., None, :] - torch.eye(VOCABULARY)) @ output.T

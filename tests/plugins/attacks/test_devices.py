@@ -31,7 +31,16 @@ CASES = {
     "vmi": ({"steps": 6, "restarts": 2, "batch": 2}, "HBT"),
     "patch-inversion": ({"steps": 4, "refine": 2, "restarts": 2}, "HBT"),
     "inverter": (LEARNING, "HBT"),
-    "bisr": ({**LEARNING, "network": "mlp", "gradient_steps": 3, "forward_steps": 3}, "HBT"),
+    "bisr": (
+        {
+            **LEARNING,
+            "network": "mlp",
+            "scales": (0.0, 0.5),
+            "gradient_steps": 3,
+            "forward_steps": 3,
+        },
+        "HBT",
+    ),
     "wbi": ({"steps": 3}, "HBT"),
     "coordinate-search": ({"candidates": 6, "sweeps": 2, "forwards": 600}, "HBT"),
     "beam-clean": ({"beam": 3, "rounds": 2, "chunk": 16}, "HBT"),
@@ -50,8 +59,8 @@ CASES = {
     "tag": ({"iterations": 3}, "HBT"),
     "lamp": ({"iterations": 2, "every": 1, "proposals": 2}, "HBT"),
     "dlg-updates": ({"iterations": 2, "bag": True}, "HBT"),
-    "tag-updates": ({"iterations": 2}, "HBT"),
-    "lamp-updates": ({"iterations": 2, "every": 2, "proposals": 2}, "HBT"),
+    "tag-updates": ({"iterations": 1}, "HBT"),
+    "lamp-updates": ({"iterations": 1, "every": 1, "proposals": 1}, "HBT"),
     "dager": ({"chunk": 16}, "HBT"),
     "membership-residual": ({}, "HBT"),
     "feature-space-hijacking": ({"steps": 4, "inverse_hidden": 8, "batch": 4}, "HBT"),
@@ -70,7 +79,7 @@ OTHERS = [
     ("label-enumeration", {"candidates": 8}, "HBT", {"gradient_mechanism"}),
     ("coordinate-search", {"start": "inverter", "forwards": 60}, "HBT", set()),
     ("beam-clean", {"beam": 3, "rounds": 2}, "HBT", {"pretrained_model"}),
-    ("beam-clean", {"beam": 3, "rounds": 2, "noise": "laplace"}, "HBT", {"head"}),
+    ("beam-clean", {"beam": 2, "rounds": 1, "noise": "laplace"}, "HBT", {"head"}),
     ("feature-space-hijacking", {"steps": 4, "batch": 4}, "HBT", {"pretrained_head"}),
 ]
 EACH = [(name, *case, set()) for name, case in CASES.items()] + OTHERS

@@ -15,7 +15,7 @@ import torch
 
 from vflair_core.answer_key import AnswerKey
 from vflair_core.attack import Guess, Launch, wants
-from vflair_core.devices import attack_device
+from vflair_core.devices import attack_device, hint_of
 from vflair_core.errors import AttackError
 from vflair_core.evidence import furnish, read_facts
 from vflair_core.grading import Grade
@@ -195,6 +195,8 @@ def _run(folder: Path, isolation: Isolation, progress: Progress) -> None:
         if report.exists():
             facts = json.loads(report.read_text())
             log.error("attack_failed", traceback=facts["traceback"])
-            raise AttackError(f"An attack failed: {facts['error']}")
+            device = json.loads((folder / "job.json").read_text())["device"]
+            hint = hint_of(device, facts["error"])
+            raise AttackError(f"An attack failed: {facts['error']}{hint}")
         said = (folder / "stderr.txt").read_text()[-2000:]
         raise AttackError(f"The attack worker ended with code {code}: {said}")

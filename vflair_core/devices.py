@@ -30,6 +30,13 @@ def attack_device(asked: str) -> torch.device:
     return device
 
 
+def hint_of(device: str, error: str) -> str:
+    """What to do if an attack that moves no tensors failed because its models were on another `device`."""
+    if device == "cpu" or "device" not in error:
+        return ""
+    return f' Its models were on {device}: if it moves no tensors to them, set attack_device = "cpu" (--device cpu).'
+
+
 def _count(kind: str) -> int:
     """How many devices of a kind are there; 0 of a kind that does not compute."""
     module: Any = getattr(torch, kind, None)

@@ -15,7 +15,7 @@ from vflair_core import devices, hookimpl, plugin_manager, run
 from vflair_core.arm_attacks import attack_again
 from vflair_core.attack import Guess
 from vflair_core.config import experiment_from
-from vflair_core.devices import attack_device
+from vflair_core.devices import attack_device, hint_of
 from vflair_core.errors import ExperimentError
 from vflair_core.experiment import AttackSpec
 from vflair_core.guesses import Course, Found, read_guess, write_guess
@@ -138,3 +138,9 @@ def test_guesses_are_written_from_wherever_they_are(there, tmp_path):
     found = Found(Guess(tokens=tokens.to(there)), 1.0, Course())
     write_guess(tmp_path / "guess", found)
     assert torch.equal(read_guess(tmp_path / "guess").guess.tokens, tokens)
+
+
+def test_an_attack_that_fails_beside_a_device_is_told_what_to_do():
+    error = "RuntimeError: Expected all tensors to be on the same device, but found cuda:0 and cpu!"
+    assert 'set attack_device = "cpu"' in hint_of("cuda:0", error)
+    assert hint_of("cpu", error) == hint_of("cuda:0", "ValueError: no text") == ""

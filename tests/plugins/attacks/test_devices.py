@@ -11,7 +11,7 @@ from foreign_device import DEVICES, device_called, same_attention
 from vflair_attacks import vflair_attacks
 from vflair_core import Partition
 from vflair_core.attack import call, launch
-from vflair_core.defense import Mechanism
+from vflair_core.defense import Mechanism, Replacement
 from vflair_core.halves import halves
 from vflair_core.message import Crossing, Message
 from vflair_core.plugins import load_target
@@ -43,6 +43,7 @@ CASES = {
     ),
     "wbi": ({"steps": 3}, "HBT"),
     "coordinate-search": ({"candidates": 6, "sweeps": 2, "forwards": 600}, "HBT"),
+    "replacement-inversion": ({"beam": 2}, "HBT"),
     "beam-clean": ({"beam": 3, "rounds": 2, "chunk": 16}, "HBT"),
     "model-completion": ({}, "HBT"),
     "joint-inversion": ({"beam": 3, "chunk": 16}, "HBT"),
@@ -68,6 +69,8 @@ CASES = {
 }
 OTHERS = [
     ("label-enumeration", {}, "classes", set()),
+    ("replacement-inversion", {}, "HBT", {"head"}),
+    ("replacement-inversion", {"tried": 4, "sweeps": 1}, "classes", set()),
     ("label-least-squares", {}, "classes", set()),
     ("model-completion", {}, "HT", set()),
     ("joint-inversion", {"beam": 3}, "HT", set()),
@@ -103,6 +106,17 @@ class Mixed(Mechanism):
     def sample(self, hidden, generator):
         noise = torch.randn(hidden.shape, generator=generator).to(hidden.device)
         return self.expected(hidden) + noise
+
+
+class Shifted(Replacement):
+    """Each word is sent as the next one."""
+
+    words = tuple(str(n) for n in range(3, VOCABULARY))
+
+    def log_probabilities(self, numbers):
+        said = torch.zeros(len(numbers), len(self.words))
+        said[torch.arange(len(numbers)), (numbers + 1) % len(self.words)] = 1.0
+        return said.log()
 
 
 class Noisy(Mechanism):
@@ -149,6 +163,7 @@ def _known(setting):
         "queries": list(zip(numbers_as_texts(rows), (_rows(seen)), strict=True)),
         "mechanism": Mixed(),
         "gradient_mechanism": Noisy(),
+        "replacement": Shifted(),
     }
 
 

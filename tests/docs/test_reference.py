@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import re
@@ -196,3 +197,14 @@ def test_every_public_name_is_in_the_api_page(name):
 def test_every_page_is_reachable_from_the_index():
     linked = set(re.findall(r"^([a-z-]+)$", page("index.md"), re.MULTILINE))
     assert {path.stem for path in DOCS.glob("*.md")} - {"index"} <= linked
+
+
+# -- plugins ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plugin", ["attacks", "defenses"])
+def test_the_page_of_a_plugin_names_everything_that_it_offers(plugin):
+    said = (DOCS.parent / "plugins" / f"vflair-{plugin}" / "README.md").read_text()
+    name = f"vflair_{plugin}"
+    offered = getattr(importlib.import_module(name), name)()
+    assert {thing for thing in offered if f"`{thing}`" not in said} == set()

@@ -29,6 +29,7 @@ ALWAYS = {
     "task_kind": "The kind of the task, e.g. 'causal-lm'.",
     "partition": "The cut.",
     "generator": "The attack's own random stream: torch.Generator.",
+    "device": "Where the attack computes: torch.device; models that are granted are there, what crossed is on the CPU.",
     "progress": "Call it with (done, total), (done, total, objective), (done, total, objective, tokens) with the guess so far (N, T), or (…, tokens, forwards) with what it cost, now and then: whoever watches sees how much of it is right, and the grade has its course.",
 }
 WEIGHTS = {

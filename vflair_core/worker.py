@@ -178,6 +178,8 @@ class Granted(Mapping[str, Any]):
                 return room.partition
             case "generator":
                 return torch.Generator().manual_seed(self.attack["seed"])
+            case "device":
+                return room.device
             case "progress":
                 return self.progress
             case "body" | "tokenizer" | "pretrained_model":

@@ -65,6 +65,7 @@ class LearnedInverter:
         embeddings: Tensor | None = None,
         mechanism: Any = None,
         parameters: Any = None,
+        device: torch.device | str = "cpu",
         progress: Progress = lambda *_: None,
     ) -> Guess:
         """Return the tokens (N, T) of every example.
@@ -78,7 +79,7 @@ class LearnedInverter:
             rows = tokens_of(tokenizer, texts, self.length)
             draw, count = through_head(head, rows, known, generator), len(rows)
         elif queries:
-            draw, count = _of_queries(tokenizer, queries[: self.queries or None])
+            draw, count = _of_queries(tokenizer, queries[: self.queries or None], device)
         else:
             raise AttackError(
                 "A learned inverter needs examples of text with hidden states: grant a head, or queries."
@@ -139,7 +140,7 @@ def log_probabilities(network: Inverter, releases: Tensor, mask: Tensor) -> Tens
     return torch.stack(said).sum(0)
 
 
-def _of_queries(tokenizer: Any, queries: Pairs) -> tuple[Draw, int]:
+def _of_queries(tokenizer: Any, queries: Pairs, device: torch.device | str) -> tuple[Draw, int]:
     """Draw recorded pairs; a text that crossed at another length than its tokens (a text defense) is no pair."""
     pairs = []
     for text, hidden in queries:
@@ -155,6 +156,6 @@ def _of_queries(tokenizer: Any, queries: Pairs) -> tuple[Draw, int]:
     def draw(numbers: Tensor) -> tuple[Tensor, Tensor]:
         chosen = [pairs[n] for n in numbers.tolist()]
         hidden = pad_sequence([states for states, _ in chosen], batch_first=True)
-        return hidden, padded([ids for _, ids in chosen])[0]
+        return hidden.to(device), padded([ids for _, ids in chosen])[0].to(device)
 
     return draw, len(pairs)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from attrs import field, frozen, validators
-from torch import Tensor, cat
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from vflair_core import Guess
@@ -23,11 +24,15 @@ class NearestEmbedding:
     chunk: int = field(default=4096, validator=validators.ge(1))
 
     def __call__(
-        self, smashed: Tensor, mask: Tensor, embeddings: Tensor
-    ) -> Guess:  # (N, T, D), (N, T), (V, D)
-        table = normalize(embeddings, dim=-1)
+        self,
+        smashed: Tensor,  # (N, T, D)
+        mask: Tensor,  # (N, T)
+        embeddings: Tensor,  # (V, D)
+        device: torch.device | str = "cpu",
+    ) -> Guess:
+        table = normalize(embeddings.to(device), dim=-1)
         tokens = mask.long() - 1  # -1 where there is nothing to guess
-        real = smashed[mask]  # (rows, D)
+        real = smashed[mask].to(device)  # (rows, D)
         found = [(normalize(rows, dim=-1) @ table.T).argmax(-1) for rows in real.split(self.chunk)]
-        tokens[mask] = cat(found)
+        tokens[mask] = torch.cat(found).cpu()
         return Guess(tokens=tokens, budget={"forwards": 0})

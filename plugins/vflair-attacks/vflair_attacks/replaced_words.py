@@ -57,11 +57,12 @@ class ReplacementInversion:
         mechanism: Any = None,
         parameters: Any = None,
         replacement: Any = None,
+        device: torch.device | str = "cpu",
         progress: Progress = lambda *_: None,
     ) -> Guess:
         """Return the tokens (N, T) of every example, of the text before words were replaced."""
         if head is None:
-            sent = NearestEmbedding()(smashed, mask, embeddings)
+            sent = NearestEmbedding()(smashed, mask, embeddings, device)
         elif head.is_causal():
             sent = VocabularySearch(beam=self.beam)(
                 releases, lengths, head, mechanism, parameters, progress=progress

@@ -190,7 +190,7 @@ def granted(known, device, unknown=frozenset()):
         "pretrained_model": copy.deepcopy(model).to(device),
         **({} if tail is None else {"tail": tail}),
     }
-    told = {**rest, **models, "generator": torch.Generator().manual_seed(0)}
+    told = {**rest, **models, "device": device, "generator": torch.Generator().manual_seed(0)}
     return {name: value for name, value in told.items() if name not in unknown}
 
 

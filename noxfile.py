@@ -16,6 +16,10 @@ OFFLINE = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 
+TESTING = OFFLINE | {
+    "OMP_NUM_THREADS": "1"
+}  # two processes of tests: more threads wait for each other
+
 
 def install(session: nox.Session, *plugins: str, groups: tuple[str, ...] = ()) -> None:
     """Install core, the named plugins and dependency groups; torch first, so that nothing picks another."""
@@ -30,7 +34,7 @@ def install(session: nox.Session, *plugins: str, groups: tuple[str, ...] = ()) -
 def tests(session: nox.Session) -> None:
     """Run all tests with every plugin installed."""
     install(session, *PLUGINS, groups=("tests",))
-    session.run("pytest", "-n2", "--dist=loadfile", "-q", *session.posargs, env=OFFLINE)
+    session.run("pytest", "-n2", "--dist=loadfile", "-q", *session.posargs, env=TESTING)
 
 
 @nox.session
@@ -61,7 +65,7 @@ def docs(session: nox.Session) -> None:
 def alone(session: nox.Session, plugin: str) -> None:
     """Install core and one plugin, and run the plugin's own tests without the others."""
     install(session, plugin, groups=("tests",))
-    session.run("pytest", "-q", f"tests/plugins/{plugin}", env=OFFLINE)
+    session.run("pytest", "-n2", "--dist=loadfile", "-q", f"tests/plugins/{plugin}", env=TESTING)
 
 
 @nox.session
@@ -69,7 +73,7 @@ def minimums(session: nox.Session) -> None:
     """Run the tests with the lowest declared versions (torch aside: only one is at hand)."""
     install(session, *PLUGINS, groups=("tests",))
     session.install("-c", "constraints.txt", *lowest())
-    session.run("pytest", "-n2", "--dist=loadfile", "-q", *session.posargs, env=OFFLINE)
+    session.run("pytest", "-n2", "--dist=loadfile", "-q", *session.posargs, env=TESTING)
 
 
 @nox.session

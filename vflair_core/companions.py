@@ -25,14 +25,14 @@ def companions_of(e: Experiment, task: Task) -> list[list[int]]:
         ExperimentError: There are too few examples, or all are of the victim's class.
     """
     v = e.victims
+    if not v.companions:
+        return [[] for _ in range(v.count)]
     there = len(task.train if v.split == "train" else task.test)
     if v.companions > there - v.count:
         raise ExperimentError(
             f"victims.companions = {v.companions} beside victims.count = {v.count} needs {v.companions + v.count} "
             f"{v.split} examples, and task {task.name!r} has {there}. Lower one of them."
         )
-    if not v.companions:
-        return [[] for _ in range(v.count)]
     generator = torch.Generator().manual_seed(stream_seed(e.seed, "companions"))
     queue = (v.count + torch.randperm(there - v.count, generator=generator)).tolist()
     chosen = []

@@ -16,6 +16,7 @@ from vflair_attacks.coordinate_search import CoordinateSearch
 from vflair_attacks.inverter import LearnedInverter
 from vflair_attacks.model_completion import JointInversion
 from vflair_attacks.patch_inversion import PatchInversion
+from vflair_attacks.replaced_words import ReplacementInversion
 from vflair_attacks.vmi import ModelInversion
 from vflair_attacks.vocabulary_search import VocabularySearch
 from vflair_attacks.wbi import WhiteBoxInversion
@@ -37,6 +38,7 @@ ADAPTIVE = {
     "coordinate-search": CoordinateSearch(),
     "beam-clean": BeamClean(),
     "joint-inversion": JointInversion(),
+    "replacement-inversion": ReplacementInversion(),
 }
 
 
@@ -71,6 +73,7 @@ def victims():
     model = tiny_model("gpt2", vocab_size=VOCABULARY, hidden_size=WIDTH, initializer_range=0.02)
     knowledge = crossed(model, Partition(2, 1), rows, defenses=[Mixing()])
     texts = {"tokenizer": tiny_tokenizer(VOCABULARY), "public_texts": numbers_as_texts(public)}
+    texts["embeddings"] = model.get_input_embeddings().weight.detach()
     return rows, {**knowledge, **texts, "task_kind": "causal-lm"}
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import vflair_defenses
+from small import LLAMA
 from vflair_core import AttackError, Message, plugin_manager, read_experiment, run
 from vflair_core.adversary import plausible
 from vflair_core.arm_attacks import attack_again
@@ -18,15 +19,6 @@ from vflair_core.message import Crossing
 from vflair_core.report import show_result
 
 HERE = Path(__file__).parent
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 
 
 @pytest.fixture(scope="module")

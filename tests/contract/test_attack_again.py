@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import vflair_defenses
+from small import LLAMA
 from vflair_attacks import vflair_attacks as offered
 from vflair_core import AttackError, hookimpl, plugin_manager, run
 from vflair_core.answer_key import AnswerKey
@@ -19,15 +20,6 @@ from vflair_core.experiment import AttackSpec
 from vflair_core.outset import make_launches
 
 HERE = Path(__file__).parent
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 ATTACKS = (
     AttackSpec("vocabulary-search", {"beam": 2}, "K4"),
     AttackSpec("inverter", {"steps": 3}, ("K1", "queries")),

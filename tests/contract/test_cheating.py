@@ -7,20 +7,12 @@ from pathlib import Path
 import pytest
 
 import vflair_defenses
+from small import LLAMA
 from vflair_core import plugin_manager, run
 from vflair_core.config import experiment_from
 
 HERE = Path(__file__).parent
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 1.0,
-}
+WIDE = {**LLAMA, "initializer_range": 1.0}
 
 
 @pytest.fixture
@@ -35,7 +27,7 @@ def pm():
 def grade_of(pm, attack, *, defense=None, isolation="process"):
     table = {
         "task": {"name": "words"},
-        "model": {"config": LLAMA, "vocab_size": 300},
+        "model": {"config": WIDE, "vocab_size": 300},
         "partition": {"head": 0, "tail": 1},
         "train": {"steps": 0, "batch_size": 4, "max_length": 16},
         "victims": {"count": 8, "max_length": 16, "phase": "inference"},

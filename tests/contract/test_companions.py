@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import vflair_attacks
 import vflair_defenses
+from small import LLAMA
 from vflair_attacks.label_enumeration import LabelEnumeration
 from vflair_attacks.label_reconstruction import BatchLabelReconstruction
 from vflair_core import Example, Partition, Task, plugin_manager, run, split
@@ -32,15 +33,6 @@ from vflair_defenses.gaussian_noise import GaussianNoise
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 MINE = Path(__file__).with_name("mine.py")
 HBT = Partition(1, 1)
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 
 
 def examples_of(lengths, labels=None):

@@ -10,21 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vflair_attacks
+from small import LLAMA
 from vflair_core import plugin_manager, run
 from vflair_core.config import experiment_from
 from vflair_core.guesses import Course
 from vflair_core.report import show_result
 
 HERE = Path(__file__).parent
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import vflair_defenses
+from small import LLAMA
 from vflair_attacks import vflair_attacks as offered
 from vflair_core import AttackError, hookimpl, plugin_manager, run
 from vflair_core.config import experiment_from
@@ -17,15 +18,6 @@ from vflair_core.ranking import evaluated, strongest
 from vflair_core.report import show_result
 
 HERE = Path(__file__).parent
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 
 
 def grade(attack, knowledge, performance, *, development=None, **facts) -> Grade:

@@ -19,7 +19,7 @@ def companions_of(e: Experiment, task: Task) -> list[list[int]]:
     """Return the rows of the companions of each victim, in the victims' split; none if there are to be none.
 
     They are no victims, and go round: none is taken again before all were. In a task of classes at least one is of
-    another class than the victim.
+    another class than the victim; of a class that is rare, some are taken earlier for that.
 
     Raises:
         ExperimentError: There are too few examples, or all are of the victim's class.

@@ -42,20 +42,20 @@ def told(specs: Sequence[Spec], side: Side, state: Mapping[str, Tensor] | None) 
 
 def told_replacement(
     specs: Sequence[Spec], tokenizer: Any, embeddings: Tensor, public_texts: Sequence[str]
-) -> Replacement:
-    """Build the defense that replaces words again and return how it does.
+) -> Replacement | None:
+    """Build the defense that replaces words again and return how it does; None if it changes nothing.
 
     Raises:
         AttackError: Several do, one after the other.
     """
     each = [d.replacement(tokenizer, embeddings, public_texts) for d in _rebuilt(specs)]
     there = [replacement for replacement in each if replacement is not None]
-    if len(there) != 1:
+    if len(there) > 1:
         raise AttackError(
             f"{len(there)} defenses of this run replace words; an attacker is told of one. Attack them one by one, or grant no "
             "`replacement`."
         )
-    return there[0]
+    return there[0] if there else None
 
 
 def _rebuilt(specs: Sequence[Spec]) -> list[Defense]:

@@ -52,10 +52,11 @@ def set_up(
     if adversary is not None:
         _check_offered(adversary, e.victims, active=True)
     companions_of(e, task)
+    _check_disclosed(e)
     make_defenses(e, plugins)  # what does not exist is told before the public phase
     with clock("pretraining"):
         model, tokenizer, processor = prepare_model(e, task, report)
-    _check_companions(e, model)
+    _check_stacks(e, model)
     setting = Setting(
         experiment=e,
         plugins=plugins,
@@ -76,15 +77,22 @@ def set_up(
     return setting, model
 
 
-def _check_companions(e: Experiment, model: Any) -> None:
-    """Refuse batches in which a victim's positions would not be known."""
-    why = ""
-    if model.config.is_encoder_decoder:
-        why = f"{type(model).__name__} has two stacks, which pad a batch each in its own way"
-    elif SCORED in e.partition.disclose:
-        why = f"partition.disclose has {SCORED!r}, and positions that some row of a batch scores come back for all"
-    if why and e.victims.companions:
-        raise ExperimentError(f"{why}, so victims cross alone: set victims.companions = 0.")
+def _check_disclosed(e: Experiment) -> None:
+    """Refuse batches in which a victim's own positions would not be known."""
+    if e.victims.companions and SCORED in e.partition.disclose:
+        raise ExperimentError(
+            f"partition.disclose has {SCORED!r}, and positions that some row of a batch scores come back for all, so "
+            "victims cross alone: set victims.companions = 0."
+        )
+
+
+def _check_stacks(e: Experiment, model: Any) -> None:
+    """Refuse two paddings in a batch."""
+    if e.victims.companions and model.config.is_encoder_decoder:
+        raise ExperimentError(
+            f"{type(model).__name__} has two stacks, which pad a batch each in its own way, so victims cross alone: set "
+            "victims.companions = 0."
+        )
 
 
 def make_launches(

@@ -87,7 +87,8 @@ def _spot(party: DataParty, rows: Sequence[Row], transcript: Transcript) -> Spot
                 "so a victim's own row is not known. Set victims.companions = 0."
             )
     padding = max(len(row.ids) for row in rows) - len(rows[0].ids)
-    return Spot(int(sent.places[0]), padding, float(sent.shares[0]))
+    # Who has no label has no gradient either, and no share that could be told.
+    return Spot(int(sent.places[0]), padding, float(sent.shares[0]) or 1.0)
 
 
 def record_updates(

@@ -119,7 +119,7 @@ class Room:
         return load_file(self.folder / "embeddings.safetensors")["embeddings"]
 
     @cached_property
-    def replacement(self) -> Replacement:
+    def replacement(self) -> Replacement | None:
         texts = self.job["auxiliary"]["public_texts"]
         return told_replacement(self.job["defenses"], self.tokenizer, self.embeddings, texts)
 

@@ -145,6 +145,22 @@ def test_a_factor_that_turns_gradients_round_hides_no_class_from_who_knows_it(na
     assert accuracy(attack, known, labels) >= 0.95
 
 
+@pytest.mark.parametrize(
+    ("attack", "partition"), [ADAPTIVE["label-enumeration"], ADAPTIVE["gradient-sign"]]
+)
+def test_it_hides_no_token_of_a_large_vocabulary_either(attack, partition):
+    """Of 300 tokens 64 are tried, from both ends: where the factor is negative the label is at the other one."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(3, VOCABULARY, (8, 8), generator=generator)
+    model = tiny_model("llama", vocab_size=VOCABULARY)
+    knowledge = crossed(model, partition, rows, labels=rows, defenses=[Turning()])
+    knowledge |= {"task_kind": "causal-lm"}
+    known = {**knowledge, "gradient_mechanism": NormMatching(strength=1.0).gradient_mechanism()}
+    blind, knowing = (launch(attack, k).tokens[:, 1:] == rows[:, 1:] for k in (knowledge, known))
+    assert 0.2 <= blind.float().mean() <= 0.8
+    assert knowing.float().mean() >= 0.95
+
+
 def test_the_likelihood_of_a_factor_is_its_density_averaged_over_norms():
     """By hand for one guess of norm 2 and what is sent −3 times it, on the line, against the guess turned to the line's side."""
     guess = torch.tensor([[[2.0, 0.0]], [[0.0, 2.0]]])

@@ -77,3 +77,12 @@ def test_one_replacement_after_another_is_refused_by_name(pm):
     e = attrs.evolve(experiment(*twice, knowledge=("K4",), count=4), isolation="inline")
     with pytest.raises(AttackError, match="2 defenses of this run replace words"):
         run(e, plugins=pm)
+
+
+def test_more_releases_of_other_words_say_more(pm):
+    noisy = {"name": "swap-words", "options": {"noise": 0.3}}
+    found = []
+    for releases in (1, 4):
+        e = experiment(noisy, knowledge=("K4",), count=8, releases=releases)
+        found += performances(run(attrs.evolve(e, isolation="inline"), plugins=pm))
+    assert found[1] >= max(found[0], 0.95)

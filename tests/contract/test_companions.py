@@ -98,6 +98,15 @@ def test_a_victim_is_found_among_decoys_and_their_labels_are_of_the_loss():
     assert {spot.row for spot in crossed.spots} != {0}
 
 
+def test_a_victim_without_a_label_has_no_share_to_divide_by():
+    """Of one token nothing is learnt."""
+    together, _ = sent(
+        tiny_model("llama"), examples_of([1, 5]), [examples_of([6]), examples_of([6])]
+    )
+    assert together["share"].tolist() == [1.0, pytest.approx(4 / 9)]
+    assert not together["hidden_grad"][0].any()
+
+
 def test_attacks_on_labels_know_their_victims_share_of_the_loss():
     """Through noise of a known scale: with a share of 1, the prior and not the gradient would decide."""
     model = tiny_model("bert", "classification", num_labels=4, **NO_DROPOUT)
@@ -220,7 +229,7 @@ def test_marvell_is_attacked_in_a_run_and_hides_labels(pm):
     plain, hidden = (result.numbers[arm]["attacks"] for arm in ("undefended", "defended"))
     assert all(grade["attack_performance"] >= 0.9 for grade in plain)
     assert all(grade["attack_performance"] <= 0.8 for grade in hidden)
-    assert all(grade["positive_control"] for grade in hidden)
+    assert all(grade["positive_control"] >= 0.9 for grade in hidden)
 
 
 def test_norms_that_match_change_the_messages_of_victims_in_batches(pm):
@@ -270,7 +279,7 @@ def test_disclosed_positions_of_a_batch_are_refused(pm):
         run(experiment_from(table), plugins=pm)
 
 
-def test_a_model_of_two_stacks_is_refused_before_it_is_trained(pm):
+def test_a_model_of_two_stacks_is_refused_before_anything_private_crosses(pm):
     table = {
         "task": {"name": "reversed"},
         "model": {

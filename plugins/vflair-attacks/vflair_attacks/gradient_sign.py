@@ -86,7 +86,8 @@ class GradientSign:
         count = min(self.candidates, classes)
         shortlist = (sent - factor * chances).topk(count, largest=False).indices  # (T, K)
         if mechanism.in_nats and count < classes:  # noise may hide the label from the gradient
-            shortlist = torch.cat([shortlist, chances.topk(count).indices], dim=1)
+            likely, largest = chances.topk(count).indices, sent.topk(count).indices
+            shortlist = torch.cat([shortlist, likely, largest], dim=1)  # or turn it round
         scales = Scales.of(len(sent), share) if mechanism.in_nats else None
         joints = []
         tries = [tried.unique() for tried in shortlist]

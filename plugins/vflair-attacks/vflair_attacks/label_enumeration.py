@@ -155,5 +155,6 @@ class _Backwards:
         said = ((ahead + behind) / 2).log_softmax(-1)
         tokens = slope.topk(min(self.plan.candidates, len(slope)), largest=False).indices
         if self.scales is not None:  # noise may hide the label from the slope
-            tokens = torch.cat([tokens, said.topk(len(tokens)).indices]).unique()
+            others = said.topk(len(tokens)).indices, slope.topk(len(tokens)).indices
+            tokens = torch.cat([tokens, *others]).unique()  # or turn it round
         return tokens, said[tokens]

@@ -29,7 +29,8 @@ class ReplacementInversion:
     Ours: Bayes' rule with the defense's own probabilities of replacement, where the papers of these defenses (arXiv 2106.01221, 2207.01193)
     ask a language model for a word that was masked. The prior is counted in public text, single words mixed with pairs; each word's
     posterior comes of the forward–backward algorithm. The tokens that were sent are found first: by vocabulary-search in a causal
-    head, by coordinate-search in another, else by nearest-embedding. Without a known replacement they are the guess.
+    head, by coordinate-search in another, else by nearest-embedding. Without a known replacement they are the guess. Each release is
+    read by itself, and the likelihoods of its words add up. An answer, which no defense of words changes, is left alone where the gradient shows it.
 
     Attributes:
         candidates: Words considered behind each word.
@@ -57,70 +58,128 @@ class ReplacementInversion:
         mechanism: Any = None,
         parameters: Any = None,
         replacement: Any = None,
+        hidden_grad: Tensor | None = None,  # (N, T, D)
+        task_kind: str = "",
         device: torch.device | str = "cpu",
         progress: Progress = lambda *_: None,
     ) -> Guess:
         """Return the tokens (N, T) of every example, of the text before words were replaced."""
+        if replacement is None:  # all releases are of one text
+            return self._read(
+                smashed, releases, mask, lengths, embeddings, generator, head, mechanism, parameters, device, progress
+            )  # fmt: skip
+        readings, spent = [], 0.0
+        for release in releases:  # words are drawn anew for each, and so is their number of tokens
+            real = release.abs().amax(-1) > 0
+            real[:, 0] = True
+            guess = self._read(
+                release, release[None], real, real.sum(1), embeddings, generator, head, mechanism, parameters, device, progress
+            )  # fmt: skip
+            assert guess.tokens is not None  # all three searches guess tokens
+            readings.append(guess.tokens)
+            spent += (guess.budget or {}).get("forwards", 0)
+        tokens = self._inverted(readings, _answers_at(hidden_grad, lengths, task_kind), tokenizer, replacement, public_texts)  # fmt: skip
+        return Guess(tokens=tokens, budget={"forwards": spent})
+
+    def _read(
+        self, smashed: Tensor, releases: Tensor, mask: Tensor, lengths: Tensor, embeddings: Tensor, generator: torch.Generator,
+        head: Head | None, mechanism: Any, parameters: Any, device: torch.device | str, progress: Progress,
+    ) -> Guess:  # fmt: skip
+        """Find the tokens that were sent."""
         if head is None:
-            sent = NearestEmbedding()(smashed, mask, embeddings, device)
-        elif head.is_causal():
-            sent = VocabularySearch(beam=self.beam)(
+            return NearestEmbedding()(smashed, mask, embeddings, device)
+        if head.is_causal():
+            return VocabularySearch(beam=self.beam)(
                 releases, lengths, head, mechanism, parameters, progress=progress
             )
-        else:
-            search = CoordinateSearch(candidates=self.tried, sweeps=self.sweeps)
-            sent = search(
-                releases, mask, head, generator, mechanism=mechanism, parameters=parameters, progress=progress
-            )  # fmt: skip
-        if replacement is None or sent.tokens is None:
-            return sent
-        texts = [
-            tokenizer.decode(row[row >= 0].tolist(), skip_special_tokens=True)
-            for row in sent.tokens
-        ]
-        found = self.before(texts, replacement, public_texts)
-        tokens = torch.full_like(sent.tokens, -1)
-        for row, text in enumerate(found):
-            ids = tokenizer(text)["input_ids"][: tokens.shape[1]]
-            tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-        return Guess(tokens=tokens, budget=sent.budget)
+        search = CoordinateSearch(candidates=self.tried, sweeps=self.sweeps)
+        return search(
+            releases, mask, head, generator, mechanism=mechanism, parameters=parameters, progress=progress
+        )  # fmt: skip
+
+    def _inverted(
+        self, readings: Sequence[Tensor], answers: Sequence[int], tokenizer: Any, replacement: Any, public_texts: Sequence[str],
+    ) -> Tensor:  # fmt: skip
+        """Return the tokens (N, T) with the words before the answer put back; special tokens around them and the answer stay."""
+        special, first = set(tokenizer.all_special_ids), readings[0]
+        texts: list[list[str]] = []
+        around = []
+        for n, answer in enumerate(answers):
+            texts.append([])
+            for reading in readings:
+                ids = reading[n][reading[n] >= 0].tolist()
+                prompt = ids[:answer] if answer else ids
+                texts[-1].append(tokenizer.decode(prompt, skip_special_tokens=True))
+                if reading is first:
+                    left = next((k for k, i in enumerate(prompt) if i not in special), len(prompt))
+                    right = next((k for k, i in enumerate(prompt[::-1]) if i not in special), 0)
+                    around.append((ids[:left], ids[len(prompt) - right :]))
+        found = self.before([each[0] for each in texts], replacement, public_texts, [each[1:] for each in texts])  # fmt: skip
+        tokens = torch.full_like(first, -1)
+        for n, (text, (begin, end)) in enumerate(zip(found, around, strict=True)):
+            ids = [*begin, *tokenizer(text, add_special_tokens=False)["input_ids"], *end]
+            tokens[n, : len(ids)] = torch.tensor(ids, dtype=torch.long)[: tokens.shape[1]]
+        return tokens
 
     def before(
-        self, texts: Sequence[str], replacement: Any, public_texts: Sequence[str]
+        self,
+        texts: Sequence[str],
+        replacement: Any,
+        public_texts: Sequence[str],
+        others: Sequence[Sequence[str]] = (),
     ) -> list[str]:
-        """Return the texts with each known word replaced by the likeliest one behind it."""
+        """Return the texts with each known word replaced by the likeliest one behind it.
+
+        `others` are more releases of each text, with words drawn anew; of those with as many words all likelihoods add up.
+        """
         index = {word: number for number, word in enumerate(replacement.words)}
         spans = [list(WORD.finditer(text)) for text in texts]
-        sent = [[index.get(m.group(), UNKNOWN) for m in row] for row in spans]
-        seen = sorted({word for row in sent for word in row} - {UNKNOWN})
-        said = said_of(replacement, seen)  # (V, S)
+        sent = [[[index.get(m.group(), UNKNOWN) for m in row]] for row in spans]
+        for rows, more in zip(sent, others or [()] * len(texts), strict=True):
+            again = [[index.get(word, UNKNOWN) for word in WORD.findall(text)] for text in more]
+            rows += [row for row in again if len(row) == len(rows[0])]
+        seen = sorted({word for rows in sent for row in rows for word in row} - {UNKNOWN})
+        said, column = said_of(replacement, seen), {word: n for n, word in enumerate(seen)}
         prior = WordPairs(index, public_texts)
-        likely = (said + prior.single.log()[:, None]).topk(min(self.candidates, len(said)), dim=0)
-        behind = {
-            word: likely.indices[likely.values[:, n].isfinite(), n] for n, word in enumerate(seen)
-        }
-        column = {word: n for n, word in enumerate(seen)}
-        texts_before = []
-        for text, row, places in zip(texts, sent, spans, strict=True):
-            # A word that nothing explains was misread: it stays as it is, as an unknown one does.
-            options = [
-                behind[word] if word != UNKNOWN and len(behind[word]) else torch.tensor([word])
-                for word in row
-            ]
-            scores = [
-                said[some, column[word]]
-                if word != UNKNOWN and len(behind[word])
-                else torch.zeros(1)
-                for word, some in zip(row, options, strict=True)
-            ]
+        made = []
+        for text, rows, places in zip(texts, sent, spans, strict=True):
+            options, scores = [], []
+            for words in zip(*rows, strict=True):
+                columns = [column[word] for word in words if word != UNKNOWN]
+                option, score = self._behind(said[:, columns].sum(1), prior, words[0])
+                options.append(option)
+                scores.append(score)
             chosen = posterior(options, scores, prior)
-            made, end = "", 0
+            pieces, end = "", 0
             for place, number in zip(places, chosen, strict=True):
                 word = place.group() if number == UNKNOWN else replacement.words[number]
-                made += text[end : place.start()] + word
+                pieces += text[end : place.start()] + word
                 end = place.end()
-            texts_before.append(made + text[end:])
-        return texts_before
+            made.append(pieces + text[end:])
+        return made
+
+    def _behind(self, said: Tensor, prior: WordPairs, word: int) -> tuple[Tensor, Tensor]:
+        """The words that could be behind a place, (K,), and what each makes likely there; `said` is of all words, (V,).
+
+        A word that the defense does not know, or that nothing explains (it was misread), stays as it is.
+        """
+        best = (said + prior.single[:-1].log()).topk(min(self.candidates, len(said)))
+        option = best.indices[best.values.isfinite()]
+        if word == UNKNOWN or not len(option):
+            return torch.tensor([word]), torch.zeros(1)
+        return option, said[option]
+
+
+def _answers_at(hidden_grad: Tensor | None, lengths: Tensor, task_kind: str) -> list[int]:
+    """Where the answer of each text begins, which no defense of words changes; 0 where it cannot be told.
+
+    The gradient shows it where no block of the tail mixes rows: a prompt's are zero, and the label of row t is token t + 1.
+    """
+    if hidden_grad is None or hidden_grad.dim() != 3 or task_kind != "causal-lm":
+        return [0] * len(lengths)
+    learns = hidden_grad.norm(dim=2) > 0  # (N, T)
+    first = learns.long().argmax(1)
+    return [int(at) + 1 if at > 0 else 0 for at in first]
 
 
 def said_of(replacement: Any, seen: Sequence[int], chunk: int = 256) -> Tensor:
@@ -142,24 +201,24 @@ class WordPairs:
     """
 
     def __init__(self, index: dict[str, int], texts: Sequence[str]) -> None:
-        single = torch.full((len(index),), 0.5)
+        single = torch.full(
+            (len(index) + 1,), 0.5
+        )  # the last one is of all words that are not known
         self.count: Counter[tuple[int, int]] = Counter()
         self.first: Counter[int] = Counter()
         for text in texts:
             words = [word for word, _ in itertools.groupby(WORD.findall(text))]
             row = [index.get(word, UNKNOWN) for word in words]
             for word in row:
-                if word != UNKNOWN:
-                    single[word] += 1
+                single[word] += 1
             self.count.update(itertools.pairwise(row))
             self.first.update(row[:-1])
         self.followers = Counter(first for first, _ in self.count)
-        self.single = single / single.sum()  # (V,)
+        self.single = single / single.sum()  # (V + 1,)
 
     def after(self, before: Tensor, words: Tensor) -> Tensor:
         """Return log P(word | word before) for some words before and some words: (K,), (L,) -> (K, L)."""
-        single = torch.where(words >= 0, self.single[words.clamp_min(0)], 1.0)
-        rows = []
+        single, rows = self.single[words], []
         for one in before.tolist():
             counts = torch.tensor([float(self.count[one, word]) for word in words.tolist()])
             total, kinds = self.first[one], self.followers[one]
@@ -177,8 +236,7 @@ def posterior(options: Sequence[Tensor], scores: Sequence[Tensor], prior: WordPa
     """
     if not options:
         return []
-    first = options[0]
-    start = torch.where(first >= 0, prior.single[first.clamp_min(0)], 1.0).log()
+    start = prior.single[options[0]].log()
     steps = [prior.after(a, b) for a, b in itertools.pairwise(options)]
     forward = [start + scores[0]]
     for step, own in zip(steps, scores[1:], strict=True):

@@ -50,9 +50,8 @@ class Marvell(Defense):
                 "Marvell learns from a batch of both classes how they differ, and there was none yet. Make the batch larger, "
                 "or begin with one that has both."
             )
-        noise = self._shape.scaled(noise_like(exact, exchange), positive.long()).view(
-            gradient.shape
-        )
+        noise = self._shape.scaled(noise_like(exact, exchange), positive.long()).view(rows.shape)
+        noise = noise.transpose(0, 1) if exchange.axes == "TBD" else noise
         return gradient + noise.to(gradient.dtype)
 
     def private_state(self) -> dict[str, Tensor]:

@@ -17,14 +17,18 @@ TEXTS = ["a b a c", "a b x b"]
 
 
 def test_words_and_pairs_are_counted_as_by_hand():
-    """After a: b twice and c once, of 3 with 2 followers; x is no word, and what follows it is counted."""
+    """After a: b twice and c once, of 3 with 2 followers; x is no word, and counts as one that is not known."""
     prior = WordPairs(INDEX, TEXTS)
-    single = torch.tensor([3.5, 3.5, 1.5]) / 8.5
+    single = torch.tensor([3.5, 3.5, 1.5, 1.5]) / 10
     assert torch.allclose(prior.single, single)
-    found = prior.after(torch.tensor([0, 2, -1]), torch.tensor([1, 2])).exp()
-    own = single[[1, 2]]
-    expected = [(torch.tensor([2.0, 1.0]) + 2 * own) / 5, own, (torch.tensor([1.0, 0]) + own) / 2]
+    found = prior.after(torch.tensor([0, 2, -1]), torch.tensor([0, 1, 2, -1])).exp()
+    expected = [
+        (torch.tensor([0.0, 2.0, 1.0, 0.0]) + 2 * single) / 5,
+        single,
+        (torch.tensor([0.0, 1.0, 0.0, 0.0]) + single) / 2,
+    ]
     assert torch.allclose(found, torch.stack(expected))
+    assert torch.allclose(found.sum(1), torch.ones(3))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -112,3 +116,53 @@ def test_tokens_are_read_and_words_put_back_and_strangers_stay():
         smashed, smashed[None], mask, mask.sum(1), table, tiny_tokenizer(40), [], torch.Generator()
     )
     assert torch.equal(blind.tokens, sent.masked_fill(~mask, -1))
+
+
+def test_releases_that_are_drawn_anew_add_up():
+    """Of 1,600 words half are any of twelve in each release; four of them leave little to guess, without any prior."""
+    chooser, words = random.Random(0), Scrambled().words
+    true = [[chooser.choice(words) for _ in range(8)] for _ in range(200)]
+
+    def release():
+        rows = [
+            [chooser.choice(words) if chooser.random() < 0.5 else w for w in row] for row in true
+        ]
+        return [" ".join(row) for row in rows]
+
+    texts = [release() for _ in range(4)]
+    right = []
+    for count in (1, 2, 4):
+        others = list(zip(*texts[1:count], strict=True)) if count > 1 else ()
+        found = ReplacementInversion().before(texts[0], Scrambled(), [], others)
+        pairs = [
+            (w, v)
+            for row, made in zip(true, found, strict=True)
+            for w, v in zip(row, made.split(), strict=True)
+        ]
+        right.append(sum(w == v for w, v in pairs) / len(pairs))
+    assert right[0] < right[1] + 0.03 < right[2]
+    assert right[2] >= 0.72
+
+
+def test_releases_are_read_one_by_one_at_their_own_lengths():
+    table = torch.eye(40)
+    first, second = torch.tensor([[5, 9, 30, 4]]), torch.tensor([[5, 9, 30, 0]])
+    releases = torch.stack([table[first], table[second] * (second > 0)[..., None]])
+    mask = torch.ones(1, 4).bool()
+    guess = ReplacementInversion()(
+        releases[0], releases, mask, mask.sum(1), table, tiny_tokenizer(40),
+        numbers_as_texts([torch.tensor([3, 4, 5])]), torch.Generator(), replacement=Next(),
+    )  # fmt: skip
+    assert guess.tokens.tolist() == [[4, 8, 30, 3]]
+
+
+def test_an_answer_that_the_gradient_shows_stays_as_it_was_read():
+    """The last two tokens are learnt: the gradient begins one row before the first of them."""
+    table, sent = torch.eye(40), torch.tensor([[5, 9, 4, 7]])
+    mask = torch.ones(1, 4).bool()
+    gradient = torch.tensor([0.0, 1.0, 1.0, 0.0])[None, :, None].expand(1, 4, 40)
+    guess = ReplacementInversion()(
+        table[sent], table[sent][None], mask, mask.sum(1), table, tiny_tokenizer(40), [], torch.Generator(),
+        replacement=Next(), hidden_grad=gradient, task_kind="causal-lm",
+    )  # fmt: skip
+    assert guess.tokens.tolist() == [[4, 8, 4, 7]]

@@ -90,6 +90,19 @@ def test_marvell_gives_a_batch_of_one_class_the_noise_of_the_last_of_two(exchang
     assert float(left) == pytest.approx(float(across), rel=0.12)
 
 
+def test_marvell_gives_each_example_its_own_noise_where_positions_come_first(exchange):
+    """One class has no difference along any coordinate but its own: rows of the other are as they were sent."""
+    gradient = torch.zeros(4, 4, 2)  # (T, B, D)
+    gradient[0, 1::2, 0] = 1.0
+    labels = torch.tensor([0, 1, 0, 1])
+    first = exchange(axes="TBD", batch={"labels": labels})
+    second = exchange(axes="BTD", batch={"labels": labels})
+    defense = Marvell()
+    there = defense.on_gradient(gradient, first).transpose(0, 1)
+    here = Marvell().on_gradient(gradient.transpose(0, 1).contiguous(), second)
+    assert torch.allclose(there, here)
+
+
 def test_marvell_makes_the_mean_difference_hard_to_see(exchange):
     """The direction that tells the classes apart perfectly before is near chance after much noise."""
     labels = torch.tensor([0, 1] * 200)

@@ -9,6 +9,7 @@ import torch
 from attrs import define
 from torch import Tensor
 
+from vflair_core.attack import Launch, wants
 from vflair_core.defense import Defense, Mechanism, Replacement
 from vflair_core.errors import AttackError
 from vflair_core.plugins import load_target
@@ -16,6 +17,7 @@ from vflair_core.plugins import load_target
 Side = Literal[
     "mechanism", "gradient_mechanism", "replacement"
 ]  # of hidden states; of the gradient; of words
+ONE_REPLACES = "defenses of this run replace words; an attacker is told of one. Attack them one by one, or grant no `replacement`."
 Spec = Mapping[str, Any]  # a defense as `evidence.py` writes it down: target and options
 
 
@@ -51,11 +53,22 @@ def told_replacement(
     each = [d.replacement(tokenizer, embeddings, public_texts) for d in _rebuilt(specs)]
     there = [replacement for replacement in each if replacement is not None]
     if len(there) > 1:
-        raise AttackError(
-            f"{len(there)} defenses of this run replace words; an attacker is told of one. Attack them one by one, or grant no "
-            "`replacement`."
-        )
+        raise AttackError(f"{len(there)} {ONE_REPLACES}")
     return there[0] if there else None
+
+
+def check_one_replaces(defenses: Sequence[Defense], launches: Sequence[Launch]) -> None:
+    """See that an attacker who is to be told how words are replaced can be told.
+
+    Raises:
+        AttackError: Several defenses replace words, one after the other.
+    """
+    several = [d for d in defenses if type(d).replacement is not Defense.replacement]
+    asking = [
+        launch.name for launch in launches if "replacement" in sum(wants(launch.attack), ()) and "replacement" in launch.granted
+    ]  # fmt: skip
+    if len(several) > 1 and asking:
+        raise AttackError(f"{len(several)} {ONE_REPLACES}")
 
 
 def _rebuilt(specs: Sequence[Spec]) -> list[Defense]:

@@ -15,6 +15,7 @@ from vflair_core.devices import attack_device
 from vflair_core.errors import ExperimentError
 from vflair_core.experiment import AttackSpec, Experiment, Victims
 from vflair_core.knowledge import BEFORE
+from vflair_core.mechanisms import check_one_replaces
 from vflair_core.plugins import build, find
 from vflair_core.pretraining import prepare_model, prior_guess
 from vflair_core.scoring import SCORED
@@ -53,7 +54,7 @@ def set_up(
         _check_offered(adversary, e.victims, active=True)
     companions_of(e, task)
     _check_disclosed(e)
-    make_defenses(e, plugins)  # what does not exist is told before the public phase
+    check_one_replaces(make_defenses(e, plugins), launches)  # told before the public phase
     with clock("pretraining"):
         model, tokenizer, processor = prepare_model(e, task, report)
     _check_stacks(e, model)

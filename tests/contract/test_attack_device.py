@@ -10,6 +10,7 @@ import torch
 
 import vflair_defenses
 from foreign_device import DEVICES, device_called, same_attention
+from small import LLAMA
 from vflair_attacks import vflair_attacks as offered
 from vflair_core import devices, hookimpl, plugin_manager, run
 from vflair_core.arm_attacks import attack_again
@@ -21,15 +22,6 @@ from vflair_core.experiment import AttackSpec
 from vflair_core.guesses import Course, Found, read_guess, write_guess
 
 HERE = Path(__file__).parent
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 INFORMED = AttackSpec("vocabulary-search", {"beam": 2, "chunk": 300}, "K4")
 HIJACKING = {
     "name": "feature-space-hijacking",

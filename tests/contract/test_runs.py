@@ -8,20 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from small import LLAMA
 from vflair_core import Transcript, hookimpl, plugin_manager, run
 from vflair_core.config import experiment_from
 from vflair_core.errors import AttackError, ExperimentError, PluginError, VflairError
 
 MINE = Path(__file__).with_name("mine.py")
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 BERT = {
     "model_type": "bert",
     "hidden_size": 16,

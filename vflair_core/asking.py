@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vflair_core.defense import Batch
@@ -30,17 +29,6 @@ def reader_of(party: DataParty, max_length: int) -> Reader:
 def encode_examples(party: DataParty, examples: Sequence[Example], max_length: int) -> Batch:
     """Turn examples into a batch, through the defenses that act on text and tokens."""
     return reader_of(party, max_length).batch(examples).batch
-
-
-@contextmanager
-def answering(party: DataParty) -> Iterator[None]:
-    """While this lasts, `party` generates: its prompts have been through the defenses that act on text."""
-    with party._lock:
-        party._asking = True
-        try:
-            yield
-        finally:
-            party._asking = False
 
 
 def ask(party: DataParty, texts: Sequence[str], options: Mapping[str, Any]) -> list[str]:

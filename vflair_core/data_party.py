@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -331,8 +332,18 @@ class DataParty:
         Raises:
             DefenseError: There is no tokenizer.
         """
-        with asking.answering(self):
+        with self.answering():
             return asking.ask(self, texts, options)
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """While this lasts, the model may be given tokens: they have been through the defenses that act on text."""
+        with self._lock:
+            self._asking = True
+            try:
+                yield
+            finally:
+                self._asking = False
 
     def _refuse_raw_text(self, inputs: dict[str, Any]) -> None:
         """A batch that did not come through `encode` would go round the defenses that act on text."""

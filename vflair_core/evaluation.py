@@ -11,7 +11,7 @@ from attrs import define, field, frozen
 from torch import Tensor
 
 from vflair_core.answers import best_answers
-from vflair_core.asking import answering, reader_of
+from vflair_core.asking import reader_of
 from vflair_core.data_party import DataParty
 from vflair_core.encoding import IGNORED
 from vflair_core.metrics import chance_of, standard_score
@@ -71,7 +71,7 @@ def evaluate(model: Any, task: Task, reader: Reader, *, batch_size: int) -> Eval
 
 def evaluate_party(party: DataParty, task: Task, *, batch_size: int, max_length: int) -> Evaluation:
     """Evaluate across the cut, with the defenses on."""
-    with answering(party):
+    with party.answering():
         reader = reader_of(party, max_length)
         return evaluate(party.model, task, reader, batch_size=batch_size)
 

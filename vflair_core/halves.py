@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from vflair_core.partition import Partition, split
 class Head:
     """The head: tokens or embeddings in, undefended smashed data (B, T, D) out, with gradients."""
 
-    party: DataParty
+    _party: DataParty
 
     def __call__(
         self,
@@ -40,7 +41,7 @@ class Head:
             "attention_mask": attention_mask,
         }
         inputs = {key: value for key, value in given.items() if value is not None}
-        return self.party.smashed(**inputs, **{"use_cache": False, **options})
+        return self._party.smashed(**inputs, **{"use_cache": False, **options})
 
     def returned(self, body: nn.Module, *, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
         """Run the head and the model party's modules: what would come back, (B, T, D) or logits, with gradients.
@@ -48,18 +49,31 @@ class Head:
         Raises:
             AttackError: The model has two stacks.
         """
-        if len(self.party.stages) > 1:
+        if len(self._party.stages) > 1:
             raise AttackError(
-                f"{type(self.party.model).__name__} asks the model party {len(self.party.stages)} times in a forward; "
+                f"{type(self._party.model).__name__} asks the model party {len(self._party.stages)} times in a forward; "
                 "it cannot be run as one chain."
             )
         inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
-        return self.party.rehearsals.returned({**inputs, "use_cache": False}, body)
+        return self._party.rehearsals.returned({**inputs, "use_cache": False}, body)
+
+    @property
+    def partition(self) -> Partition:
+        """The cut."""
+        return self._party.partition
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The data party's weights, the local tail's too, by the names they have in the whole model."""
+        return self._party.named_parameters()
+
+    def get_submodule(self, name: str) -> nn.Module:
+        """Return a module by the name it has in the whole model."""
+        return self._party.model.get_submodule(name)
 
     @property
     def embeddings(self) -> Tensor:
         """The token embedding table (V, D)."""
-        return self.party.model.get_input_embeddings().weight  # type: ignore[return-value]
+        return self._party.model.get_input_embeddings().weight  # type: ignore[return-value]
 
     @property
     def device(self) -> torch.device:
@@ -68,12 +82,12 @@ class Head:
 
     def vectors(self) -> Tensor:
         """What goes into `inputs_embeds` for every token: the table (V, D), scaled where the family scales it."""
-        table = self.party.model.get_input_embeddings()
+        table = self._party.model.get_input_embeddings()
         return table(torch.arange(len(self.embeddings), device=self.device)).detach()  # type: ignore[no-any-return]
 
     def cache(self) -> Cache:
         """Return an empty cache for the head's own layers."""
-        return DynamicCache(config=self.party.model.config)
+        return DynamicCache(config=self._party.model.config)
 
     def try_tokens(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Return the smashed row of each candidate as the next token, all in one pass: (B, C) → (B, C, D).
@@ -108,12 +122,12 @@ class Head:
             else torch.arange(tokens.shape[1], device=self.device)
         )
         positions = (past + step).expand(tokens.shape)
-        return self.party.smashed(
+        return self._party.smashed(
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
             use_cache=True,
-            **{cache_argument(self.party.model): cache},
+            **{cache_argument(self._party.model): cache},
         )
 
     def is_causal(self) -> bool:
@@ -129,12 +143,20 @@ class Head:
 class Tail:
     """The local tail of an HBT partition: returned states (B, T, D) in, logits out, with gradients."""
 
-    party: DataParty
+    _party: DataParty
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The data party's modules by the names they have in the whole model, in its order."""
+        return self._party.model.named_modules()
+
+    def is_of(self, head: Head) -> bool:
+        """Whether head and tail are halves of the same weights, and not of two times of one model."""
+        return self._party is head._party
 
     @property
     def device(self) -> torch.device:
         """Where the tail's weights are; what it is given must be there."""
-        return self.party.model.device
+        return self._party.model.device
 
     def __call__(self, returned: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
         if attention_mask is None:
@@ -142,9 +164,9 @@ class Tail:
                 returned.shape[:2], dtype=torch.long, device=returned.device
             )
         # Decoder classifiers look for the last token that is no padding.
-        pad = self.party.model.config.get_text_config().pad_token_id or 0
+        pad = self._party.model.config.get_text_config().pad_token_id or 0
         ids = torch.where(attention_mask.bool(), int(pad == 0), pad)
-        outputs = self.party.complete(
+        outputs = self._party.complete(
             returned, input_ids=ids, attention_mask=attention_mask, use_cache=False
         )
         return outputs["logits"]  # type: ignore[no-any-return]

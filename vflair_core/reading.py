@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vflair_core.errors import TaskError
 from vflair_core.spans import private_tokens
-from vflair_core.task import Example, Kind, Render, Span, Task
+from vflair_core.task import Example, Render, Span, Task, TaskKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ class Reading:
         tally: Counts what is read.
     """
 
-    kind: Kind = "causal-lm"
+    kind: TaskKind = "causal-lm"
     render: Render | None = None
     stride: int = 0
     two_stacks: bool = False

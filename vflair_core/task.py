@@ -16,7 +16,7 @@ from attrs import field, frozen
 
 from vflair_core.errors import TaskError, did_you_mean
 
-Kind = Literal[
+TaskKind = Literal[
     "causal-lm", "classification", "regression", "question-answering", "seq2seq", "image-text"
 ]
 Span = tuple[int, int]
@@ -24,9 +24,9 @@ EAGER = 4096  # rows of a list that are checked when the task is made; others wh
 
 
 def _check_kind(_instance: object, _attribute: object, kind: str) -> None:
-    if kind not in get_args(Kind):
-        possible = ", ".join(get_args(Kind))
-        hint = did_you_mean(kind, get_args(Kind))
+    if kind not in get_args(TaskKind):
+        possible = ", ".join(get_args(TaskKind))
+        hint = did_you_mean(kind, get_args(TaskKind))
         raise TaskError(f"A task cannot be of kind {kind!r}. Possible: {possible}.{hint}")
 
 
@@ -114,7 +114,7 @@ class TaskCard:
         sizes: Rows of each split, ``{"train": …, "test": …}``, as far as they are known.
     """
 
-    kind: Kind = field(validator=_check_kind)
+    kind: TaskKind = field(validator=_check_kind)
     metric: str = ""
     source: str = ""
     licence: str = ""
@@ -151,7 +151,7 @@ class Task:
     """
 
     name: str
-    kind: Kind = field(validator=_check_kind)
+    kind: TaskKind = field(validator=_check_kind)
     train: Sequence[Example]
     test: Sequence[Example]
     public: Sequence[str] = ()

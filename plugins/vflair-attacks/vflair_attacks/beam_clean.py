@@ -16,8 +16,7 @@ from vflair_attacks.learning import tokens_of
 from vflair_attacks.matching import Measure
 from vflair_attacks.priors import BigramPrior, ModelPrior, Prior
 from vflair_attacks.vocabulary_search import VocabularySearch, search
-from vflair_core import AttackError, Guess
-from vflair_core.halves import Head
+from vflair_core import AttackError, Guess, Head
 
 
 @frozen

@@ -23,8 +23,7 @@ from vflair_attacks.descent import (
 from vflair_attacks.inverter import fresh, log_probabilities
 from vflair_attacks.learning import Inverter, Kind, Schedule, tokens_of
 from vflair_attacks.noise_experts import Experts, through_noise, train_experts
-from vflair_core import Guess
-from vflair_core.halves import Head, Tail
+from vflair_core import Guess, Head, Tail
 
 
 @frozen

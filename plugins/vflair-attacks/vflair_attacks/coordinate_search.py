@@ -12,8 +12,7 @@ from torch import Tensor
 from vflair_attacks.descent import Budget, Progress, batches
 from vflair_attacks.inverter import LearnedInverter
 from vflair_attacks.matching import MATCHINGS, Matching, Measure, measure_of
-from vflair_core import AttackError, Guess
-from vflair_core.halves import Head
+from vflair_core import AttackError, Guess, Head
 
 
 @frozen

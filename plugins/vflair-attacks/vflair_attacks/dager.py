@@ -71,18 +71,15 @@ class Dager:
         return Guess(tokens=tokens, budget={"forwards": forwards})
 
     def _spans(self, update: Mapping[str, Tensor], head: Any) -> tuple[Span, Span | None]:
-        model = head.party.model
-        first = span_of(update, model, 0, self.rank_tolerance)
+        first = span_of(update, head, 0, self.rank_tolerance)
         if first is None:
             raise AttackError(
                 "dager needs the gradient of the first block's attention (its values, or queries, keys and values "
                 f"fused). The updates hold {', '.join(update) or 'nothing'}."
             )
         second = None
-        if (
-            head.party.partition.head > 1
-        ):  # else its second block is the model party's, or in the tail
-            second = span_of(update, model, 1, self.rank_tolerance)
+        if head.partition.head > 1:  # else its second block is the model party's, or in the tail
+            second = span_of(update, head, 1, self.rank_tolerance)
         return first, second
 
 

@@ -42,9 +42,7 @@ class Span:
         return torch.where(size > 0, outside / size.clamp_min(1e-30), 1.0)
 
 
-def span_of(
-    update: Mapping[str, Tensor], model: torch.nn.Module, block: int, tolerance: float
-) -> Span | None:
+def span_of(update: Mapping[str, Tensor], head: Any, block: int, tolerance: float) -> Span | None:
     """Return what block number `block` says of its inputs, or None if its attention is not among the updates.
 
     Where values have a layer of their own, queries and keys see the same inputs and add what they know: values of few
@@ -65,10 +63,10 @@ def span_of(
         )
     parent = module.rpartition(".")[0]
     layers = [module, *(f"{parent}.{other}" for other in BESIDE if f"{parent}.{other}" in there)]
-    rows = torch.cat([_rows(update[there[layer]], there[layer], model) for layer in layers])
+    rows = torch.cat([_rows(update[there[layer]], there[layer], head) for layer in layers])
     _, sizes, right = torch.linalg.svd(rows, full_matrices=False)
     basis = right[: int((sizes > tolerance * sizes[0]).sum())]
-    return Span(module, basis.to(next(model.parameters()).device))
+    return Span(module, basis.to(head.device))
 
 
 def _block_of(name: str) -> int | None:
@@ -83,9 +81,9 @@ def _layer_of(name: str) -> str:
     return found.group(1) if found and ".lora_B." not in name else ""
 
 
-def _rows(gradient: Tensor, name: str, model: torch.nn.Module) -> Tensor:
+def _rows(gradient: Tensor, name: str, head: Any) -> Tensor:
     """The gradient with a row for each output, (…, D), the largest of them of length one."""
-    whole = ".lora_A." not in name and isinstance(model.get_submodule(_layer_of(name)), Conv1D)
+    whole = ".lora_A." not in name and isinstance(head.get_submodule(_layer_of(name)), Conv1D)
     rows = (gradient.T if whole else gradient).double()  # Conv1D holds (in, out)
     return rows / rows.norm(dim=1).max().clamp_min(1e-300)
 
@@ -93,7 +91,7 @@ def _rows(gradient: Tensor, name: str, model: torch.nn.Module) -> Tensor:
 def inputs_of(head: Any, module: str, ids: Tensor, **options: Any) -> Tensor:
     """Return what goes into a layer of the head for tokens (B, T): (B, T, D)."""
     caught: list[Tensor] = []
-    layer = head.party.model.get_submodule(module)
+    layer = head.get_submodule(module)
     handle = layer.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
     try:
         with torch.no_grad():

@@ -12,8 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vflair_attacks.descent import Budget, Progress, batches, put
 from vflair_attacks.learning import Draw, Inverter, Kind, Schedule, learn, padded, tokens_of
-from vflair_core import AttackError, Guess
-from vflair_core.halves import Head
+from vflair_core import AttackError, Guess, Head
 
 Pairs = Sequence[tuple[str, Tensor]]
 

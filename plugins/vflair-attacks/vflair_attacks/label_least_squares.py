@@ -34,7 +34,7 @@ class LabelLeastSquares:
         tail: Any,
     ) -> Guess:
         """Return tokens (N, T) of a causal language model, or labels (N,)."""
-        name, layer = _output_layer(tail.party.model)
+        name, layer = _output_layer(tail)
         tokens = torch.full(returned.shape[:2], -1)
         labels = torch.zeros(len(returned), dtype=torch.long)
         size = len(lengths) // len(updates)
@@ -82,12 +82,12 @@ def _around(
     return states.flatten(0, -2)[rows], scores.flatten(0, -2)[rows]
 
 
-def _output_layer(model: torch.nn.Module) -> tuple[str, torch.nn.Module]:
+def _output_layer(tail: Any) -> tuple[str, torch.nn.Module]:
     """The last linear layer outside the blocks: the language-model head or the classifier."""
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    layers = [(n, m) for n, m in tail.named_modules() if isinstance(m, torch.nn.Linear)]
     for name, module in reversed(layers):
         if name.rpartition(".")[2] in ("lm_head", "score", "classifier", "decoder", "out_proj"):
             return name, module
     raise AttackError(
-        f"{type(model).__name__} has no output layer of a known name (lm_head, score, classifier, …)."
+        "The tail has no output layer of a known name (lm_head, score, classifier, …)."
     )

@@ -55,8 +55,8 @@ class MembershipResidual:
         return Guess(members=scores)
 
     def _span(self, update: Mapping[str, Tensor], head: Any) -> Span:
-        for block in range(head.party.partition.head - 1, -1, -1):
-            span = span_of(update, head.party.model, block, self.rank_tolerance)
+        for block in range(head.partition.head - 1, -1, -1):
+            span = span_of(update, head, block, self.rank_tolerance)
             if span is not None:
                 return span
         raise AttackError(

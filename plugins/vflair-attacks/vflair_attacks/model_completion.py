@@ -13,8 +13,7 @@ from vflair_attacks.descent import Progress
 from vflair_attacks.matching import MATCHINGS, Matching, measure_of
 from vflair_attacks.priors import ReturnedPrior
 from vflair_attacks.vocabulary_search import VocabularySearch, search
-from vflair_core import AttackError, Guess
-from vflair_core.halves import Head, Tail
+from vflair_core import AttackError, Guess, Head, Tail
 
 
 @frozen

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vflair_attacks.descent import Budget, rms
 from vflair_attacks.learning import Draw, Inverter, Schedule, learn, padded
-from vflair_core.halves import Head
+from vflair_core import Head
 
 HEADS = 4  # of the gate's attention, as in the paper
 

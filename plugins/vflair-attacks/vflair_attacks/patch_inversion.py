@@ -20,8 +20,7 @@ from vflair_attacks.descent import (
     rms,
     targets,
 )
-from vflair_core import AttackError, Guess
-from vflair_core.halves import Head
+from vflair_core import AttackError, Guess, Head
 
 
 @frozen

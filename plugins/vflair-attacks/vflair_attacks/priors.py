@@ -11,7 +11,7 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from vflair_core.cache import cache_argument
+from vflair_core import cache_argument
 
 
 class Prior(Protocol):

@@ -14,9 +14,7 @@ from torch import Tensor
 from vflair_attacks.coordinate_search import CoordinateSearch
 from vflair_attacks.nearest_embedding import NearestEmbedding
 from vflair_attacks.vocabulary_search import VocabularySearch
-from vflair_core import Guess
-from vflair_core.halves import Head
-from vflair_core.spans import WORD
+from vflair_core import WORD, Guess, Head
 
 Progress = Callable[..., None]
 UNKNOWN = -1  # a word that the defense does not know: it is as it was

@@ -20,8 +20,7 @@ from torch.nn.functional import cosine_similarity
 from vflair_attacks.descent import Progress
 from vflair_attacks.gradient_matching import propose
 from vflair_attacks.update_search import Gradients, Match, Model, search
-from vflair_core import Guess
-from vflair_core.halves import Head, Tail
+from vflair_core import Guess, Head, Tail
 
 
 @frozen

@@ -13,8 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from vflair_attacks.descent import Progress
-from vflair_core import AttackError, Guess
-from vflair_core.halves import Head, Tail
+from vflair_core import AttackError, Guess, Head, Tail
 
 Gradients = Sequence[Tensor]
 Distance = Callable[[Gradients, Gradients], Tensor]
@@ -41,12 +40,12 @@ class Model:
                 f"{self.attack} seeks the tokens of a causal language model, and this is {self.task_kind}. For "
                 "labels from updates use label-least-squares."
             )
-        if self.tail is None and self.head.party.partition.tail:
+        if self.tail is None and self.head.partition.tail:
             raise AttackError(
                 f"{self.attack} runs the whole model, and no tail is granted: its loss is computed there. Grant K2 or "
                 "K3, or a tail by name."
             )
-        if self.tail is not None and self.tail.party is not self.head.party:
+        if self.tail is not None and not self.tail.is_of(self.head):
             raise AttackError(
                 f"{self.attack} needs head and tail of one time. Grant both as they are (K3), or both as they were "
                 "before private fine-tuning (K2)."
@@ -63,7 +62,7 @@ class Model:
         Raises:
             AttackError: There are none.
         """
-        table, named = self.head.embeddings, self.head.party.model.named_parameters()
+        table, named = self.head.embeddings, self.head.named_parameters()
         there = {n: w for n, w in named if n in update and w is not table}
         used = {n: w for n, w in there.items() if bool(update[n].any())}
         if not used:
@@ -179,7 +178,7 @@ def _begin(
 def _bag(model: Model, update: Mapping[str, Tensor]) -> Tensor:
     """The tokens whose row of the token table has a gradient: (V,) bool."""
     table = model.head.embeddings
-    named = model.head.party.model.named_parameters()
+    named = model.head.named_parameters()
     name = next((n for n, weight in named if weight is table), "")
     if name not in update:
         raise AttackError(

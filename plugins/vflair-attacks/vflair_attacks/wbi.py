@@ -16,8 +16,7 @@ from vflair_attacks.descent import (
     put,
     targets,
 )
-from vflair_core import Guess
-from vflair_core.halves import Head
+from vflair_core import Guess, Head
 
 
 @frozen

@@ -12,8 +12,7 @@ from attrs import define, field, validators
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from vflair_core import Defense, DefenseError
-from vflair_core.defense import Exchange, Mechanism
+from vflair_core import Defense, DefenseError, Exchange, Mechanism
 from vflair_defenses.learning import (
     frozen_call,
     parameters_of,
@@ -32,7 +31,7 @@ from vflair_defenses.rows import (
 )
 
 if TYPE_CHECKING:
-    from vflair_core.data_party import DataParty
+    from vflair_core import DataParty
 
 KINDS = ("causal-lm", "classification", "regression", "question-answering")
 PHASES = ("train", "eval", "prefill", "decode")

@@ -14,8 +14,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from vflair_core import Defense, DefenseError
-from vflair_core.defense import Exchange
+from vflair_core import Defense, DefenseError, Exchange
 
 QUANTILES = 200
 

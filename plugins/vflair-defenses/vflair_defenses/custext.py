@@ -12,8 +12,7 @@ import torch
 from attrs import define, field, frozen, validators
 from torch import Tensor
 
-from vflair_core import Defense, Guarantee
-from vflair_core.defense import Replacement
+from vflair_core import Defense, Guarantee, Replacement
 from vflair_defenses.neighbours import (
     Vocabulary,
     draw,
@@ -26,7 +25,7 @@ from vflair_defenses.neighbours import (
 from vflair_defenses.santext import SUPPORTED, ready
 
 if TYPE_CHECKING:
-    from vflair_core.data_party import DataParty
+    from vflair_core import DataParty
 
 STOP_WORDS = frozenset(
     "a an the this that these those and or but if while of at by for with about into through during before after "

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from vflair_core import Guarantee
-from vflair_core.defense import Exchange
+from vflair_core import Exchange, Guarantee
 
 
 def distance_noise(rows: Tensor, eta: float, exchange: Exchange) -> Tensor:  # (..., D)

@@ -9,12 +9,11 @@ import torch
 from attrs import define, field, validators
 from torch import Tensor
 
-from vflair_core import Defense, DefenseError
-from vflair_core.defense import Batch, Exchange
+from vflair_core import Batch, Defense, DefenseError, Exchange
 from vflair_defenses.rows import classes_of, public_ids
 
 if TYPE_CHECKING:
-    from vflair_core.data_party import DataParty
+    from vflair_core import DataParty
 
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
 

@@ -9,13 +9,12 @@ import torch
 from attrs import define, field, validators
 from torch import Tensor, nn
 
-from vflair_core import Defense, DefenseError
-from vflair_core.defense import Exchange, Mechanism
+from vflair_core import Defense, DefenseError, Exchange, Mechanism
 from vflair_defenses.mid import Mid
 from vflair_defenses.rows import public_returned
 
 if TYPE_CHECKING:
-    from vflair_core.data_party import DataParty
+    from vflair_core import DataParty
 
 OF_CACHES = ("past_key_values", "use_cache")
 

@@ -10,12 +10,11 @@ from attrs import define, field, validators
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from vflair_core import Defense, DefenseError
-from vflair_core.defense import Exchange, Mechanism
+from vflair_core import Defense, DefenseError, Exchange, Mechanism
 from vflair_defenses.rows import public_ids
 
 if TYPE_CHECKING:
-    from vflair_core.data_party import DataParty
+    from vflair_core import DataParty
 
 
 @define(slots=False)

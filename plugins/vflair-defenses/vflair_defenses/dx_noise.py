@@ -10,13 +10,12 @@ import torch
 from attrs import define, field, validators
 from torch import Tensor
 
-from vflair_core import Defense, DefenseError, Guarantee
-from vflair_core.defense import Exchange, Mechanism
+from vflair_core import Defense, DefenseError, Exchange, Guarantee, Mechanism
 from vflair_defenses.d_chi import distance_noise, metric_guarantee, spread_of
 from vflair_defenses.rows import drawing
 
 if TYPE_CHECKING:
-    from vflair_core.data_party import DataParty
+    from vflair_core import DataParty
 
 
 @define(slots=False)

@@ -11,12 +11,11 @@ import torch
 from attrs import define, field, validators
 from torch import Tensor
 
-from vflair_core import Defense, DefenseError, Guarantee
-from vflair_core.defense import Exchange, Mechanism
+from vflair_core import Defense, DefenseError, Exchange, Guarantee, Mechanism
 from vflair_defenses.rows import classes_of
 
 if TYPE_CHECKING:
-    from vflair_core.data_party import DataParty
+    from vflair_core import DataParty
 
 
 @define(slots=False)

@@ -10,8 +10,7 @@ import torch
 from attrs import define, field, frozen, validators
 from torch import Tensor
 
-from vflair_core import Defense, DefenseError
-from vflair_core.defense import Exchange
+from vflair_core import Defense, DefenseError, Exchange
 from vflair_defenses.rows import examples_first, noise_like
 
 

@@ -12,8 +12,7 @@ from attrs import define, field, validators
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from vflair_core import Defense, DefenseError
-from vflair_core.defense import Exchange, Mechanism
+from vflair_core import Defense, DefenseError, Exchange, Mechanism
 from vflair_defenses.learning import parameters_of, read_state, seeded, state_of
 from vflair_defenses.rows import (
     drawing,
@@ -25,7 +24,7 @@ from vflair_defenses.rows import (
 )
 
 if TYPE_CHECKING:
-    from vflair_core.data_party import DataParty
+    from vflair_core import DataParty
 
 
 class Bottleneck(nn.Module):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,14 +19,11 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from vflair_core import DefenseError
-from vflair_core.spans import Replaced
-from vflair_core.task import Span
+from vflair_core import WORD, DefenseError, Replaced, Span
 
 if TYPE_CHECKING:
-    from vflair_core.data_party import DataParty
+    from vflair_core import DataParty
 
-WORD = re.compile(r"\w+|[^\w\s]")
 FIRST_WORDS = 256  # of sets that are looked for at once: 50 MB of scores for 50,000 words
 
 

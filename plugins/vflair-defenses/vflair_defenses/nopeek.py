@@ -6,8 +6,7 @@ import torch
 from attrs import define, field, validators
 from torch import Tensor
 
-from vflair_core import Defense, DefenseError
-from vflair_core.defense import Exchange
+from vflair_core import Defense, DefenseError, Exchange
 from vflair_defenses.rows import real_rows
 
 

@@ -8,8 +8,7 @@ import torch
 from attrs import define, field, frozen, validators
 from torch import Tensor
 
-from vflair_core import Defense
-from vflair_core.defense import Exchange, Mechanism
+from vflair_core import Defense, Exchange, Mechanism
 from vflair_defenses.rows import examples_first, noise_like
 
 

@@ -10,12 +10,11 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
-from vflair_core import Defense, DefenseError
-from vflair_core.defense import Exchange, Mechanism
+from vflair_core import Defense, DefenseError, Exchange, Mechanism
 from vflair_defenses.rows import width_of
 
 if TYPE_CHECKING:
-    from vflair_core.data_party import DataParty
+    from vflair_core import DataParty
 
 
 @define(slots=False)

@@ -6,8 +6,7 @@ import attrs
 from attrs import define, field, validators
 from torch import Tensor
 
-from vflair_core import Defense
-from vflair_core.defense import Exchange, Mechanism
+from vflair_core import Defense, Exchange, Mechanism
 
 
 @define(slots=False)

@@ -11,8 +11,7 @@ import torch
 from attrs import define, field, frozen, validators
 from torch import Tensor
 
-from vflair_core import Defense, DefenseError
-from vflair_core.defense import Replacement
+from vflair_core import Defense, DefenseError, Replacement
 from vflair_defenses.neighbours import (
     Vocabulary,
     draw,
@@ -24,7 +23,7 @@ from vflair_defenses.neighbours import (
 from vflair_defenses.santext import SUPPORTED, ready
 
 if TYPE_CHECKING:
-    from vflair_core.data_party import DataParty
+    from vflair_core import DataParty
 
 REQUEST = (
     "A text and a draft of what follows it. The draft continues a disturbed copy of the text. Keep what fits, "

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vflair_core import DefenseError, Transcript
-from vflair_core.asking import answering
-from vflair_core.defense import Exchange
+from vflair_core import DefenseError, Exchange, Transcript
 
 if TYPE_CHECKING:
-    from vflair_core.data_party import DataParty
+    from vflair_core import DataParty
 
 
 def public_ids(
@@ -62,7 +60,7 @@ def public_returned(
     party.model.eval()
     try:
         for ids in public_ids(who, texts, party):
-            with torch.no_grad(), answering(party), party.channel.tap(Transcript()) as crossed:
+            with torch.no_grad(), party.answering(), party.channel.tap(Transcript()) as crossed:
                 party.model(input_ids=ids, use_cache=False)
             (returned,) = [r.tensor for r in crossed.messages if r.role == "returned"]
             yield ids, returned.to(party.model.device)

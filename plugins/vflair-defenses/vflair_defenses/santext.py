@@ -11,8 +11,7 @@ import torch
 from attrs import define, field, frozen, validators
 from torch import Tensor
 
-from vflair_core import Defense, DefenseError, Guarantee
-from vflair_core.defense import Replacement
+from vflair_core import Defense, DefenseError, Guarantee, Replacement
 from vflair_defenses.d_chi import metric_guarantee, spread_of
 from vflair_defenses.neighbours import (
     Vocabulary,
@@ -24,7 +23,7 @@ from vflair_defenses.neighbours import (
 )
 
 if TYPE_CHECKING:
-    from vflair_core.data_party import DataParty
+    from vflair_core import DataParty
 
 SUPPORTED = frozenset({("*", "*", "*")})  # of an answer in a passage the place follows its words
 

@@ -12,15 +12,14 @@ import torch
 from attrs import define, field, validators
 from torch import Tensor, nn
 
-from vflair_core import Defense, DefenseError, Guarantee, Transcript
-from vflair_core.defense import Exchange, Mechanism
+from vflair_core import Defense, DefenseError, Exchange, Guarantee, Mechanism, Transcript
 from vflair_defenses.d_chi import distance_noise, metric_guarantee, spread_of
 from vflair_defenses.denoiser import TransformerDenoiser, fit
 from vflair_defenses.learning import frozen_call, perceptron, read_state, seeded, state_of
 from vflair_defenses.rows import clip_rows, drawing, is_off, public_ids, public_rows
 
 if TYPE_CHECKING:
-    from vflair_core.data_party import DataParty
+    from vflair_core import DataParty
 
 KINDS = ("causal-lm", "classification", "regression", "question-answering")
 Lesson = tuple[Tensor, Tensor, Tensor]  # what came back, what was sent before noise, the noise

@@ -12,12 +12,11 @@ import torch
 from attrs import define, field, validators
 from torch import Tensor
 
-from vflair_core import Defense, DefenseError
-from vflair_core.defense import Exchange, Mechanism
+from vflair_core import Defense, DefenseError, Exchange, Mechanism
 from vflair_defenses.rows import drawing, laplace_like, public_ids, real_rows
 
 if TYPE_CHECKING:
-    from vflair_core.data_party import DataParty
+    from vflair_core import DataParty
 
 
 @define(slots=False)

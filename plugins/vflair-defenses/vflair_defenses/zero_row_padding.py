@@ -6,8 +6,7 @@ import torch
 from attrs import define, field, validators
 from torch import Tensor
 
-from vflair_core import Defense
-from vflair_core.defense import Exchange
+from vflair_core import Defense, Exchange
 from vflair_defenses.rows import noise_like
 
 

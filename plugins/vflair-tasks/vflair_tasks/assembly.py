@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, field, frozen
 
-from vflair_core import Task
-from vflair_core.errors import TaskError
+from vflair_core import Task, TaskError
 from vflair_tasks.checking import column_of, empty_cells
 from vflair_tasks.docstrings import docstrings
 from vflair_tasks.overlap import grams

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vflair_core.errors import TaskError, did_you_mean
+from vflair_core import TaskError, did_you_mean
 
 if TYPE_CHECKING:
     from datasets import Dataset

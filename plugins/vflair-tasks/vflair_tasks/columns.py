@@ -8,11 +8,10 @@ from typing import get_args
 
 from attrs import frozen
 
-from vflair_core.errors import TaskError, did_you_mean
-from vflair_core.task import Kind
+from vflair_core import TaskError, TaskKind, did_you_mean
 from vflair_tasks.offering import Asking
 
-KINDS = get_args(Kind)
+KINDS = get_args(TaskKind)
 NEEDED: Mapping[str, tuple[str, ...]] = {
     "causal-lm": ("text",),
     "classification": ("text", "label"),

@@ -10,8 +10,7 @@ from typing import Any
 
 from attrs import asdict, evolve
 
-from vflair_core import Example, Task
-from vflair_core.errors import TaskError
+from vflair_core import Example, Task, TaskError
 from vflair_tasks.docstrings import docstrings
 from vflair_tasks.manual import whole_text
 from vflair_tasks.overlap import apart_from

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from vflair_core.errors import TaskError
+from vflair_core import TaskError
 
 # A fixed list, so that the text depends on the version of Python alone. Each exists from 3.11 on.
 MODULES = """

@@ -12,8 +12,7 @@ from typing import Any
 
 from attrs import field, frozen
 
-from vflair_core import Example, Task, TaskCard
-from vflair_core.task import Score
+from vflair_core import Example, Score, Task, TaskCard
 from vflair_tasks.assembly import Choice, Side, assemble, open_sides
 from vflair_tasks.checking import label_numbers
 from vflair_tasks.metrics import accuracy, accuracy_and_f1, correlations, matthews

@@ -12,9 +12,7 @@ from typing import Any
 
 from attrs import frozen
 
-from vflair_core import Example, Task, TaskCard
-from vflair_core.errors import TaskError
-from vflair_core.task import Score
+from vflair_core import Example, Score, Task, TaskCard, TaskError
 from vflair_tasks.assembly import Choice, Side, assemble, open_sides
 from vflair_tasks.metrics import codebleu, texts
 from vflair_tasks.offering import Asking, asked, offer

@@ -11,8 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vflair_core import Example, Task, TaskCard
-from vflair_core.errors import TaskError
+from vflair_core import Example, Task, TaskCard, TaskError
 from vflair_tasks.assembly import Choice, Side, assemble, open_sides
 from vflair_tasks.offering import Asking, asked, offer
 from vflair_tasks.prompts import Prompt

@@ -9,8 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vflair_core import Example
-from vflair_core.errors import TaskError
+from vflair_core import Example, TaskError
 
 Metrics = dict[str, float]
 

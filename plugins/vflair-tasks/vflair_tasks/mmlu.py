@@ -14,8 +14,7 @@ from typing import Any
 
 from attrs import frozen
 
-from vflair_core import Example, Task, TaskCard
-from vflair_core.errors import TaskError
+from vflair_core import Example, Task, TaskCard, TaskError
 from vflair_tasks import metrics
 from vflair_tasks.assembly import Choice, Side, assemble, open_sides, side_of
 from vflair_tasks.checking import label_numbers

@@ -9,8 +9,7 @@ from typing import Any
 import attrs
 from attrs import NOTHING, evolve, frozen
 
-from vflair_core import Task, TaskCard
-from vflair_core.errors import TaskError
+from vflair_core import Task, TaskCard, TaskError
 from vflair_tasks.prompts import Prompt, shots_from
 from vflair_tasks.rows import View
 

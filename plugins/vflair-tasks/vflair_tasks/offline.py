@@ -9,9 +9,7 @@ import platform
 import random
 from collections import Counter
 
-from vflair_core import Example, Task, TaskCard
-from vflair_core.errors import TaskError
-from vflair_core.task import Kind
+from vflair_core import Example, Task, TaskCard, TaskError, TaskKind
 from vflair_tasks.corpus import with_public_text
 from vflair_tasks.manual import Paragraph, paragraphs
 from vflair_tasks.records import planted
@@ -215,7 +213,7 @@ def _prose(shortest: int, longest: int) -> list[Paragraph]:
     return [paragraph for paragraph in paragraphs() if shortest <= len(paragraph.text) <= longest]
 
 
-def _card(kind: Kind, metric: str, source: str, train: int, test: int) -> TaskCard:
+def _card(kind: TaskKind, metric: str, source: str, train: int, test: int) -> TaskCard:
     sizes = {"train": train, "test": test}
     return TaskCard(kind=kind, metric=metric, source=source, licence=LICENCE, sizes=sizes)
 

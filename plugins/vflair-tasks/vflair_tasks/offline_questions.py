@@ -11,9 +11,7 @@ from typing import Any
 
 from attrs import evolve, frozen
 
-from vflair_core import Example, Task, TaskCard
-from vflair_core.errors import TaskError
-from vflair_core.task import Kind
+from vflair_core import Example, Task, TaskCard, TaskError, TaskKind
 from vflair_tasks.corpus import with_public_text
 from vflair_tasks.offering import offer
 from vflair_tasks.offline import LICENCE, RECORDS
@@ -77,7 +75,7 @@ class Canvas:
 
 
 def _task(
-    name: str, kind: Kind, size: Size, make: Callable[[Record], Example], **more: Any
+    name: str, kind: TaskKind, size: Size, make: Callable[[Record], Example], **more: Any
 ) -> Task:
     for option in ("train_examples", "test_examples"):
         if getattr(size, option) < 1:
@@ -218,7 +216,7 @@ def draw(shape: str, colour: str, *, pixels: int, corner: Sequence[int]) -> Any:
     return picture
 
 
-def _card(kind: Kind, metric: str) -> TaskCard:
+def _card(kind: TaskKind, metric: str) -> TaskCard:
     sizes = {"train": Size().train_examples, "test": Size().test_examples}
     return TaskCard(kind=kind, metric=metric, source=RECORDS, licence=LICENCE, sizes=sizes)
 

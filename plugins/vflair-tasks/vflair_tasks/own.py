@@ -16,9 +16,7 @@ from typing import Any
 
 from attrs import evolve
 
-from vflair_core import Example, Task, TaskCard
-from vflair_core.errors import TaskError
-from vflair_core.task import Span
+from vflair_core import Example, Span, Task, TaskCard, TaskError
 from vflair_tasks.assembly import Choice, Side, assemble, carved, limited, side_of
 from vflair_tasks.checking import (
     answers_fault,

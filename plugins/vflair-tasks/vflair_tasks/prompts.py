@@ -14,8 +14,7 @@ from typing import Any
 
 from attrs import evolve, field, frozen
 
-from vflair_core import Example
-from vflair_core.errors import TaskError, did_you_mean
+from vflair_core import Example, TaskError, did_you_mean
 
 Span = tuple[int, int]
 _MARK = "\ue000"  # of Unicode's private use: in no text and no template

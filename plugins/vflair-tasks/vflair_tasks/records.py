@@ -11,9 +11,7 @@ from string import Formatter
 
 from attrs import frozen
 
-from vflair_core import Example
-from vflair_core.errors import TaskError
-from vflair_core.task import Span
+from vflair_core import Example, Span, TaskError
 
 FIRST_NAMES = """
     Adela Alvar Amina Anton Beatriz Bela Bruno Camille Carlos Chiara Dagmar Dalia Declan Edith Elena

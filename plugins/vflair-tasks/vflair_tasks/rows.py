@@ -8,8 +8,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from vflair_core import Example
-from vflair_core.errors import TaskError
+from vflair_core import Example, TaskError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -13,9 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vflair_core import Example, Task, TaskCard
-from vflair_core.errors import TaskError
-from vflair_core.metrics import exact_match, token_f1
+from vflair_core import Example, Task, TaskCard, TaskError, exact_match, token_f1
 from vflair_tasks.assembly import Choice, Side, assemble, open_sides
 from vflair_tasks.offering import offer
 from vflair_tasks.rows import Make

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 
-from vflair_core.errors import TaskError
+from vflair_core import TaskError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -148,7 +148,7 @@ def _known(setting):
         labels = rows
     with same_attention():
         seen = crossed(model, partition, rows, labels=labels)
-    held = {name for name, _ in seen["head"].party.named_parameters()}
+    held = {name for name, _ in seen["head"].named_parameters()}
     few = [Example(text, label=n % 2) for n, text in enumerate(public)]
     return model, {
         **{k: v for k, v in seen.items() if k not in ("head", "tail", "body", "generator")},

@@ -102,18 +102,18 @@ def test_lora_at_its_first_step_is_refused_and_later_it_is_read():
 def test_a_lora_rank_below_the_number_of_tokens_hides_them():
     rows = [torch.randint(3, 200, (9,), generator=torch.Generator().manual_seed(3))]
     lora = Lora(r=4, target_modules=("v_proj",))
-    updates, head, _, party = shared(sized("llama"), Partition(2, 1), rows, lora, step=1e-3)
-    assert len(span_of(updates[0], party.model, 0, 1e-6).basis) == 4
+    updates, head, _, _ = shared(sized("llama"), Partition(2, 1), rows, lora, step=1e-3)
+    assert len(span_of(updates[0], head, 0, 1e-6).basis) == 4
     assert Dager()(updates, torch.tensor([9]), head).tokens.tolist() == [[-1] * 9]
 
 
 def test_one_step_of_adam_fills_the_span():
     """Raw gradients only: what Adam applies is no longer of low rank."""
     row = torch.randint(3, 200, (8,), generator=torch.Generator().manual_seed(0))
-    updates, _, _, party = shared(sized("llama"), Partition(2, 1), [row])
+    updates, head, _, _ = shared(sized("llama"), Partition(2, 1), [row])
     adam = {n: g / (g.abs() + 1e-8) for n, g in updates[0].items()}
-    assert len(span_of(updates[0], party.model, 0, 1e-6).basis) == 7
-    assert span_of(adam, party.model, 0, 1e-6).is_everything
+    assert len(span_of(updates[0], head, 0, 1e-6).basis) == 7
+    assert span_of(adam, head, 0, 1e-6).is_everything
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -221,8 +221,8 @@ def test_a_lora_update_of_a_batch_spans_its_rank_or_all_rows_with_a_gradient(ran
     """Two texts of 8 tokens: 14 rows, since the last of each has no gradient. min(r, 14), and below that nothing."""
     rows, lora = words(8, 8), Lora(r=rank, target_modules=("v_proj",))
     model = sized("llama", num_key_value_heads=2)
-    updates, head, _, party = shared(model, Partition(2, 1), rows, lora, step=1e-3, size=2)
-    assert len(span_of(updates[0], party.model, 0, 1e-6).basis) == dimensions
+    updates, head, _, _ = shared(model, Partition(2, 1), rows, lora, step=1e-3, size=2)
+    assert len(span_of(updates[0], head, 0, 1e-6).basis) == dimensions
     guess = ROUGHLY(updates, torch.tensor([8, 8]), head)
     assert told(guess) == (beginnings(rows) if dimensions == 14 else {()})
 
@@ -230,11 +230,11 @@ def test_a_lora_update_of_a_batch_spans_its_rank_or_all_rows_with_a_gradient(ran
 def test_queries_and_keys_say_what_values_of_few_heads_cannot():
     """The values of one of two heads have 16 outputs, and 24 rows have a gradient."""
     rows = words(9, 9, 9)
-    updates, head, _, party = shared(sized("llama"), Partition(2, 1), rows, size=3)
+    updates, head, _, _ = shared(sized("llama"), Partition(2, 1), rows, size=3)
     alone = {n: g for n, g in updates[0].items() if "q_proj" not in n and "k_proj" not in n}
-    assert len(span_of(alone, party.model, 0, 1e-6).basis) == 16
+    assert len(span_of(alone, head, 0, 1e-6).basis) == 16
     assert told(Dager()([alone], torch.full((3,), 9), head)) == {()}
-    assert len(span_of(updates[0], party.model, 0, 1e-6).basis) == 24
+    assert len(span_of(updates[0], head, 0, 1e-6).basis) == 24
     assert told(Dager()(updates, torch.full((3,), 9), head)) == beginnings(rows)
 
 

@@ -133,7 +133,7 @@ def test_a_better_order_is_taken_and_a_worse_one_is_not():
 def test_the_attackers_weights_are_frozen_again_afterwards():
     seen, _ = knowledge(lengths=(3,))
     launch(DeepLeakageOfUpdates(iterations=1), seen)
-    assert not any(weight.requires_grad for weight in seen["head"].party.model.parameters())
+    assert not any(weight.requires_grad for weight in seen["head"]._party.model.parameters())
 
 
 def test_what_cannot_be_matched_is_refused_by_name():

@@ -19,9 +19,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from vflair_core import Partition, split
-from vflair_core.encoding import train_tokenizer
+from vflair_core.defenses.calibration import Preparing
 from vflair_core.plugins import load_target
-from vflair_core.preparing import Preparing
+from vflair_core.tasks.collation import train_tokenizer
 from vflair_defenses import vflair_defenses
 
 BATCH, LENGTH = 8, 64

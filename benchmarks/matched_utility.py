@@ -28,13 +28,13 @@ import structlog
 import torch
 from attrs import field, frozen
 
-from vflair_core.arm import Arm, run_arm
-from vflair_core.config import experiment_from
-from vflair_core.experiment import Experiment, Named
-from vflair_core.outset import make_defenses, set_up
+from vflair_core.experiments.arm import Arm, run_arm
+from vflair_core.experiments.build import make_defenses, set_up
+from vflair_core.experiments.config import experiment_from
+from vflair_core.experiments.context import Setting
+from vflair_core.experiments.experiment import Experiment, Named
+from vflair_core.experiments.grading.ranking import strongest
 from vflair_core.plugins import plugin_manager
-from vflair_core.ranking import strongest
-from vflair_core.setting import Setting
 
 TEXT = {
     "task": {"name": "python-manual", "options": {"records": 0.5, "train_examples": 320, "test_examples": 64}},

@@ -14,11 +14,11 @@ import torch
 from matched_utility import SETTINGS
 
 from vflair_attacks.replaced_words import ReplacementInversion
-from vflair_core.config import experiment_from
-from vflair_core.outset import set_up
-from vflair_core.partition import Partition, split
+from vflair_core.experiments.build import set_up
+from vflair_core.experiments.config import experiment_from
+from vflair_core.parties.split import Partition, split
 from vflair_core.plugins import plugin_manager
-from vflair_core.spans import WORD, Replaced
+from vflair_core.tasks.spans import WORD, Replaced
 from vflair_defenses.custext import CusText, custext_plus
 from vflair_defenses.rantext import RanText
 from vflair_defenses.santext import SanText, SanTextPlus

@@ -8,10 +8,10 @@ import attrs
 import torch
 from torch import Tensor
 
+from vflair_core.attacks.worker import stream_seed
 from vflair_core.errors import ExperimentError
-from vflair_core.experiment import Victims
-from vflair_core.task import Example, Task
-from vflair_core.worker import stream_seed
+from vflair_core.experiments.experiment import Victims
+from vflair_core.tasks.task import Example, Task
 
 IN_DOMAIN, LABELLED = 64, 16  # examples
 

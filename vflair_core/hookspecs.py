@@ -15,11 +15,11 @@ import pluggy
 if TYPE_CHECKING:
     import torch
 
-    from vflair_core.blocks import Blocks
-    from vflair_core.channel import Channel
-    from vflair_core.experiment import Experiment
-    from vflair_core.partition import Partition
-    from vflair_core.result import Result
+    from vflair_core.communication.channel import Channel
+    from vflair_core.experiments.experiment import Experiment
+    from vflair_core.experiments.result import Result
+    from vflair_core.parties.split import Partition
+    from vflair_core.partition.stages import Blocks
 
 PROJECT = "vflair"
 hookspec = pluggy.HookspecMarker(PROJECT)

@@ -9,8 +9,8 @@ import attrs
 
 from vflair_core.errors import VflairError
 from vflair_core.plugins import Offered, build
-from vflair_core.spans import rendered
-from vflair_core.task import Span, Task, TaskCard
+from vflair_core.tasks.spans import rendered
+from vflair_core.tasks.task import Span, Task, TaskCard
 
 OPEN, CLOSE = "«", "»"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vflair_core.task import Example, Task
+from vflair_core.tasks.task import Example, Task
 
 SIDE = 64  # pixels of a blank picture
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from vflair_core.defense import Defense
-    from vflair_core.partition import Partition
+    from vflair_core.defenses.defense import Defense
+    from vflair_core.parties.split import Partition
 
 TASKS = {
     "causal-lm": AutoModelForCausalLM,
@@ -150,10 +150,10 @@ def crossed(
             training round without dropout, so that there are gradients.
         defenses: Of the data party, with a seed of their own.
     """
-    from vflair_core.channel import Transcript
-    from vflair_core.halves import halves
-    from vflair_core.observables import Observables
-    from vflair_core.partition import split
+    from vflair_core.attacks.halves import halves
+    from vflair_core.attacks.observables import Observables
+    from vflair_core.communication.channel import Transcript
+    from vflair_core.parties.split import split
 
     head, tail = halves(model, partition)
     party, model_party = split(copy.deepcopy(model), partition, defenses=defenses, seed=0)

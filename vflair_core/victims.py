@@ -9,16 +9,16 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from vflair_core.asking import reader_of
-from vflair_core.channel import Transcript
-from vflair_core.data_party import DataParty
-from vflair_core.defense import Batch
+from vflair_core.attacks.observables import Spot
+from vflair_core.communication.channel import Transcript
+from vflair_core.defenses.defense import Batch
 from vflair_core.errors import ExperimentError
-from vflair_core.observables import Spot
-from vflair_core.reader import Reader
-from vflair_core.reading import Row, Tally
-from vflair_core.task import Example
-from vflair_core.truth import Truth
+from vflair_core.experiments.grading.truth import Truth
+from vflair_core.parties.data_party.party import DataParty
+from vflair_core.parties.data_party.text import reader_of
+from vflair_core.tasks.preprocessor import Reader
+from vflair_core.tasks.task import Example
+from vflair_core.tasks.tokenization import Row, Tally
 
 
 @frozen(eq=False)

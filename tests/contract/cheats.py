@@ -40,8 +40,8 @@ def constant(mask) -> Guess:
 
 def look_around(mask) -> Guess:
     """Take the truth from the memory of this process, or any text of the task from its modules."""
-    from vflair_core.task import Task
-    from vflair_core.truth import Truth
+    from vflair_core.experiments.grading.truth import Truth
+    from vflair_core.tasks.task import Task
 
     found, lengths = gc.get_objects(), mask.sum(1).tolist()
     for thing in found:
@@ -57,7 +57,7 @@ def look_around(mask) -> Guess:
 
 def guess_the_seed(smashed, mask, embeddings, mechanism=None) -> Guess:
     """Draw the noise again from every small seed, in torch's way and in the core's, and keep what fits best."""
-    from vflair_core.defending import _generator
+    from vflair_core.defenses.pipeline import _generator
 
     sigma = mechanism.parts[-1].sigma if mechanism is not None else 0.0
     tokens = torch.full(mask.shape, -1)

@@ -8,7 +8,7 @@ import torch
 from attrs import define, frozen
 
 from vflair_core import Defense, Example, Guess, Task, hookimpl
-from vflair_core.defense import Mechanism
+from vflair_core.defenses.defense import Mechanism
 
 WORDS = [
     "river",
@@ -62,7 +62,7 @@ def peek(smashed, mask) -> Guess:
     import gc
     import sys
 
-    from vflair_core.truth import Truth
+    from vflair_core.experiments.grading.truth import Truth
 
     truths = [thing for thing in gc.get_objects() if type(thing) is Truth]
     modules = [m for name, m in sys.modules.items() if name.endswith(("mine", "vflair_tasks"))]

@@ -10,13 +10,13 @@ import torch
 import vflair_defenses
 from small import LLAMA
 from vflair_core import AttackError, Message, plugin_manager, read_experiment, run
-from vflair_core.adversary import plausible
-from vflair_core.arm_attacks import attack_again
-from vflair_core.config import experiment_from, to_toml
+from vflair_core.attacks.adversary import plausible
+from vflair_core.cli.terminal import show_result
+from vflair_core.communication.message import Crossing
 from vflair_core.errors import ExperimentError
-from vflair_core.experiment import AttackSpec
-from vflair_core.message import Crossing
-from vflair_core.report import show_result
+from vflair_core.experiments.attack_phase import attack_again
+from vflair_core.experiments.config import experiment_from, to_toml
+from vflair_core.experiments.experiment import AttackSpec
 
 HERE = Path(__file__).parent
 

@@ -10,10 +10,10 @@ import pytest
 import vflair_attacks
 import vflair_defenses
 from vflair_core import plugin_manager, run
-from vflair_core.arm_attacks import attack_again
-from vflair_core.config import experiment_from
 from vflair_core.errors import AttackError
-from vflair_core.experiment import AttackSpec
+from vflair_core.experiments.attack_phase import attack_again
+from vflair_core.experiments.config import experiment_from
+from vflair_core.experiments.experiment import AttackSpec
 
 HERE = Path(__file__).parent
 

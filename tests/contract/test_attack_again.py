@@ -11,13 +11,13 @@ import vflair_defenses
 from small import LLAMA
 from vflair_attacks import vflair_attacks as offered
 from vflair_core import AttackError, hookimpl, plugin_manager, run
-from vflair_core.answer_key import AnswerKey
-from vflair_core.arm_attacks import KEY, attack_again
-from vflair_core.config import experiment_from
+from vflair_core.attacks.evidence import needed
 from vflair_core.errors import ExperimentError
-from vflair_core.evidence import needed
-from vflair_core.experiment import AttackSpec
-from vflair_core.outset import make_launches
+from vflair_core.experiments.attack_phase import KEY, attack_again
+from vflair_core.experiments.build import make_launches
+from vflair_core.experiments.config import experiment_from
+from vflair_core.experiments.experiment import AttackSpec
+from vflair_core.experiments.grading.answer_key import AnswerKey
 
 HERE = Path(__file__).parent
 ATTACKS = (

@@ -12,14 +12,15 @@ import vflair_defenses
 from foreign_device import DEVICES, device_called, same_attention
 from small import LLAMA
 from vflair_attacks import vflair_attacks as offered
-from vflair_core import devices, hookimpl, plugin_manager, run
-from vflair_core.arm_attacks import attack_again
-from vflair_core.attack import Guess
-from vflair_core.config import experiment_from
-from vflair_core.devices import attack_device, hint_of
+from vflair_core import hookimpl, plugin_manager, run
+from vflair_core.attacks import isolation as devices
+from vflair_core.attacks.attack import Guess
+from vflair_core.attacks.guess_files import Course, Found, read_guess, write_guess
+from vflair_core.attacks.isolation import attack_device, hint_of
 from vflair_core.errors import ExperimentError
-from vflair_core.experiment import AttackSpec
-from vflair_core.guesses import Course, Found, read_guess, write_guess
+from vflair_core.experiments.attack_phase import attack_again
+from vflair_core.experiments.config import experiment_from
+from vflair_core.experiments.experiment import AttackSpec
 
 HERE = Path(__file__).parent
 INFORMED = AttackSpec("vocabulary-search", {"beam": 2, "chunk": 300}, "K4")

@@ -9,7 +9,7 @@ import pytest
 import vflair_defenses
 from small import LLAMA
 from vflair_core import plugin_manager, run
-from vflair_core.config import experiment_from
+from vflair_core.experiments.config import experiment_from
 
 HERE = Path(__file__).parent
 WIDE = {**LLAMA, "initializer_range": 1.0}

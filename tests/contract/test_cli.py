@@ -48,7 +48,7 @@ name = "shift"
 
 
 def vflair(*arguments, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vflair_core.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "vflair_core.cli.main", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == code, done.stderr
     return done

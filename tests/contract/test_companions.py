@@ -16,16 +16,16 @@ from small import LLAMA
 from vflair_attacks.label_enumeration import LabelEnumeration
 from vflair_attacks.label_reconstruction import BatchLabelReconstruction
 from vflair_core import Example, Partition, Task, plugin_manager, run, split
-from vflair_core.attack import launch
-from vflair_core.companions import companions_of
-from vflair_core.config import experiment_from
+from vflair_core.attacks.attack import launch
+from vflair_core.attacks.halves import halves
+from vflair_core.attacks.observables import Observables
 from vflair_core.errors import ExperimentError
-from vflair_core.halves import halves
-from vflair_core.observables import Observables
-from vflair_core.reading import Reading
-from vflair_core.releases import releases_per_example
+from vflair_core.experiments.config import experiment_from
+from vflair_core.experiments.releases import releases_per_example
+from vflair_core.experiments.victims import companions_of
+from vflair_core.tasks.tokenization import Reading
 from vflair_core.testing import numbers_as_texts, tiny_model, tiny_tokenizer
-from vflair_core.training import FineTuning, Train
+from vflair_core.training.fine_tuning import FineTuning, Train
 from vflair_core.victims import record_victims
 from vflair_defenses.decoy_rows import DecoyRows
 from vflair_defenses.gaussian_noise import GaussianNoise

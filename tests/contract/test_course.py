@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 import vflair_attacks
 from small import LLAMA
 from vflair_core import plugin_manager, run
-from vflair_core.config import experiment_from
-from vflair_core.guesses import Course
-from vflair_core.report import show_result
+from vflair_core.attacks.guess_files import Course
+from vflair_core.cli.terminal import show_result
+from vflair_core.experiments.config import experiment_from
 
 HERE = Path(__file__).parent
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from vflair_core import plugin_manager, run
-from vflair_core.cli import app
-from vflair_core.config import experiment_from
-from vflair_core.cuts import run_cuts
+from vflair_core.cli.main import app
 from vflair_core.errors import ExperimentError, VflairError
+from vflair_core.experiments.config import experiment_from
+from vflair_core.experiments.cut_sweep import run_cuts
 
 MINE = Path(__file__).with_name("mine.py")
 MODEL = {

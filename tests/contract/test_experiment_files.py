@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from vflair_core import read_experiment
-from vflair_core.config import experiment_from, to_toml
 from vflair_core.errors import ExperimentError, PartitionError
+from vflair_core.experiments.config import experiment_from, to_toml
 
 SMALL = {"task": {"name": "t"}, "model": {"config": {"model_type": "llama"}}}
 EXAMPLES = Path(__file__).parents[2] / "examples"

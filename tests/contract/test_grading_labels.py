@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from vflair_core import AttackError, Guess
-from vflair_core.grading import grade_tokens
-from vflair_core.grading_labels import grade_answers, grade_labels, grade_members
-from vflair_core.judging import grade, judge, performance
-from vflair_core.measures import auc_either
-from vflair_core.truth import Truth
+from vflair_core.experiments.grading.grades import grade, judge, performance
+from vflair_core.experiments.grading.labels import grade_answers, grade_labels, grade_members
+from vflair_core.experiments.grading.statistics import auc_either
+from vflair_core.experiments.grading.tokens import grade_tokens
+from vflair_core.experiments.grading.truth import Truth
 
 
 def labelled(labels, known=()):

@@ -9,8 +9,8 @@ import torch
 from attrs import frozen
 
 from vflair_core import AttackError, Guess
-from vflair_core.attack import check, launch, wants
-from vflair_core.knowledge import PRESETS, VOCABULARY, granted
+from vflair_core.attacks.attack import check, launch, wants
+from vflair_core.attacks.knowledge import PRESETS, VOCABULARY, granted
 
 
 def guess() -> Guess:

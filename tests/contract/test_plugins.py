@@ -160,7 +160,7 @@ def test_two_answers_to_one_decision_are_an_error_that_names_both(pm):
 @pytest.mark.parametrize("arguments", [["--help"], ["plugins"], ["list", "--help"]])
 def test_the_program_answers_without_importing_torch(arguments):
     code = (
-        "import sys\nsys.argv = ['vflair', *sys.argv[1:]]\nfrom vflair_core.cli import main\n"
+        "import sys\nsys.argv = ['vflair', *sys.argv[1:]]\nfrom vflair_core.cli.main import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
     )

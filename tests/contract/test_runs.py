@@ -10,8 +10,8 @@ import torch
 
 from small import LLAMA
 from vflair_core import Transcript, hookimpl, plugin_manager, run
-from vflair_core.config import experiment_from
 from vflair_core.errors import AttackError, ExperimentError, PluginError, VflairError
+from vflair_core.experiments.config import experiment_from
 
 MINE = Path(__file__).with_name("mine.py")
 BERT = {
@@ -292,8 +292,8 @@ def test_decisions_of_plugins_are_taken_when_the_experiment_asks(pm):
 
 def test_the_noise_cannot_be_drawn_again_by_who_knows_the_experiment_and_not_the_text():
     from vflair_core import Example, Task
-    from vflair_core.setting import noise_seed
-    from vflair_core.worker import stream_seed
+    from vflair_core.attacks.worker import stream_seed
+    from vflair_core.experiments.context import noise_seed
 
     def task(text):
         return Task(name="t", kind="causal-lm", train=[Example(text)], test=[Example("x")])

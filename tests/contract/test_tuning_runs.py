@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from vflair_core import plugin_manager, run
-from vflair_core.config import experiment_from, read_experiment, to_toml
 from vflair_core.errors import ExperimentError
+from vflair_core.experiments.config import experiment_from, read_experiment, to_toml
 
 MINE = Path(__file__).with_name("mine.py")
 SIZES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vflair_core.verified import VERIFIED
+from vflair_core.parties.verified_models import VERIFIED
 
 SWEEP = str(Path(__file__).parents[1] / "sweep")
 

@@ -12,7 +12,7 @@ from vflair_core.testing import tiny_model
 
 def test_a_model_whose_split_differs_is_not_called_exact(monkeypatch):
     """Break the model party by a last-bit change of what it returns."""
-    from vflair_core.execution import Execution
+    from vflair_core.communication.execution import Execution
 
     honest = Execution.run
 

@@ -8,9 +8,9 @@ import pytest
 
 import vflair_attacks
 from vflair_core import plugin_manager, run
-from vflair_core.arm_attacks import attack_again
-from vflair_core.config import experiment_from
 from vflair_core.errors import AttackError, ExperimentError
+from vflair_core.experiments.attack_phase import attack_again
+from vflair_core.experiments.config import experiment_from
 
 MINE = Path(__file__).with_name("mine.py")
 LLAMA = {

@@ -7,9 +7,9 @@ import pytest
 import torch
 from attrs import define
 
-from vflair_core import codec
+from vflair_core.communication import codec
+from vflair_core.communication.message import Message
 from vflair_core.errors import ProtocolError
-from vflair_core.message import Message
 from vflair_core.testing import tiny_batch
 
 

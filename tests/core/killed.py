@@ -9,7 +9,7 @@ import torch
 
 from vflair_core import Partition, split
 from vflair_core.testing import tiny_batch, tiny_model
-from vflair_core.training import FineTuning, Train
+from vflair_core.training.fine_tuning import FineTuning, Train
 
 STEPS = 12
 OPTIONS = Train(steps=STEPS, learning_rate=0.01, schedule="cosine", warmup=2, clip=0.5)

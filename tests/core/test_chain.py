@@ -18,13 +18,13 @@ from vflair_core import (
     merge,
     split,
 )
-from vflair_core.channel import LocalChannel
+from vflair_core.communication.channel import LocalChannel
+from vflair_core.communication.program import Program
 from vflair_core.errors import CheckpointError, PartitionError, ProtocolError
-from vflair_core.program import Program
-from vflair_core.relay import divide_program
+from vflair_core.parties.model_party.relay import divide_program
 from vflair_core.testing import tiny_batch, tiny_model
-from vflair_core.training import FineTuning, Train, train_unsplit
-from vflair_core.tuning import Lora, tune
+from vflair_core.training.fine_tuning import FineTuning, Train, train_unsplit
+from vflair_core.training.tuning import Lora, tune
 
 DEEP = {"num_hidden_layers": 6}
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 6, "num_heads": 2, "dropout_rate": 0.0}

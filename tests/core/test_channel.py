@@ -8,9 +8,9 @@ import attrs
 import pytest
 import torch
 
-from vflair_core.channel import LocalChannel, Traffic, Transcript
+from vflair_core.communication.channel import LocalChannel, Traffic, Transcript
+from vflair_core.communication.message import Crossing, Message
 from vflair_core.errors import ProtocolError
-from vflair_core.message import Crossing, Message
 from vflair_core.testing import tiny_batch
 
 

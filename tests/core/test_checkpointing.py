@@ -10,10 +10,10 @@ from torch import nn
 
 from vflair_core import Partition, split
 from vflair_core.errors import PartitionError
-from vflair_core.model_party import ModelParty
+from vflair_core.parties.model_party.party import ModelParty
 from vflair_core.stage import Stage
 from vflair_core.testing import tiny_batch, tiny_model
-from vflair_core.training import FineTuning, Train, train_unsplit
+from vflair_core.training.fine_tuning import FineTuning, Train, train_unsplit
 
 # The name that transformers 5.20 and 5.23 share; the newer one warns that it will go.
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable.:FutureWarning")

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vflair_core import codec
+from vflair_core.communication import codec
+from vflair_core.communication.message import Crossing, Message
 from vflair_core.errors import ProtocolError
-from vflair_core.message import Crossing, Message
 
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 META = st.dictionaries(

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vflair_core import codec
+from vflair_core.communication import codec
+from vflair_core.communication.message import Crossing, Message
 from vflair_core.errors import ProtocolError
-from vflair_core.message import Crossing, Message
 
 
 def a_message(*tensors):

@@ -7,8 +7,8 @@ import torch
 from attrs import define, field
 from torch import nn
 
-from vflair_core.channel import Transcript
-from vflair_core.defense import Defense
+from vflair_core.communication.channel import Transcript
+from vflair_core.defenses.defense import Defense
 from vflair_core.testing import tiny_batch
 
 PROMPT = ("input_ids", "attention_mask")

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-from vflair_core.defense import Defense
+from vflair_core.defenses.defense import Defense
 from vflair_core.errors import DefenseError
-from vflair_core.partition import Partition, split
+from vflair_core.parties.split import Partition, split
 from vflair_core.testing import tiny_batch
 
 

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vflair_core import Example, Task
-from vflair_core.answers import LONGEST, N_BEST, best_answers
-from vflair_core.encoding import train_tokenizer
 from vflair_core.errors import TaskError
-from vflair_core.evaluation import evaluate
-from vflair_core.metrics import chance_of, exact_match, standard_score, token_f1
-from vflair_core.reader import Reader
-from vflair_core.reading import Reading, reading_of
+from vflair_core.tasks.collation import train_tokenizer
+from vflair_core.tasks.metrics import chance_of, exact_match, standard_score, token_f1
+from vflair_core.tasks.preprocessor import Reader
+from vflair_core.tasks.question_answering import LONGEST, N_BEST, best_answers
+from vflair_core.tasks.tokenization import Reading, reading_of
 from vflair_core.testing import tiny_model
+from vflair_core.training.evaluation import evaluate
 
 TEXTS = ["Ada wrote the first program.", "Bob said noon.", "Where is she?"]
 TOKENIZER = train_tokenizer(TEXTS * 3, 320)
@@ -248,9 +248,9 @@ def test_a_bad_row_of_a_table_is_found_when_it_is_used_with_split_and_row():
 
 
 def test_a_run_reads_the_rows_it_trains_on_and_a_sample_for_the_noise_seed():
-    from vflair_core.experiment import Experiment, Model, Named
-    from vflair_core.setting import HASHED, Setting, noise_seed
-    from vflair_core.training import Train
+    from vflair_core.experiments.context import HASHED, Setting, noise_seed
+    from vflair_core.experiments.experiment import Experiment, Model, Named
+    from vflair_core.training.fine_tuning import Train
 
     train = Lazy(1_000_000)
     made = lazy_task(train, Lazy(4))

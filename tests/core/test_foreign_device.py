@@ -18,7 +18,7 @@ from foreign_device import (
     same_attention,
 )
 from vflair_core import Partition
-from vflair_core.halves import halves
+from vflair_core.attacks.halves import halves
 from vflair_core.testing import tiny_model
 
 ROWS = torch.arange(12.0).view(3, 4)

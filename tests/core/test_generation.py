@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
-from vflair_core.cache import cache_argument
 from vflair_core.errors import PartitionError
+from vflair_core.parties.model_party.cache import cache_argument
 from vflair_core.testing import tiny_batch
 
 KINDS = ["gpt2", "llama", "qwen2"]

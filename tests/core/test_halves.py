@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from vflair_core import Partition
-from vflair_core.defense import Mechanism
-from vflair_core.halves import halves
-from vflair_core.mechanisms import Chain
+from vflair_core.attacks.adaptive import Chain
+from vflair_core.attacks.halves import halves
+from vflair_core.defenses.defense import Mechanism
 from vflair_core.testing import crossed, numbers_as_texts, tiny_model, tiny_tokenizer
 
 

@@ -6,8 +6,8 @@ import attrs
 import pytest
 import torch
 
+from vflair_core.communication.message import Crossing
 from vflair_core.errors import ProtocolError
-from vflair_core.message import Crossing
 
 
 def test_a_message_of_an_unknown_session_is_refused(victim):

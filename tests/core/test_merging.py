@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from vflair_core import Partition, load_data_party, load_model_party, merge, split
-from vflair_core.encoding import train_tokenizer
 from vflair_core.errors import CheckpointError
+from vflair_core.tasks.collation import train_tokenizer
 from vflair_core.testing import tiny_batch, tiny_model
-from vflair_core.training import FineTuning, Train, train_unsplit
+from vflair_core.training.fine_tuning import FineTuning, Train, train_unsplit
 
 NARROW = {"intermediate_size": 32, "num_key_value_heads": 1}
 MODELS = {
@@ -221,7 +221,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, saved, monkeypatch):
     def full(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("vflair_core.merging._write_tokenizer", full)
+    monkeypatch.setattr("vflair_core.parties.merge._write_tokenizer", full)
     with pytest.raises(OSError, match="disk full"):
         merge(tmp_path / "data", tmp_path / "model", tmp_path / "out")
     assert not list(tmp_path.glob("out*"))

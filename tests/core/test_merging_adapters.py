@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from vflair_core import Partition, load_data_party, load_model_party, merge, split
 from vflair_core.errors import CheckpointError
 from vflair_core.testing import tiny_batch, tiny_model
-from vflair_core.training import FineTuning, Train, train_unsplit
+from vflair_core.training.fine_tuning import FineTuning, Train, train_unsplit
 
 # peft 0.21 asks transformers 5.23 by a name that transformers deprecates.
 pytestmark = pytest.mark.filterwarnings(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vflair_core import Defense, DefenseError
-from vflair_core.defending import Defenses
+from vflair_core.defenses.pipeline import Defenses
 
 
 def noise(seed, index=0):

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoConfig, EncoderDecoderConfig, EncoderDecoderModel, MllamaForCausalLM
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
-from vflair_core import codec, load_data_party, load_model_party
+from vflair_core import load_data_party, load_model_party
+from vflair_core.communication import codec
+from vflair_core.communication.program import Program
 from vflair_core.errors import PartitionError, ProtocolError
-from vflair_core.partition import Partition, split
-from vflair_core.program import Program
+from vflair_core.parties.split import Partition, split
 from vflair_core.testing import SIZES, tiny_batch, tiny_model
 
 XLM = {"emb_dim": 16, "n_layers": 4, "n_heads": 2, "pad_index": 0, "eos_index": 2}

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from vflair_core import Defense, Partition, split
-from vflair_core.optimizers import make_optimizer
+from vflair_core.communication.optimizers import make_optimizer
 from vflair_core.testing import tiny_batch, tiny_model
-from vflair_core.training import FineTuning, Train, train_unsplit
+from vflair_core.training.fine_tuning import FineTuning, Train, train_unsplit
 
 CUTS = [Partition(1, 1), Partition(1, 0)]
 TRAIN = Train(steps=5, learning_rate=0.01, clip=0.3)

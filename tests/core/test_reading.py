@@ -10,11 +10,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vflair_core import Defense, Example, Partition, Task, Transcript, split
-from vflair_core.encoding import train_tokenizer
 from vflair_core.errors import DefenseError, ExperimentError, TaskError
-from vflair_core.making import check_packing
-from vflair_core.reader import Reader
-from vflair_core.reading import Reading, reading_of, window_target
+from vflair_core.experiments.base_model import check_packing
+from vflair_core.tasks.collation import train_tokenizer
+from vflair_core.tasks.preprocessor import Reader
+from vflair_core.tasks.tokenization import Reading, reading_of, window_target
 from vflair_core.testing import tiny_model
 from vflair_core.victims import record_victims, truth_of
 

@@ -16,7 +16,7 @@ import torch
 from vflair_core import Defense, Partition, split
 from vflair_core.errors import CheckpointError, ProtocolError
 from vflair_core.testing import tiny_batch, tiny_model
-from vflair_core.training import FineTuning, Train, train_unsplit
+from vflair_core.training.fine_tuning import FineTuning, Train, train_unsplit
 
 SCRIPT = Path(__file__).with_name("killed.py")
 

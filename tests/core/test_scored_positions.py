@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from vflair_core import Partition, ProtocolError, Transcript, divide, split
+from vflair_core.communication.execution import Execution
 from vflair_core.errors import PartitionError
-from vflair_core.execution import Execution
 from vflair_core.testing import tiny_batch, tiny_model
-from vflair_core.training import FineTuning, Train, train_unsplit
+from vflair_core.training.fine_tuning import FineTuning, Train, train_unsplit
 
 OPTED_IN = Partition(1, 0, disclose=("scored_positions",))
 

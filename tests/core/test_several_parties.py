@@ -10,8 +10,8 @@ import torch
 from vflair_core import Partition, split
 from vflair_core.errors import ProtocolError
 from vflair_core.testing import tiny_batch, tiny_model
-from vflair_core.training import FineTuning, Train
-from vflair_core.tuning import Lora, tune
+from vflair_core.training.fine_tuning import FineTuning, Train
+from vflair_core.training.tuning import Lora, tune
 
 RATE = 0.1
 SGD = Train(steps=4, optimizer="sgd", learning_rate=RATE, clip=0.0)
@@ -93,7 +93,7 @@ def test_gradients_of_the_shared_weights_do_not_mix(crowd):
 
 
 def test_each_party_is_told_the_norms_of_its_own_gradients(crowd):
-    from vflair_core.agreement import joint_norms
+    from vflair_core.training.two_phase_commit import joint_norms
 
     for n in (0, 1):
         crowd.backward(n)

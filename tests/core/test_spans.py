@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vflair_core import Example
-from vflair_core.spans import Replaced, changed, follow, private_tokens, rendered
+from vflair_core.tasks.spans import Replaced, changed, follow, private_tokens, rendered
 
 TEXT = "Ada Lovelace wrote to Bob Stone at noon."
 NAMES = ((0, 12), (22, 31))

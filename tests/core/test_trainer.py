@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from vflair_core import Defense, Partition, SplitCallback, split
 from vflair_core.errors import ProtocolError
 from vflair_core.testing import tiny_batch, tiny_model
-from vflair_core.tuning import Lora, tune
+from vflair_core.training.tuning import Lora, tune
 
 CUTS = [Partition(1, 1), Partition(1, 0)]
 STEPS = 5

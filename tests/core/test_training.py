@@ -10,7 +10,7 @@ import torch
 from vflair_core import Partition, split
 from vflair_core.errors import ProtocolError
 from vflair_core.testing import tiny_batch, tiny_model
-from vflair_core.training import FineTuning, Train, train_unsplit
+from vflair_core.training.fine_tuning import FineTuning, Train, train_unsplit
 
 
 @pytest.fixture

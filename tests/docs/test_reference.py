@@ -17,10 +17,10 @@ import pytest
 
 import vflair_core
 from vflair_core import hookspecs
-from vflair_core.config import experiment_from
-from vflair_core.experiment import Experiment
-from vflair_core.knowledge import PRESETS, VOCABULARY
-from vflair_core.message import Role
+from vflair_core.attacks.knowledge import PRESETS, VOCABULARY
+from vflair_core.communication.message import Role
+from vflair_core.experiments.config import experiment_from
+from vflair_core.experiments.experiment import Experiment
 from vflair_core.plugins import HOOKS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -173,7 +173,7 @@ def test_no_hook_is_documented_that_does_not_exist():
 def test_every_hook_is_called_somewhere_in_the_core():
     sources = [
         path.read_text()
-        for path in Path(inspect.getfile(vflair_core)).parent.glob("*.py")
+        for path in Path(inspect.getfile(vflair_core)).parent.rglob("*.py")
         if path.name != "hookspecs.py"
     ]
     code = "\n".join(re.sub(r'""".*?"""', "", source, flags=re.DOTALL) for source in sources)

@@ -14,10 +14,10 @@ import attrs
 import pytest
 
 from vflair_core import Result
-from vflair_core.cli import app
-from vflair_core.config import experiment_from
+from vflair_core.cli.main import app
+from vflair_core.experiments.config import experiment_from
+from vflair_core.experiments.run import run
 from vflair_core.plugins import PROJECT, plugin_manager
-from vflair_core.running import run
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]

@@ -16,8 +16,8 @@ from vflair_attacks.descent import Budget, around_the_mean, descend, nearest_tok
 from vflair_attacks.vmi import ModelInversion
 from vflair_attacks.vocabulary_search import GreedySearch, VocabularySearch
 from vflair_core import Partition
-from vflair_core.attack import launch
-from vflair_core.defense import Mechanism
+from vflair_core.attacks.attack import launch
+from vflair_core.defenses.defense import Mechanism
 from vflair_core.testing import crossed, numbers_as_texts, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,7 @@ import torch
 
 from vflair_attacks.dager import Dager
 from vflair_core import Partition, split
-from vflair_core.halves import halves
+from vflair_core.attacks.halves import halves
 from vflair_core.testing import tiny_model
 
 pytestmark = pytest.mark.slow

@@ -11,13 +11,13 @@ from vflair_attacks.label_enumeration import LabelEnumeration
 from vflair_attacks.norm_scoring import NormScoring
 from vflair_attacks.spectral import Spectral
 from vflair_core import Partition, Transcript, split
-from vflair_core.attack import launch
-from vflair_core.halves import halves
-from vflair_core.measures import auc
-from vflair_core.metrics import dcs
-from vflair_core.observables import Observables
+from vflair_core.attacks.attack import launch
+from vflair_core.attacks.halves import halves
+from vflair_core.attacks.observables import Observables
+from vflair_core.experiments.grading.statistics import auc
+from vflair_core.tasks.metrics import dcs
 from vflair_core.testing import tiny_model
-from vflair_core.training import FineTuning, Train
+from vflair_core.training.fine_tuning import FineTuning, Train
 
 pytestmark = pytest.mark.slow
 PARTITION = Partition(1, 1)

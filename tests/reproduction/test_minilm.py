@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from vflair_attacks.vmi import ModelInversion
 from vflair_core import Partition
-from vflair_core.attack import launch
+from vflair_core.attacks.attack import launch
 from vflair_core.testing import crossed
 
 pytestmark = pytest.mark.slow

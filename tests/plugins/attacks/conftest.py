@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vflair_core import Transcript, split
-from vflair_core.halves import halves
-from vflair_core.observables import Observables
+from vflair_core.attacks.halves import halves
+from vflair_core.attacks.observables import Observables
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from vflair_attacks.beam_clean import BeamClean
 from vflair_attacks.priors import BigramPrior
 from vflair_core import AttackError, Partition
-from vflair_core.attack import launch
+from vflair_core.attacks.attack import launch
 from vflair_core.testing import crossed, numbers_as_texts, tiny_model, tiny_tokenizer
 
 VOCABULARY, LENGTH, FOLLOWERS = 300, 12, 5

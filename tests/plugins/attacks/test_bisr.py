@@ -9,8 +9,8 @@ from vflair_attacks.bisr import BiSR
 from vflair_attacks.learning import Inverter
 from vflair_attacks.noise_experts import Experts
 from vflair_core import Partition
-from vflair_core.attack import launch
-from vflair_core.defense import Mechanism
+from vflair_core.attacks.attack import launch
+from vflair_core.defenses.defense import Mechanism
 from vflair_core.testing import crossed, numbers_as_texts, tiny_model, tiny_tokenizer
 
 VOCABULARY, LENGTH, PROMPT = 200, 8, 3

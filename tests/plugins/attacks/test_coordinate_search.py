@@ -9,7 +9,7 @@ import torch
 
 from vflair_attacks.coordinate_search import CoordinateSearch
 from vflair_core import AttackError, Partition
-from vflair_core.attack import launch
+from vflair_core.attacks.attack import launch
 from vflair_core.testing import crossed, numbers_as_texts, tiny_model, tiny_tokenizer
 
 VOCABULARY = 200

@@ -10,12 +10,12 @@ import torch
 from foreign_device import DEVICES, device_called, same_attention
 from vflair_attacks import vflair_attacks
 from vflair_core import Partition
-from vflair_core.attack import call, launch
-from vflair_core.defense import Mechanism, Replacement
-from vflair_core.halves import halves
-from vflair_core.message import Crossing, Message
+from vflair_core.attacks.attack import call, launch
+from vflair_core.attacks.halves import halves
+from vflair_core.communication.message import Crossing, Message
+from vflair_core.defenses.defense import Mechanism, Replacement
 from vflair_core.plugins import load_target
-from vflair_core.task import Example
+from vflair_core.tasks.task import Example
 from vflair_core.testing import crossed, numbers_as_texts, tiny_model, tiny_tokenizer
 
 VOCABULARY, WIDTH = 40, 16

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vflair_attacks.feature_space_hijacking import FeatureSpaceHijacking
 from vflair_core import AttackError, Message
-from vflair_core.message import Crossing
+from vflair_core.communication.message import Crossing
 
 VOCABULARY, WIDTH = 20, 8
 

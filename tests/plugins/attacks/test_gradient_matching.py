@@ -7,7 +7,7 @@ import torch
 
 from vflair_attacks.gradient_matching import DeepLeakage, Lamp, Tag, _Match, cosine, squared
 from vflair_core import AttackError, Partition
-from vflair_core.attack import launch
+from vflair_core.attacks.attack import launch
 from vflair_core.testing import tiny_model
 
 

@@ -11,9 +11,9 @@ from vflair_attacks.gradient_spans import span_of
 from vflair_attacks.label_least_squares import LabelLeastSquares
 from vflair_attacks.membership import MembershipResidual
 from vflair_core import AttackError, Guess, Partition, split
-from vflair_core.halves import halves
+from vflair_core.attacks.halves import halves
 from vflair_core.testing import tiny_model
-from vflair_core.tuning import Lora, tune
+from vflair_core.training.tuning import Lora, tune
 
 DROPLESS = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 
@@ -148,7 +148,7 @@ def test_the_rows_of_a_batch_are_solved_for_together(lengths):
 
 def returned_of(party, rows):
     from vflair_core import Transcript
-    from vflair_core.observables import Observables
+    from vflair_core.attacks.observables import Observables
 
     with party.channel.tap(Transcript()) as transcript, torch.no_grad():
         for row in rows:

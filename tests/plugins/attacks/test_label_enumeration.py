@@ -7,7 +7,7 @@ import torch
 
 from vflair_attacks.label_enumeration import LabelEnumeration
 from vflair_core import AttackError, Partition
-from vflair_core.attack import launch
+from vflair_core.attacks.attack import launch
 from vflair_core.testing import tiny_model
 
 DROPLESS = {

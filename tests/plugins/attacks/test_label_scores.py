@@ -17,8 +17,8 @@ from vflair_attacks.norm_scoring import NormScoring
 from vflair_attacks.spectral import Spectral
 from vflair_attacks.zero_rows import ZeroRows
 from vflair_core import AttackError, Partition
-from vflair_core.attack import launch
-from vflair_core.measures import auc
+from vflair_core.attacks.attack import launch
+from vflair_core.experiments.grading.statistics import auc
 from vflair_core.testing import tiny_model
 
 

@@ -8,7 +8,7 @@ import torch
 from vflair_attacks.model_completion import JointInversion, ModelCompletion
 from vflair_attacks.vocabulary_search import VocabularySearch
 from vflair_core import AttackError, Defense, Partition
-from vflair_core.attack import launch
+from vflair_core.attacks.attack import launch
 from vflair_core.testing import crossed, tiny_model
 
 VOCABULARY, PROMPT, ANSWER = 200, 5, 8

@@ -8,8 +8,8 @@ import torch
 from vflair_attacks.gradient_sign import GradientSign
 from vflair_attacks.nearest_embedding import NearestEmbedding
 from vflair_core import AttackError, Partition, Transcript, split
-from vflair_core.attack import launch
-from vflair_core.observables import Observables
+from vflair_core.attacks.attack import launch
+from vflair_core.attacks.observables import Observables
 from vflair_core.testing import tiny_model
 
 

@@ -19,8 +19,8 @@ from vflair_attacks.update_matching import (
 )
 from vflair_attacks.update_search import Match, Model
 from vflair_core import AttackError, Partition, split
-from vflair_core.attack import launch
-from vflair_core.halves import halves
+from vflair_core.attacks.attack import launch
+from vflair_core.attacks.halves import halves
 from vflair_core.testing import tiny_model
 
 DROPLESS = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}

@@ -8,10 +8,10 @@ from transformers.utils.generic import ModelOutput
 
 from vflair_attacks.vocabulary_search import GreedySearch, VocabularySearch
 from vflair_core import AttackError, Guess, Partition, Transcript, split
-from vflair_core.attack import launch
-from vflair_core.defense import Mechanism
-from vflair_core.halves import halves
-from vflair_core.observables import Observables
+from vflair_core.attacks.attack import launch
+from vflair_core.attacks.halves import halves
+from vflair_core.attacks.observables import Observables
+from vflair_core.defenses.defense import Mechanism
 from vflair_core.testing import tiny_model
 
 VOCABULARY = 1000

@@ -7,7 +7,7 @@ import torch
 
 from vflair_attacks.wbi import WhiteBoxInversion
 from vflair_core import Partition
-from vflair_core.attack import launch
+from vflair_core.attacks.attack import launch
 from vflair_core.testing import crossed, tiny_model
 
 VOCABULARY = 300

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from vflair_core import Partition, split
-from vflair_core.defense import Exchange
-from vflair_core.encoding import train_tokenizer
+from vflair_core.defenses.defense import Exchange
+from vflair_core.tasks.collation import train_tokenizer
 from vflair_core.testing import tiny_model
 
 PUBLIC = [

@@ -9,7 +9,7 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 from vflair_core import DefenseError, Transcript
-from vflair_core.training import FineTuning, Train
+from vflair_core.training.fine_tuning import FineTuning, Train
 from vflair_defenses.dual_bottleneck import DualBottleneck, cross_entropy_of
 from vflair_defenses.mid import Mid
 from vflair_defenses.rows import public_returned

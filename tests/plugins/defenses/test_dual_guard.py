@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vflair_core import DefenseError, Transcript
-from vflair_core.training import FineTuning, Train
+from vflair_core.training.fine_tuning import FineTuning, Train
 from vflair_defenses.dual_guard import DualGuard
 
 IDS = torch.arange(5, 17)[None]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from vflair_core import DefenseError, Partition, Transcript, split
-from vflair_core.defense import Exchange
-from vflair_core.encoding import train_tokenizer
+from vflair_core.defenses.defense import Exchange
+from vflair_core.tasks.collation import train_tokenizer
 from vflair_core.testing import tiny_model
 from vflair_defenses.gaussian_noise import GaussianMechanism, GaussianNoise
 from vflair_defenses.rows import clip_rows

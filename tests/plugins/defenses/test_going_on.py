@@ -7,7 +7,7 @@ import torch
 
 from vflair_core import Partition, split
 from vflair_core.testing import tiny_model
-from vflair_core.training import FineTuning, Train
+from vflair_core.training.fine_tuning import FineTuning, Train
 from vflair_defenses.adversarial_training import AdversarialTraining
 from vflair_defenses.label_randomised_response import LabelRandomisedResponse
 

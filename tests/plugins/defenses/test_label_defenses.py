@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vflair_core import DefenseError, Transcript
-from vflair_core.defense import Exchange
+from vflair_core.defenses.defense import Exchange
 from vflair_core.testing import tiny_batch
 from vflair_defenses.decoy_rows import DecoyRows
 from vflair_defenses.label_randomised_response import LabelRandomisedResponse

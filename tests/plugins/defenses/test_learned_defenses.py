@@ -10,7 +10,7 @@ from torch.distributions import Normal, kl_divergence
 
 from vflair_core import DefenseError, Partition, Transcript, split
 from vflair_core.testing import tiny_batch, tiny_model
-from vflair_core.training import FineTuning, Train
+from vflair_core.training.fine_tuning import FineTuning, Train
 from vflair_defenses.adversarial_training import AdversarialTraining
 from vflair_defenses.mid import (
     Bottleneck,

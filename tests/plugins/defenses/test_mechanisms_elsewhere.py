@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from foreign_device import DEVICES, device_called
-from vflair_core.defense import Defense
-from vflair_core.mechanisms import told
+from vflair_core.attacks.adaptive import told
+from vflair_core.defenses.defense import Defense
 from vflair_core.plugins import load_target, target_of
 from vflair_defenses import vflair_defenses
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vflair_core import Example
+from vflair_core.defenses.calibration import Preparing
 from vflair_core.errors import CheckpointError
-from vflair_core.preparing import Preparing
 from vflair_defenses.custext import CusText
 from vflair_defenses.dual_bottleneck import DualBottleneck
 from vflair_defenses.dual_guard import DualGuard

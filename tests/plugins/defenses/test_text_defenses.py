@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from vflair_core import DefenseError, Example
-from vflair_core.answers import best_answers
-from vflair_core.asking import reader_of
-from vflair_core.metrics import exact_match
+from vflair_core.parties.data_party.text import reader_of
+from vflair_core.tasks.metrics import exact_match
+from vflair_core.tasks.question_answering import best_answers
 from vflair_core.testing import tiny_model
 from vflair_defenses import neighbours
 from vflair_defenses.custext import CusText, custext_plus

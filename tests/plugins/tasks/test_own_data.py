@@ -7,8 +7,8 @@ import pytest
 from PIL import Image as Pictures
 
 from vflair_core import plugin_manager
-from vflair_core.config import experiment_from
 from vflair_core.errors import TaskError
+from vflair_core.experiments.config import experiment_from
 from vflair_core.plugins import build, find
 from vflair_tasks import own as own_module
 from vflair_tasks.own import own

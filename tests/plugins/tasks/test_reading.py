@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from vflair_core.reader import Reader
-from vflair_core.reading import Reading
-from vflair_core.spans import private_tokens
+from vflair_core.tasks.preprocessor import Reader
+from vflair_core.tasks.spans import private_tokens
+from vflair_core.tasks.tokenization import Reading
 from vflair_tasks import mathematics, offline, offline_questions
 
 SMALL = {"train_examples": 8, "test_examples": 4, "public_characters": 5000}

@@ -1,0 +1,1 @@
+"""The contract of an attack, and the process that runs one on what it was granted. Never the truth."""

@@ -1,0 +1,108 @@
+"""What an adaptive attacker is told of the defenses of a run: their mechanisms, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from attrs import define
+from torch import Tensor
+
+from vflair_core.attacks.attack import Launch, wants
+from vflair_core.defenses.defense import Defense, Mechanism, Replacement
+from vflair_core.errors import AttackError
+from vflair_core.plugins import load_target
+
+Side = Literal[
+    "mechanism", "gradient_mechanism", "replacement"
+]  # of hidden states; of the gradient; of words
+ONE_REPLACES = "defenses of this run replace words; an attacker is told of one. Attack them one by one, or grant no `replacement`."
+Spec = Mapping[str, Any]  # a defense as `evidence.py` writes it down: target and options
+
+
+def has_mechanism(specs: Sequence[Spec], side: Side) -> bool:
+    """Whether knowing the defenses could help: what has no mechanism there leaves nothing to know."""
+    return all(specs) and any(
+        getattr(load_target(spec["target"]), side) is not getattr(Defense, side) for spec in specs
+    )
+
+
+def told(specs: Sequence[Spec], side: Side, state: Mapping[str, Tensor] | None) -> Mechanism:
+    """Build the defenses again and return their mechanisms as one; `state` is what they calibrated, if it is known."""
+    parts = []
+    for number, defense in enumerate(_rebuilt(specs)):
+        if state is not None:
+            prefix = f"{number}."
+            defense.load_state(
+                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            )
+        if (part := getattr(defense, side)()) is not None:
+            parts.append(part)
+    return Chain(parts)
+
+
+def told_replacement(
+    specs: Sequence[Spec], tokenizer: Any, embeddings: Tensor, public_texts: Sequence[str]
+) -> Replacement | None:
+    """Build the defense that replaces words again and return how it does; None if it changes nothing.
+
+    Raises:
+        AttackError: Several do, one after the other.
+    """
+    each = [d.replacement(tokenizer, embeddings, public_texts) for d in _rebuilt(specs)]
+    there = [replacement for replacement in each if replacement is not None]
+    if len(there) > 1:
+        raise AttackError(f"{len(there)} {ONE_REPLACES}")
+    return there[0] if there else None
+
+
+def check_one_replaces(defenses: Sequence[Defense], launches: Sequence[Launch]) -> None:
+    """See that an attacker who is to be told how words are replaced can be told.
+
+    Raises:
+        AttackError: Several defenses replace words, one after the other.
+    """
+    several = [d for d in defenses if type(d).replacement is not Defense.replacement]
+    asking = [
+        launch.name for launch in launches if "replacement" in sum(wants(launch.attack), ()) and "replacement" in launch.granted
+    ]  # fmt: skip
+    if len(several) > 1 and asking:
+        raise AttackError(f"{len(several)} {ONE_REPLACES}")
+
+
+def _rebuilt(specs: Sequence[Spec]) -> list[Defense]:
+    return [load_target(spec["target"])(**spec["options"]) for spec in specs]
+
+
+@define
+class Chain(Mechanism):
+    """Several mechanisms, one after the other; the last one's noise is the one that is seen."""
+
+    parts: list[Mechanism]
+
+    @property
+    def in_nats(self) -> bool:  # type: ignore[override]
+        """Whether the noise that is seen has a likelihood."""
+        return bool(self.parts) and self.parts[-1].in_nats
+
+    def expected(self, hidden: Tensor) -> Tensor:
+        for part in self.parts:
+            hidden = part.expected(hidden)
+        return hidden
+
+    def log_likelihood(self, observed: Tensor, hidden: Tensor) -> Tensor:
+        for part in self.parts[:-1]:
+            hidden = part.expected(hidden)
+        last = self.parts[-1] if self.parts else Mechanism()
+        return last.log_likelihood(observed, hidden)
+
+    def sample(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        for part in self.parts:
+            hidden = part.sample(hidden, generator)
+        return hidden
+
+    def sample_embeddings(self, embeddings: Tensor, generator: torch.Generator) -> Tensor:
+        for part in self.parts:
+            embeddings = part.sample_embeddings(embeddings, generator)
+        return embeddings

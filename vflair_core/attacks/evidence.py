@@ -1,0 +1,264 @@
+"""The evidence of one arm as files: all that an attacker could hold, and what each attack of it is given.
+
+A store is a folder. The worker never sees it: it gets a folder of its own with the files that its attacks are granted.
+A store that is kept can be attacked again, without either party.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from attrs import field, frozen
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vflair_core.attacks.attack import Launch, wants
+from vflair_core.attacks.knowledge import AUXILIARY, DEFENSE
+from vflair_core.attacks.worker import stream_seed
+from vflair_core.errors import AttackError
+from vflair_core.parties.data_party.party import DataParty
+from vflair_core.parties.model_party.party import ModelParty
+from vflair_core.plugins import target_of
+from vflair_core.training.tuning import plain_state
+from vflair_core.victims import Crossed
+
+FACTS = "facts.json"
+ALWAYS = ("config.json", "main.safetensors", "bypassed.safetensors")
+HALVES = {"head", "tail", "pretrained_head", "pretrained_tail", "current_head", "current_tail"}
+FILES = {  # what else there is, and the knowledge that asks for it
+    "tokenizer": {"tokenizer", "replacement"},
+    "pretrained.safetensors": HALVES - {"current_head", "current_tail"} | {"pretrained_model"},
+    "current.safetensors": HALVES - {"pretrained_head", "pretrained_tail"},
+    "body.safetensors": {"body"},
+    "embeddings.safetensors": {"embeddings", "replacement"},
+    "defenses.safetensors": set(DEFENSE),
+    "queries-main.safetensors": {"queries"},
+    "queries-bypassed.safetensors": {"queries"},
+    "updates-main.safetensors": {"updates"},
+    "updates-bypassed.safetensors": {"updates"},
+    "adversary.safetensors": {"adversary_state"},
+}
+GRANTS = {  # files that need one of these grants besides, whatever was asked for
+    "current.safetensors": {"current_head", "current_tail"},
+    "defenses.safetensors": {"parameters"},
+}
+
+
+@frozen(eq=False)
+class Evidence:
+    """What an attacker could hold: two passes of messages, weights, and auxiliary data.
+
+    Passes are called main and, with the defense bypassed, bypassed; `victims` has how many cross in each.
+    """
+
+    party: DataParty
+    model_party: ModelParty
+    pretrained: dict[str, Tensor]
+    main: Crossed
+    bypassed: Crossed | None
+    releases: int
+    task_kind: str
+    victims: Mapping[str, int]
+    seed: int = 0
+    auxiliary: dict[str, Any] = field(factory=dict)
+    queries: Mapping[str, Crossed] = field(factory=dict)
+    adversary: Mapping[str, Tensor] | None = None  # what the active one kept, if there was one
+    update_batch: int = 1
+
+    @property
+    def passes(self) -> dict[str, Crossed]:
+        """What crossed in each pass over the victims."""
+        return {"main": self.main} | ({"bypassed": self.bypassed} if self.bypassed else {})
+
+
+def needed(launches: Sequence[Launch]) -> set[str]:
+    """Files that the attacks ask for and are granted."""
+    granted = {name for launch in launches for name in launch.granted}
+    asked = _asked(launches)
+    return {
+        file
+        for file, names in FILES.items()
+        if names & asked and (file not in GRANTS or GRANTS[file] & granted)
+    }
+
+
+def _asked(launches: Sequence[Launch]) -> set[str]:
+    names = {name for launch in launches for kind in wants(launch.called) for name in kind}
+    return names & {name for launch in launches for name in launch.granted}
+
+
+def save_evidence(
+    store: Path, evidence: Evidence, files: Collection[str] = frozenset(FILES)
+) -> None:
+    """Write the messages and `files`, by default everything, into the folder `store`, which is made."""
+    store.mkdir(parents=True, exist_ok=True)
+    party, model = evidence.party, evidence.party.model
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = config.tie_word_embeddings and not party.untied
+    config.to_json_file(store / "config.json", use_diff=False)
+    queries = {f"queries-{which}": crossed for which, crossed in evidence.queries.items()}
+    crossings = evidence.passes | queries
+    for which, crossed in crossings.items():
+        crossed.transcript.save(store / f"{which}.safetensors")
+    for which, crossed in evidence.passes.items():
+        each = enumerate(crossed.updates)
+        flat = {f"{n}.{name}": grad for n, row in each for name, grad in row.items()}
+        if flat:
+            _save_weights(store / f"updates-{which}.safetensors", flat)
+    if "tokenizer" in files and party.tokenizer is not None:
+        party.tokenizer.save_pretrained(store / "tokenizer")  # type: ignore[attr-defined]
+    for file in files:
+        if (weights := _weights(file, evidence)) is not None:
+            _save_weights(store / file, weights)
+    facts = {
+        "releases": dict.fromkeys(evidence.victims, evidence.releases),
+        "victims": dict(evidence.victims),
+        "spots": {w: [attrs.astuple(spot) for spot in c.spots] for w, c in crossings.items()},
+        "update_batch": evidence.update_batch,
+        "partition": attrs.asdict(party.partition),
+        "task_kind": evidence.task_kind,
+        "model_class": type(model).__mro__[1].__name__,
+        "defenses": [_told(defense) for defense in party.defenses.each],
+        "auxiliary": evidence.auxiliary,
+        "seed": evidence.seed,
+    }
+    (store / FACTS).write_text(json.dumps(facts))
+
+
+def _weights(file: str, evidence: Evidence) -> dict[str, Tensor] | None:
+    """The tensors of one of the files of weights; None for another file."""
+    party = evidence.party
+    match file:
+        case "pretrained.safetensors":
+            return evidence.pretrained
+        case "body.safetensors":
+            return plain_state(evidence.model_party.model)
+        case "current.safetensors":
+            return {**plain_state(party.model), **plain_state(evidence.model_party.model)}
+        case "embeddings.safetensors":
+            return {"embeddings": evidence.pretrained[_embedding_name(party.model)]}
+        case "defenses.safetensors":
+            each = enumerate(party.defenses.each)
+            return {f"{n}.{k}": v for n, defense in each for k, v in defense.state().items()}
+        case "adversary.safetensors":
+            return None if evidence.adversary is None else dict(evidence.adversary)
+        case _:
+            return None
+
+
+def read_facts(store: Path) -> dict[str, Any]:
+    """Read what is known of the arm beside tensors."""
+    facts: dict[str, Any] = json.loads((store / FACTS).read_text())
+    return facts
+
+
+def furnish(
+    folder: Path, store: Path, launches: Sequence[Launch], threads: int, device: torch.device
+) -> None:
+    """Put into the worker's `folder` what is granted of the store, and the job; nothing else.
+
+    Raises:
+        AttackError: A defense cannot be told to an attack that asks for it.
+    """
+    facts, asked = read_facts(store), _asked(launches)
+    texts = {"public_texts"} if "replacement" in asked else set()  # which defenses calibrate on
+    for file in (*ALWAYS, *sorted(needed(launches))):
+        source = store / file
+        if source.is_dir():  # the tokenizer, which is loaded with the config beside it
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+        elif source.exists():
+            _link(source, folder / file)
+    tells = bool(asked & set(DEFENSE))
+    same = (
+        *("releases", "victims", "spots", "update_batch"),
+        *("partition", "task_kind", "model_class"),
+    )
+    passes = list(facts["victims"])
+    job = {
+        "attacks": [_describe(n, launch, passes) for n, launch in enumerate(launches)],
+        **{name: facts[name] for name in same},
+        "defenses": [_checked(spec) if tells else {} for spec in facts["defenses"]],
+        "auxiliary": {
+            name: rows for name, rows in facts["auxiliary"].items() if name in asked | texts
+        },
+        "threads": threads,
+        "device": str(device),
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+
+
+def check_held(store: Path, launch: Launch) -> None:
+    """See that the store holds what an attack cannot do without.
+
+    Raises:
+        AttackError: It does not: the run did not make it.
+    """
+    made = read_facts(store)["auxiliary"]
+    for name in wants(launch.attack)[0]:
+        files = [
+            f
+            for f, names in FILES.items()
+            if names - {"replacement"} == {name} and "bypassed" not in f
+        ]
+        lacks = any(not (store / file).exists() for file in files)
+        if lacks or (name in AUXILIARY and name not in made):
+            raise AttackError(
+                f"{launch.name} needs {name}, which this run did not make. Run the experiment again with it (see "
+                "[victims] and [adversary]), or choose another attack."
+            )
+
+
+def _describe(number: int, launch: Launch, passes: list[str]) -> dict[str, Any]:
+    attack: Any = launch.attack
+    return {
+        "number": number,
+        "name": launch.name,
+        "target": target_of(attack),
+        "options": attrs.asdict(attack) if attrs.has(type(attack)) else {},
+        "granted": sorted(launch.granted),
+        "seed": stream_seed(launch.seed, f"attack {launch.name}"),
+        "passes": passes,
+    }
+
+
+def _told(defense: Any) -> dict[str, Any]:
+    """A defense as an adaptive attacker builds it again; without options if it has no fields to read them from."""
+    if not attrs.has(type(defense)):
+        return {"target": target_of(defense), "options": None}
+    fields = [f.name for f in attrs.fields(type(defense)) if f.init]
+    options = {name.lstrip("_"): getattr(defense, name) for name in fields}
+    return {"target": target_of(defense), "options": options}
+
+
+def _checked(spec: dict[str, Any]) -> dict[str, Any]:
+    if spec["options"] is None:
+        raise AttackError(
+            f"{spec['target']} cannot be told to an adaptive attacker: make it an attrs class whose fields are its "
+            "options."
+        )
+    return spec
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name; a copy where the file system cannot do that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _embedding_name(model: nn.Module) -> str:
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    return next(f"{name}.weight" for name, m in model.named_modules() if m is embeddings)
+
+
+def _save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    save_file({k: v.detach().clone().contiguous() for k, v in weights.items() if v.numel()}, path)

@@ -1,0 +1,1 @@
+"""The program `vflair`. Imports no torch before a command needs it."""

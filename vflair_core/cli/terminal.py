@@ -1,0 +1,256 @@
+"""What a run looks like on a terminal: bars while it runs, then the table and the sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from vflair_core.experiments.attack_phase import REFERENCES
+from vflair_core.experiments.cut_sweep import Recovery
+from vflair_core.experiments.grading.ranking import NOT_EVALUATED
+from vflair_core.experiments.grading.tokens import Grade
+from vflair_core.experiments.result import Result
+
+
+@contextmanager
+def bars(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a reporter that draws one bar per phase; a phase's number (a loss) may follow a comma."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
+        tasks: dict[str, Any] = {}
+
+        def report(phase: str, done: int, total: int) -> None:
+            key = phase.split(",", 1)[0]
+            if key not in tasks:
+                tasks[key] = progress.add_task(phase, total=total)
+            progress.update(tasks[key], description=phase, completed=done, total=total)
+
+        yield report
+
+
+def show_result(result: Result, folder: Path) -> None:
+    """Print the numbers and, side by side, a private sentence and what was recovered of it."""
+    console = Console()
+    there = [arm for arm in REFERENCES if arm in result.numbers]
+    arms = [arm for arm in there if not arm.startswith("active")]
+    active = [arm for arm in there if arm.startswith("active")]
+    scores = result.numbers.get("dcs", {}).get("per_attack", ())
+    console.print(_utility(result, there), _privacy(result, arms, scores), sep="\n")
+    if active:
+        console.print(_privacy(result, active))
+    for line in (*_remarks(result, there), *_seeds(result)):
+        warns = "failed" in line or "NOT EVALUATED" in line
+        console.print(line, style="yellow" if warns else "", highlight=False)
+    sentence = _sentence(result, arms)
+    if sentence is not None:
+        console.print(sentence)
+    console.print(f"Written to {folder}: result.json, transcript.safetensors, experiment.toml.")
+
+
+def show_cuts(rows: Sequence[Recovery], folder: Path, *, as_json: bool) -> None:
+    """Print what was recovered at each cut."""
+    console = Console()
+    if as_json:
+        console.print_json(data=[attrs.asdict(row) for row in rows])
+        return
+    table = Table(box=SIMPLE, title="recovered by cut (AP with its 95 % interval)")
+    for column in ("head", "arm", "attack", "knows", "AP", "floor", "MP"):
+        table.add_column(column)
+    for row in rows:
+        low, high = row.interval
+        reached = f"{row.attack_performance:.3f} [{low:.2f}, {high:.2f}]"
+        floor, main = f"{row.floor:.3f}", f"{row.main_performance:.3f}"
+        table.add_row(
+            str(row.head), row.arm, row.attack, row.knowledge, escape(reached), floor, main
+        )
+    console.print(table)
+    console.print(f"Written to {folder}: cuts.json, cuts.svg, and a folder for each cut.")
+
+
+def show_grades(grades: Mapping[str, Sequence[Grade]]) -> None:
+    """Print what attacks of kept evidence reached."""
+    table = Table(box=SIMPLE, title="AP with its 95 % interval", title_justify="left")
+    for column in ("attack", "knows", "arm", "AP", "floor", "verdict"):
+        table.add_column(column)
+    for arm, each in grades.items():
+        for grade in each:
+            reached, floor = _performance(grade.to_dict()), f"{grade.floor:.3f}"
+            table.add_row(
+                grade.attack, grade.knowledge, arm, escape(reached), floor, escape(grade.verdict)
+            )
+    Console().print(table)
+
+
+def _utility(result: Result, arms: list[str]) -> Table:
+    metric = result.numbers[arms[0]]["metric"]
+    table = Table(
+        box=SIMPLE,
+        title=f"{result.task['name']} · MP is {metric} · numbers {result.numbers_hash}",
+        title_justify="left",
+    )
+    for column in ("", "MP", "held-out loss", "guarantee", "MB", "seconds"):
+        table.add_column(column)
+    for arm in arms:
+        numbers, cost = result.numbers[arm], result.cost[arm]
+        first, last = (numbers["evaluations"][n]["metrics"]["loss"] for n in (0, -1))
+        promises = [_promise(guarantee) for guarantee in numbers["guarantees"]]
+        table.add_row(
+            arm,
+            f"{numbers['main_performance']:.3f}",
+            f"{first:.3f} → {last:.3f}",
+            "; ".join(promises) or "none",
+            f"{cost['total_bytes'] / 1e6:.1f}",
+            f"{sum(cost['seconds'].values()):.0f}",
+        )
+    return table
+
+
+def _promise(guarantee: dict[str, Any]) -> str:
+    if guarantee["mechanism"] is None:
+        return "none (empirical)"
+    return f"ε {guarantee['epsilon']:.4g}, δ {guarantee['delta']:g}"
+
+
+def _privacy(result: Result, arms: list[str], scores: Sequence[dict[str, Any]] = ()) -> Table:
+    table = Table(
+        box=SIMPLE, title="AP with its 95 % interval", title_justify="left", padding=(0, 1, 0, 0)
+    )
+    table.add_column("attack")
+    table.add_column("knows")
+    for arm in arms:
+        table.add_column(f"AP {arm}")
+    table.add_column("floor")
+    if scores:
+        table.add_column("DCS")
+    for row, last in enumerate(result.numbers[arms[-1]]["attacks"]):
+        grades = [result.numbers[arm]["attacks"][row] for arm in arms]
+        cells = [_performance(grade) for grade in grades]
+        cells.append(f"{last['floor']:.3f}")
+        if scores:
+            cells.append(f"{scores[row]['dcs']:.3f}")
+        table.add_row(_named(last), last["knowledge"], *cells)
+    return table
+
+
+def _named(row: dict[str, Any]) -> str:
+    """An attack, and that it is its grade of the responses if it is."""
+    apart = row["target"] == "response"
+    return f"{row['attack']}, response" if apart else str(row["attack"])
+
+
+def _performance(grade: dict[str, Any]) -> str:
+    low, high = grade["interval"]
+    return f"{grade['attack_performance']:.3f} [{low:.2f}, {high:.2f}]"
+
+
+def _remarks(result: Result, arms: list[str]) -> Iterator[str]:
+    for arm in arms:
+        equal = result.numbers[arm].get("unsplit_losses_equal")
+        if equal is not None:
+            apart = result.numbers[arm]["unsplit_losses_differ_by"]
+            word = "equal" if equal else f"failed to equal (by up to {apart:.1g})"
+            yield f"{arm}: all training losses {word} the unsplit model's."
+        for target, there in result.numbers[arm].get("evaluated", {}).items():
+            if not there:
+                yield f"{arm}, {target}: {NOT_EVALUATED}."
+        yield from _strongest(arm, result.numbers[arm].get("strongest", ()))
+        for guarantee in result.numbers[arm]["guarantees"]:
+            outside = (
+                f" Outside the claim: {guarantee['excluded']}." if guarantee["mechanism"] else ""
+            )
+            yield f"{guarantee['defense']}: {guarantee['statement']}.{outside}"
+        for found in result.numbers[arm]["findings"]:
+            told = [f"{name} {value:.3f}" for name, value in found.items() if name != "defense"]
+            yield f"{found['defense']} measured of itself: {', '.join(told)}."
+        for grade in result.numbers[arm]["attacks"]:
+            if grade["verdict"] != "ok":
+                yield f"{arm}, {_named(grade)}: {grade['verdict']}."
+            if grade["course"]:
+                yield f"{arm}, {_named(grade)}: AP {_course(grade['course'])}."
+
+
+def _course(points: Sequence[dict[str, float]]) -> str:
+    """AP at about each quarter of what was spent."""
+    whole = points[-1]["forwards"]
+    quarters = [
+        min(points, key=lambda point: abs(point["forwards"] - whole * n / 4)) for n in (1, 2, 3, 4)
+    ]
+    told = dict.fromkeys((p["forwards"], p["attack_performance"]) for p in quarters)
+    return ", ".join(f"{reached:.3f} after {spent:,.0f} forwards" for spent, reached in told)
+
+
+def _strongest(arm: str, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The strongest attack on each target, from the first preset at which it is that."""
+    told: dict[tuple[str, str], str] = {}
+    for row in rows:
+        place = (
+            row["target"],
+            row["knowledge"].partition(" + ")[2],
+        )  # what is beyond presets stands apart
+        if told.get(place) == row["attack"]:
+            continue
+        told[place] = row["attack"]
+        low, high = row["interval"]
+        yield (
+            f"{arm}, {row['target']} from {row['knowledge']}: strongest is {row['attack']} with AP "
+            f"{row['attack_performance']:.3f} [{low:.2f}, {high:.2f}], floor {row['floor']:.3f}."
+        )
+
+
+def _seeds(result: Result) -> Iterator[str]:
+    """What all seeds say together, where there are several."""
+    for key, where in (("over_seeds", "seeds"), ("over_seeds_active", "seeds, active adversary")):
+        if key in result.numbers:
+            yield from _over(result.numbers[key], where)
+
+
+def _over(found: dict[str, Any], where: str) -> Iterator[str]:
+    for row in found["attacks"]:
+        if "change" not in row:
+            yield f"{len(found['seeds'])} {where}, {_named(row)}: AP {row['undefended']:.3f} undefended."
+            continue
+        low, high = row["change_interval"]
+        yield (
+            f"{len(found['seeds'])} {where}, {_named(row)}: AP {row['undefended']:.3f} → {row['defended']:.3f}, "
+            f"change {row['change']:+.3f} [{low:+.3f}, {high:+.3f}] (paired, 95 %)."
+        )
+    for row in found["adaptive"]:
+        (blind, knowing), (low, high) = row["attack_performance"], row["gain_interval"]
+        yield (
+            f"{len(found['seeds'])} {where}, {row['attack']} through the defense: AP {blind:.3f} ({row['blind']}, blind) → "
+            f"{knowing:.3f} ({row['adaptive']}), gain {row['gain']:+.3f} [{low:+.3f}, {high:+.3f}] (paired, 95 %)."
+        )
+
+
+def _sentence(result: Result, arms: list[str]) -> Panel | None:
+    """The first planted record, or else the first victim, as the strongest token attack saw it."""
+    grades = [g for g in result.numbers[arms[-1]]["attacks"] if g["target"] == "tokens"]
+    if not grades:
+        return None
+    attack = max(grades, key=lambda grade: grade["attack_performance"])["attack"]
+    rows = {
+        arm: [s for s in result.samples if s["arm"] == arm and s["attack"] == attack]
+        for arm in arms
+    }
+    texts = [row["private"] for row in rows[arms[0]]]
+    chosen = next((n for n, text in enumerate(texts) if "@" in text), 0)
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("[bold]private[/]", escape(texts[chosen]))
+    for arm in arms:
+        grid.add_row(f"[bold]{arm}[/]", escape(rows[arm][chosen]["recovered"]))
+    return Panel(grid, title=f"what {attack} recovered", title_align="left")

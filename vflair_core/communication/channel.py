@@ -1,0 +1,194 @@
+"""How messages travel, and how they are counted and watched on the way."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+import attrs
+import torch
+from attrs import define, field, frozen
+from torch import Tensor
+
+from vflair_core.communication import codec
+from vflair_core.communication.message import Crossing, Kind, Message, Phase, Role
+from vflair_core.errors import ProtocolError
+
+Handler = Callable[[Message], Message]  # a model party's `handle`
+Direction = Literal["sent", "received"]  # as the data party sees it
+
+
+@define
+class Traffic:
+    """What crossed under one role in one direction."""
+
+    tensors: int = 0
+    bytes: int = 0
+    rows: int = 0  # vectors of the last dimension: for smashed data, one row is one release
+
+
+class Watcher(Protocol):
+    """Anything that `Channel.tap` accepts; it gets a message whose tensors are copies."""
+
+    def __call__(self, message: Message, direction: Direction, seconds: float, /) -> None: ...
+
+
+W = TypeVar("W", bound="Watcher")
+
+
+class Channel(ABC):
+    """Carries requests of the data party to the model party and brings back the replies.
+
+    Subclasses say only how one message is delivered. Counting and watching happen here, on the data
+    party's side, so that they hold for every channel.
+    """
+
+    def __init__(self) -> None:
+        self.traffic: dict[tuple[Role, Direction], Traffic] = {}
+        self.messages = 0
+        self.seconds = 0.0
+        self._watchers: list[Watcher] = []
+
+    @abstractmethod
+    def deliver(self, message: Message) -> Message:
+        """Bring `message` to the model party and return its reply."""
+
+    def request(self, message: Message) -> Message:
+        """Send `message`, wait for the reply, count both and show copies to whoever taps."""
+        start = time.perf_counter()
+        reply = self.deliver(message)
+        seconds = time.perf_counter() - start
+        self.messages += 1
+        self.seconds += seconds
+        self._count(message, "sent")
+        self._count(reply, "received")
+        for watcher in tuple(self._watchers):
+            watcher(_copy(message), "sent", seconds)
+            watcher(_copy(reply), "received", seconds)
+        return reply
+
+    @contextmanager
+    def tap(self, watcher: W) -> Iterator[W]:
+        """Let `watcher` see a copy of everything that crosses while the block runs."""
+        self._watchers.append(watcher)
+        try:
+            yield watcher
+        finally:
+            self._watchers.remove(watcher)
+
+    def _count(self, message: Message, direction: Direction) -> None:
+        for crossing in message.tensors:
+            counted = self.traffic.setdefault((crossing.role, direction), Traffic())
+            counted.tensors += 1
+            counted.bytes += crossing.nbytes
+            width = crossing.tensor.shape[-1] if crossing.tensor.dim() else 1
+            counted.rows += crossing.tensor.numel() // max(width, 1)
+
+
+class LocalChannel(Channel):
+    """Both parties in one process. Nothing is shared across the cut: tensors are cloned, or change hands.
+
+    Logits are large, and the model party lets go of them when it has returned them.
+
+    Args:
+        handle: The model party's `handle`.
+        wire: Pass every message through the real codec, byte for byte as a remote channel would.
+    """
+
+    def __init__(self, handle: Handler, *, wire: bool = False) -> None:
+        super().__init__()
+        self._handle = handle
+        self.wire = wire
+
+    def deliver(self, message: Message) -> Message:
+        if self.wire:
+            reply = self._handle(codec.read(codec.chunks(message)))
+            return codec.read(codec.chunks(reply))
+        return _handed_over(self._handle(_copy(message)))
+
+
+@frozen(eq=False)
+class Record:
+    """One tensor that crossed, as the model party saw it."""
+
+    kind: Kind
+    direction: Direction
+    role: Role
+    name: str
+    phase: Phase
+    step: int
+    exchange: int
+    tensor: Tensor
+
+
+@define
+class Transcript:
+    """Everything that crossed while it tapped a channel, in order; it can be saved and read back."""
+
+    messages: list[Record] = field(factory=list)
+
+    def __call__(self, message: Message, direction: Direction, _seconds: float, /) -> None:
+        about = (message.phase, message.step, message.exchange)
+        self.messages.extend(
+            Record(message.kind, direction, crossing.role, crossing.name, *about, crossing.tensor)
+            for crossing in message.tensors
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file; names and roles are in its metadata."""
+        import json
+
+        from safetensors.torch import save_file
+
+        facts = [
+            attrs.asdict(record, filter=lambda attribute, _: attribute.name != "tensor")
+            for record in self.messages
+        ]
+        tensors = {f"{n:06d}": r.tensor.contiguous() for n, r in enumerate(self.messages)}
+        save_file(tensors, path, metadata={"vflair_transcript": json.dumps(facts)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Transcript:
+        """Read what `save` wrote."""
+        import json
+
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, Any] = file.metadata() or {}
+            if "vflair_transcript" not in metadata:
+                raise ProtocolError(f"{path} is not a transcript: it lacks the vflair metadata.")
+            facts = json.loads(metadata["vflair_transcript"])
+            return cls(
+                [Record(**f, tensor=file.get_tensor(f"{n:06d}")) for n, f in enumerate(facts)]
+            )
+
+
+def _copy(message: Message) -> Message:
+    copies = tuple(Crossing(c.name, c.role, _cloned(c.tensor)) for c in message.tensors)
+    return attrs.evolve(message, tensors=copies)
+
+
+def _handed_over(message: Message) -> Message:
+    """Copy what is not let go of, and what a graph still holds, such as an output it needs for its backward."""
+    tensors = tuple(
+        c if c.let_go and _is_alone(c.tensor) else Crossing(c.name, c.role, _cloned(c.tensor))
+        for c in message.tensors
+    )
+    return attrs.evolve(message, tensors=tensors)
+
+
+def _is_alone(tensor: Tensor) -> bool:
+    """Whether no other tensor and no graph holds the memory of `tensor`, and it holds no more than it needs."""
+    storage = tensor.untyped_storage()
+    alone: bool = torch._C._storage_Use_Count(storage._cdata) == 2  # the tensor and `storage`
+    whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes
+    return alone and whole and not tensor.requires_grad
+
+
+def _cloned(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,121 @@
+"""The data party's end of a session: numbers its messages and passes on what was let go of."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vflair_core.communication.channel import Channel
+from vflair_core.communication.counterparts import describe
+from vflair_core.communication.locks import Lock
+from vflair_core.communication.message import Crossing, Kind, Message
+from vflair_core.communication.program import Program
+from vflair_core.defenses.defense import Defense
+
+if TYPE_CHECKING:
+    from vflair_core.defenses.defense import Exchange
+
+
+class Line:
+    """One session with the model party. `step` counts optimizer steps and travels in every message."""
+
+    def __init__(self, channel: Channel, fingerprint: str) -> None:
+        self.channel, self.fingerprint = channel, fingerprint
+        self.session = uuid.uuid4().hex
+        self.step = 0
+        self.graphs: list[int] = []  # forwards whose backward will not come
+        self.caches: list[str] = []  # caches that are gone
+        self.copies: list[tuple[str, str]] = []  # caches that were copied: (old, new)
+        self._registered: set[str] = set()
+        self._seq = 0
+        self._lock = Lock()  # backward runs in whichever thread called it
+
+    def open(
+        self,
+        defenses: Sequence[Defense],
+        optimizer: Mapping[str, Any] | None = None,
+        resume: Sequence[int] | None = None,
+    ) -> Mapping[str, Any]:
+        """Start the session, and return the facts of the reply.
+
+        `optimizer` asks the model party to make one of its allow-list; `resume`, to go back to the last
+        of these steps that it has a checkpoint of.
+        """
+        self._registered.clear()
+        counterparts, weights = describe(defenses)
+        meta: dict[str, Any] = {"fingerprint": self.fingerprint, "counterparts": counterparts}
+        if optimizer is not None:
+            meta["optimizer"] = dict(optimizer)
+        if resume is not None:
+            meta["resume"] = list(resume)
+        return self.request("open", None, weights, meta).meta
+
+    def commit(
+        self, *, scale: float | None, rate: float, skip: bool, sharing: str | None = None
+    ) -> None:
+        """Let the model party take or skip its step; either way both parties count it.
+
+        In a chain of model parties, `sharing` is the rule for shared weights that all must have.
+        """
+        meta = {"scale": scale, "lr": rate, "skip": skip}
+        self.request("commit", None, (), meta if sharing is None else {**meta, "sharing": sharing})
+        self.step += 1
+
+    def close(self) -> None:
+        """End the session: the model party forgets it, with its graphs, caches and gradients."""
+        self.request("close", None, (), {})
+
+    def program(self, program: Program) -> dict[str, Any]:
+        """Name a program; it is spelt out once per session."""
+        named = {"id": program.id}
+        return named if program.id in self._registered else {**named, "program": program.to_wire()}
+
+    def request(
+        self,
+        kind: Kind,
+        exchange: Exchange | None,
+        crossings: Sequence[Crossing],
+        meta: Mapping[str, Any],
+    ) -> Message:
+        """Send one message of this session and return the reply."""
+        with self._lock:
+            return self._request(kind, exchange, crossings, meta)
+
+    def _request(
+        self,
+        kind: Kind,
+        exchange: Exchange | None,
+        crossings: Sequence[Crossing],
+        meta: Mapping[str, Any],
+    ) -> Message:
+        graphs, gone, copies = (
+            self.graphs[:],
+            self.caches[:],
+            self.copies[:],
+        )
+        never = {new for _, new in copies} & set(gone)  # copied and dropped between two messages
+        news = {
+            "released_graphs": graphs,
+            "released_caches": [key for key in gone if key not in never],
+            "copied_caches": [pair for pair in copies if pair[1] not in never],
+        }
+        self._seq += 1
+        reply = self.channel.request(
+            Message(
+                kind,
+                self.session,
+                self.step,
+                exchange.number if exchange else 0,
+                self._seq,
+                exchange.phase if exchange else "control",
+                tuple(crossings),
+                {**meta, **{key: value for key, value in news.items() if value}},
+            )
+        )
+        # Only now: a refused message released nothing. What was added meanwhile stays for the next one.
+        del self.graphs[: len(graphs)], self.caches[: len(gone)]
+        del self.copies[: len(copies)]
+        if "program" in meta:
+            self._registered.add(meta["id"])
+        return reply

@@ -1,0 +1,154 @@
+"""What defenses make of public text before anything private is touched: kept between runs, under all it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from attrs import define
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from vflair_core.errors import CheckpointError
+from vflair_core.partition.fingerprint import sample_digest
+from vflair_core.plugins import target_of
+
+if TYPE_CHECKING:
+    from vflair_core.defenses.defense import Defense
+    from vflair_core.parties.data_party.party import DataParty
+
+Made = dict[str, Tensor]
+
+
+@define
+class Preparing:
+    """Where a data party keeps what its defenses prepared, and whom they tell how far they are.
+
+    Args:
+        folder: Where it is kept; None keeps nothing.
+        report: Told (what, done, total) now and then.
+    """
+
+    folder: Path | None = None
+    report: Callable[[str, int, int], None] = lambda *_: None
+
+    def tell(self, defense: Defense, done: int, total: int) -> None:
+        """Say how far `defense` is."""
+        self.report(f"preparing {type(defense).__name__}", done, total)
+
+    def remember(
+        self,
+        defense: Defense,
+        public_texts: Sequence[str],
+        data_party: DataParty,
+        make: Callable[[], Made],
+        **facts: str,
+    ) -> Made:
+        """Return what `make` makes: by calling it, or from the file where an earlier call left it.
+
+        The file's name is a digest of all that it depends on: the defense, its options and its version, the other
+        defenses of the list as they are by then, the data party's weights and tokenizer, both parties' fingerprint, the
+        cut, the public text, the versions of torch and the core, and `facts` that the defense adds. What changes any of
+        them makes a new file.
+
+        Raises:
+            CheckpointError: The file is damaged, or holds something else than its name says.
+        """
+        if self.folder is None:
+            return make()
+        known = {**_facts(defense, public_texts, data_party), **facts}
+        name = _digest(json.dumps(known, sort_keys=True))[:16]
+        path = self.folder / f"{type(defense).__name__}-{name}.safetensors"
+        if path.exists():
+            return _read(path, known)
+        made = make()
+        _write(path, made, known)
+        return made
+
+
+def _facts(defense: Any, public_texts: Sequence[str], party: DataParty) -> dict[str, str]:
+    vocabulary = {} if party.tokenizer is None else party.tokenizer.get_vocab()
+    # What is prepared may have crossed, and then it went through all of them.
+    others = ["itself" if d is defense else _named(d) for d in party.defenses.each]
+    return {
+        "defense": target_of(defense),
+        "options": json.dumps(_options(defense), sort_keys=True),
+        "version": _version(type(defense).__module__.partition(".")[0]),
+        "other defenses": json.dumps(others),
+        "model": sample_digest(party.model),
+        "fingerprint": party.line.fingerprint,
+        "tied": ",".join(party.untied),
+        "tokenizer": _digest(json.dumps(vocabulary, sort_keys=True)),
+        "public text": _digest("\0".join(public_texts)),
+        "torch": torch.__version__,
+        "vflair-core": _version("vflair_core"),
+    }
+
+
+def _named(defense: Any) -> list[str]:
+    """Another defense: what it is, its options, and what it has calibrated so far."""
+    state = {key: value.detach().cpu().contiguous() for key, value in defense.state().items()}
+    return [target_of(defense), json.dumps(_options(defense), sort_keys=True), _content(state)]
+
+
+def _options(defense: Any) -> dict[str, str]:
+    """The options by name; an object without fields is named by its values."""
+    if not attrs.has(type(defense)):
+        return {name: repr(value) for name, value in vars(defense).items()}
+    names = [f.name for f in attrs.fields(type(defense)) if f.init]
+    return {name.lstrip("_"): repr(getattr(defense, name)) for name in names}
+
+
+def _version(package: str) -> str:
+    """The version of the distribution that holds a package; a plugin in one file has none."""
+    there = importlib.metadata.packages_distributions().get(package)
+    return importlib.metadata.version(there[0]) if there else "none"
+
+
+def _write(path: Path, made: Made, facts: Mapping[str, str]) -> None:
+    """Write beside the place and move there: whoever reads finds all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in made.items()}
+    metadata = {"facts": json.dumps(dict(facts)), "digest": _content(tensors)}
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False, suffix=".part") as file:
+        file.write(save(tensors, metadata))
+    Path(file.name).replace(path)
+
+
+def _read(path: Path, facts: Mapping[str, str]) -> Made:
+    remedy = "Delete it, and it is made again."
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            made = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}). {remedy}") from error
+    held = json.loads(metadata.get("facts", "{}"))
+    differing = sorted(name for name in {*facts, *held} if facts.get(name) != held.get(name))
+    if differing:
+        raise CheckpointError(
+            f"{path} was made for something else: {', '.join(differing)} differ. {remedy}"
+        )
+    if metadata.get("digest") != _content(made):
+        raise CheckpointError(f"{path} is damaged: its content is not what was written. {remedy}")
+    return made
+
+
+def _content(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

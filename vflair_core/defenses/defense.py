@@ -1,0 +1,214 @@
+"""The places where a defense can stand in a round, and what it is told there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import field, frozen
+from torch import Tensor, nn
+
+from vflair_core.communication.message import Phase, Role
+from vflair_core.defenses.guarantee import EMPIRICAL, Guarantee
+
+if TYPE_CHECKING:
+    from vflair_core.parties.data_party.party import DataParty
+
+Batch = dict[str, Tensor]
+COVERABLE = ("prompt", "response", "labels", "gradients")
+
+
+@frozen(eq=False)
+class Exchange:
+    """What a defense may know about the exchange it is called in.
+
+    `axes` names the dimensions of the tensor at hand (``"BTD"``: batch, position, width). `mask` is the
+    (B, T) mask of real tokens, None when all are. `batch` is the local batch and never crosses.
+    `generator` is the defense's own random stream. `memo` is empty at the start of each exchange and is
+    the only place to remember something from one call to the next.
+    """
+
+    number: int
+    step: int
+    phase: Phase
+    name: str = ""
+    role: Role = "smashed"
+    axes: str = "BTD"
+    mask: Tensor | None = None
+    batch: Mapping[str, Any] = field(factory=dict)
+    generator: torch.Generator | None = None
+    memo: dict[str, Any] = field(factory=dict)
+
+
+class Mechanism:
+    """What an adaptive attacker may know of a defense: all but its randomness.
+
+    `expected` is the deterministic part (clip, mapping); `log_likelihood` scores an observation, up to a
+    constant, given the undefended hidden state. `in_nats` says that it really is one: an attack then adds it
+    to other log-likelihoods as it is, and otherwise estimates the scale of the noise. `sample` draws noise of the
+    same kind, so that an attacker can train on what the defense would have sent; `sample_embeddings` does so for what
+    the defense does to token embeddings, before the head.
+
+    Hidden states are where the attacker's head computes, perhaps a GPU: what a mechanism holds follows them there. A
+    `generator` is always the CPU's, so that its numbers are the same everywhere.
+    """
+
+    in_nats: bool = False
+
+    def expected(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        """Return what would be sent for `hidden` if the noise were at its most likely value."""
+        return hidden
+
+    def log_likelihood(self, observed: Tensor, hidden: Tensor) -> Tensor:  # (..., D) -> (...)
+        """Score `observed` given `hidden`; by default minus the squared distance to `expected`."""
+        return -(observed - self.expected(hidden)).square().sum(-1)
+
+    def sample(self, hidden: Tensor, generator: torch.Generator) -> Tensor:  # (..., D) -> (..., D)
+        """Draw what could be sent for `hidden`, with fresh randomness; by default there is none."""
+        return self.expected(hidden)
+
+    def sample_embeddings(self, embeddings: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw what could go into the head for token embeddings (..., D); by default they go as they are."""
+        return embeddings
+
+
+class Replacement:
+    """What an adaptive attacker may know of a defense that replaces words: with which probability, by which.
+
+    `words` are the V words that it knows. One that it does not know stays as it is, or nobody can say what it was.
+    """
+
+    words: Sequence[str] = ()
+
+    def log_probabilities(self, numbers: Tensor) -> Tensor:  # (B,) -> (B, V)
+        """Return, for words by their `numbers`, the log-probability that each of `words` is sent instead."""
+        raise NotImplementedError
+
+
+class Defense:
+    """A defense overrides the methods of the places where it stands; all others pass things through.
+
+    It keeps no per-call state on itself (`Exchange.memo` is for that) and says what it `covers`, a subset
+    of prompt, response, labels, gradients, and what it `supports`: a set of (partition, task kind,
+    phase) with ``"*"`` for any, and the `axes` of tensors it can defend. What is not supported raises;
+    what is not covered is attacked as it is.
+    """
+
+    covers: frozenset[str] = frozenset()
+    supports: frozenset[tuple[str, str, str]] = frozenset({("*", "*", "*")})
+    axes: frozenset[str] = frozenset({"BTD"})
+
+    def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
+        """Calibrate or train on public text, before anything private is touched."""
+
+    def on_text(self, fields: dict[str, str]) -> dict[str, str]:
+        """Change the texts of one example, ``text`` and perhaps ``pair``, before its prompt; never its targets."""
+        return fields
+
+    def on_tokens(self, batch: Batch) -> Batch:
+        """Change token ids at equal length."""
+        return batch
+
+    def on_labels(self, labels: Tensor, exchange: Exchange) -> Tensor:
+        """Change labels before the loss, in training only."""
+        return labels
+
+    def expand(self, batch: Batch, exchange: Exchange) -> Batch:
+        """Add rows to all tensors of a batch together (decoys). `exchange.memo` is the call's, for `contract`."""
+        return batch
+
+    def contract(self, outputs: Any, exchange: Exchange) -> Any:
+        """Drop from the model's outputs the rows that `expand` added."""
+        return outputs
+
+    def on_embeddings(self, embeddings: Tensor, exchange: Exchange) -> Tensor:
+        """Change the token embeddings (B, T, D)."""
+        return embeddings
+
+    def on_smashed(self, smashed: Tensor, exchange: Exchange) -> Tensor:
+        """Change what leaves the head. Runs on every exchange, inside the data party's graph."""
+        return smashed
+
+    def on_returned(self, returned: Tensor, exchange: Exchange) -> Tensor:
+        """Change what came back, inside the data party's graph."""
+        return returned
+
+    def on_gradient(self, gradient: Tensor, exchange: Exchange) -> Tensor:
+        """Change the gradient that the data party is about to send."""
+        return gradient
+
+    def on_smashed_grad(self, gradient: Tensor, exchange: Exchange) -> Tensor:
+        """Change the gradient that came back for the smashed data."""
+        return gradient
+
+    def penalty(self, exchange: Exchange) -> Tensor | None:
+        """Return a term to add to the training loss, or None; asked once for each exchange of a forward.
+
+        ``exchange.memo["loss"]`` is the loss so far.
+        """
+        return None
+
+    def after_step(self) -> None:
+        """Run after each optimizer step (alternating training of adversaries)."""
+
+    def on_answer(self, prompt: str, answer: str) -> str:
+        """Change the text of an answer, on the data party."""
+        return answer
+
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """Return what the data party's optimizer should train with the model."""
+        return ()
+
+    def counterpart(self) -> nn.Module | None:
+        """Return a module for the model party to apply to the smashed data (`nn.Linear` or `nn.LayerNorm`)."""
+        return None
+
+    def mechanism(self) -> Mechanism | None:
+        """Return what an adaptive attacker may know; None when nothing could help one."""
+        return None
+
+    def gradient_mechanism(self) -> Mechanism | None:
+        """Return what an adaptive attacker may know of what it does to the gradient that is sent, or to labels.
+
+        It is asked for the gradients (K, T, D) that K guesses about one example would give: what binds the rows of an
+        example together, a clip, binds the last two dimensions.
+        """
+        return None
+
+    def replacement(
+        self, tokenizer: Any, embeddings: Tensor, public_texts: Sequence[str]
+    ) -> Replacement | None:
+        """Return how it replaces words, of what anyone has: the tokenizer, the embeddings (V, D) and the public text."""
+        return None
+
+    def state(self) -> dict[str, Tensor]:
+        """Return calibrated or learned values, so that `load_state` on an equal defense restores them."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take the values that `state` of an equally built defense returned."""
+
+    def private_state(self) -> dict[str, Tensor]:
+        """Return what else an equal defense needs to go on after a resume: drawn answers, optimizers.
+
+        It goes into the data party's own checkpoint and nowhere else: no attacker is told.
+        """
+        return {}
+
+    def load_private_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take the values that `private_state` of an equally built defense returned, after `load_state`."""
+
+    def findings(self, public_texts: Sequence[str], data_party: DataParty) -> Mapping[str, float]:
+        """Measure on public text, after training, what the defense can say of itself; a result shows it."""
+        return {}
+
+    def guarantee(self, releases: int, messages: int = 0, gradients: int = 0) -> Guarantee:
+        """State what is promised of one example.
+
+        Args:
+            releases: Its rows of smashed data that have crossed.
+            messages: The messages that they came in; 0 if that is not known: no more than rows, then.
+            gradients: The messages of its gradient.
+        """
+        return EMPIRICAL

@@ -1,0 +1,241 @@
+"""The defenses of one data party, in their order: who stands where, with which random stream."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from vflair_core.communication.message import Phase, Role
+from vflair_core.defenses.defense import COVERABLE, Batch, Defense, Exchange
+from vflair_core.errors import DefenseError, did_you_mean
+from vflair_core.tasks.spans import Replaced
+
+
+class Defenses:
+    """Applied in order on the way out, in reverse on the way back.
+
+    Args:
+        each: The defenses.
+        partition_kind: HT or HBT.
+        seed: Seed of their noise; None draws it from the operating system.
+    """
+
+    def __init__(self, each: Sequence[Defense], partition_kind: str, seed: int | None) -> None:
+        self.each = tuple(each)
+        for defense in self.each:
+            for place in defense.covers - set(COVERABLE):
+                raise DefenseError(
+                    f"{type(defense).__name__} covers {place!r}, which is nothing a defense can cover."
+                    f"{did_you_mean(place, COVERABLE)} Possible: {', '.join(COVERABLE)}."
+                )
+        self.partition_kind, self.task_kind = partition_kind, "*"
+        self.bypassed = False  # for positive controls only
+        self._seed = seed
+        self._begun = [0] * len(self.each)
+        self._generators = [_generator(seed, n) for n in range(len(self.each))]
+
+    def apply(
+        self, place: str, tensor: Any, exchange: Exchange, *, name: str, role: Role = "smashed"
+    ) -> Any:
+        """Pass `tensor` through the method `place` of every defense that has one."""
+        defenses = self.at(place)
+        if not defenses:
+            return tensor
+        axes = _axes(tensor, exchange)
+        incoming = place in ("on_returned", "on_smashed_grad")
+        for defense in reversed(defenses) if incoming else defenses:
+            if place == "on_smashed" and axes not in defense.axes:
+                raise DefenseError(
+                    f"{type(defense).__name__} cannot defend {name!r}: its axes are {axes!r} (shape "
+                    f"{tuple(tensor.shape)}) and the defense knows {', '.join(sorted(defense.axes))}. Use "
+                    "another cut or another defense."
+                )
+            there = attrs.evolve(
+                exchange,
+                name=name,
+                role=role,
+                axes=axes,
+                mask=_mask_of(tensor, name, exchange),
+                generator=self.generator_of(defense),
+            )
+            tensor = getattr(defense, place)(tensor, there)
+        return tensor
+
+    def generator_of(self, defense: Defense) -> torch.Generator:
+        """The random stream of one defense."""
+        return next(g for d, g in zip(self.each, self._generators, strict=True) if d is defense)
+
+    @property
+    def randomness(self) -> str:
+        """Where the noise comes from, in a form that does not tell it."""
+        if self._seed is None:
+            return "the operating system"
+        return hashlib.sha256(f"name of {self._seed}".encode()).hexdigest()[:16]
+
+    def begin_anew(self, defense: Defense) -> None:
+        """Give a defense a stream that it has not drawn from: what `prepare` drew depends on whether it was kept."""
+        number = next(n for n, d in enumerate(self.each) if d is defense)
+        self._begun[number] += 1
+        times = self._begun[number]
+        after = "after preparing" if times == 1 else f"after preparing {times}"
+        seed = None if self._seed is None else f"{self._seed} {after}"
+        self._generators[number].set_state(_generator(seed, number).get_state())
+
+    def at(self, place: str) -> list[Defense]:
+        """Return the defenses that stand at `place`, in order."""
+        if self.bypassed:
+            return []
+        base = getattr(Defense, place)
+        return [d for d in self.each if getattr(type(d), place) is not base]
+
+    def check(self, phase: Phase) -> None:
+        """See that every defense supports the cell at hand.
+
+        Raises:
+            DefenseError: One does not; the message says which cells it supports.
+        """
+        for defense in () if self.bypassed else self.each:
+            self._check(defense, phase)
+
+    def _check(self, defense: Defense, phase: Phase) -> None:
+        cell = (self.partition_kind, self.task_kind, phase)
+        for supported in defense.supports:
+            if all(
+                "*" in (ours, theirs) or ours == theirs
+                for ours, theirs in zip(cell, supported, strict=True)
+            ):
+                return
+        cells = "; ".join(" × ".join(cell) for cell in sorted(defense.supports))
+        raise DefenseError(
+            f"{type(defense).__name__} does not support {' × '.join(cell)} (partition × task × phase). "
+            f"It supports {cells}."
+        )
+
+    def fields(self, fields: dict[str, str]) -> dict[str, str]:
+        """Pass the texts of one example, ``text`` and perhaps ``pair``, through the defenses that change text.
+
+        Raises:
+            DefenseError: One returns other fields than it was given.
+        """
+        for defense in self.at("on_text"):
+            before, fields = fields, defense.on_text(dict(fields))
+            if fields.keys() != before.keys():
+                raise DefenseError(
+                    f"{type(defense).__name__}.on_text was given {', '.join(sorted(before))} and returned "
+                    f"{', '.join(sorted(fields)) or 'nothing'}: it may change texts and neither add nor drop any."
+                )
+            fields = {name: _traced(text, before[name]) for name, text in fields.items()}
+        return fields
+
+    def text(self, text: str) -> str:
+        """Pass one text through the defenses that change text."""
+        return self.fields({"text": text})["text"]
+
+    def tokens(self, batch: Batch) -> Batch:
+        """Pass a tokenised batch through the defenses that change tokens."""
+        for defense in self.at("on_tokens"):
+            batch = defense.on_tokens(batch)
+        return batch
+
+    def answer(self, prompt: str, answer: str) -> str:
+        """Pass an answer back through the defenses that change answers."""
+        for defense in reversed(self.at("on_answer")):
+            answer = defense.on_answer(prompt, answer)
+        return answer
+
+    def expand(self, inputs: dict[str, Any], around: Exchange) -> dict[str, Any]:
+        """Let defenses add rows to the tensors of a call."""
+        for defense in self.at("expand"):
+            tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+            inputs = {**inputs, **defense.expand(tensors, self._there(defense, around))}
+        return inputs
+
+    def contract(self, outputs: Any, around: Exchange) -> Any:
+        """Let them drop the rows that they added."""
+        for defense in reversed(self.at("contract")):
+            outputs = defense.contract(outputs, self._there(defense, around))
+        return outputs
+
+    def _there(self, defense: Defense, exchange: Exchange) -> Exchange:
+        return attrs.evolve(exchange, generator=self.generator_of(defense))
+
+    def places(self, numbers: Tensor, around: Exchange) -> Tensor:
+        """Say where the rows of a call are among those that are sent: what `contract` leaves of their `numbers`."""
+        outputs = SequenceClassifierOutput(logits=numbers[:, None])
+        left: Tensor = self.contract(outputs, around).logits
+        return left[:, 0]
+
+    def penalise(self, outputs: Any, exchange: Exchange) -> None:
+        """Add the defenses' penalties to the loss of a training forward."""
+        for defense in self.at("penalty"):
+            if isinstance(outputs, dict):
+                exchange.memo["loss"] = outputs.get("loss")
+            penalty = defense.penalty(self._there(defense, exchange))
+            if penalty is None:
+                continue
+            if not isinstance(outputs, dict):
+                raise DefenseError(
+                    f"{type(defense).__name__} adds to the loss, which a tuple of outputs does not name: "
+                    "call the model with return_dict=True."
+                )
+            if outputs.get("loss") is not None:
+                outputs["loss"] = outputs["loss"] + penalty
+
+
+def _traced(text: str, before: str) -> str:
+    """The text, with the places of its words in what the first defense was given, as far as they are known."""
+    if text == before:
+        return before
+    return text.after(before) if isinstance(text, Replaced) else text
+
+
+def _generator(seed: int | str | None, index: int) -> torch.Generator:
+    """A stream whose whole state comes from a digest: `manual_seed` would keep 32 bits of it."""
+    material = os.urandom(32) if seed is None else f"defense {index} {seed}".encode()
+    generator = torch.Generator().manual_seed(0)
+    state = generator.get_state()  # a header of 24 bytes, then 624 words of 32 bits in 64
+    words = np.frombuffer(hashlib.shake_256(material).digest(624 * 4), "<u4").astype("<u8")
+    state[24 : 24 + 624 * 8] = torch.from_numpy(words.view("u1").copy())
+    generator.set_state(state)
+    return generator
+
+
+def _mask_of(tensor: Tensor, name: str, exchange: Exchange) -> Tensor | None:
+    """The mask that fits the tensor: what an encoder gave crosses to a decoder too, with its own mask."""
+    own = exchange.mask
+    if (
+        own is None
+        or tensor.dim() < 3
+        or (own.shape[1] in tensor.shape[:2] and not name.startswith("encoder"))
+    ):
+        return own
+    encoder: Tensor | None = exchange.batch.get("attention_mask")
+    fits = encoder is not None and encoder.dim() == 2 and encoder.shape[1] in tensor.shape[:2]
+    return encoder if fits else None
+
+
+def _axes(tensor: Tensor, exchange: Exchange) -> str:
+    """Name the dimensions: B and T by the batch at hand, D the last one, ? where nothing fits."""
+    ids = exchange.batch.get("input_ids")
+    if ids is None:
+        ids = exchange.batch.get("inputs_embeds")
+    if ids is None or ids.dim() < 2 or tensor.dim() < 2:
+        return "BTD"[: tensor.dim()]
+    batch, positions = ids.shape[:2]
+    if not tensor.is_floating_point():  # labels
+        return "BT"[: tensor.dim()]
+    answer = [exchange.batch.get(name) for name in ("decoder_input_ids", "labels")]
+    lengths = {positions, *(ids.shape[1] for ids in answer if ids is not None and ids.dim() == 2)}
+    if tensor.dim() == 3 and tensor.shape[0] == batch and tensor.shape[1] in lengths:
+        return "BTD"
+    if tensor.dim() == 3 and tuple(tensor.shape[:2]) == (positions, batch):
+        return "TBD"
+    return "BD" if tensor.dim() == 2 and tensor.shape[0] == batch else "?" * tensor.dim()

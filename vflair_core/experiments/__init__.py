@@ -1,0 +1,1 @@
+"""Everything that decides, makes and compares numbers: from an `Experiment` to a `Result`."""

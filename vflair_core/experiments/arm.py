@@ -1,0 +1,286 @@
+"""One arm of an experiment: cut, defend, fine-tune, let the victims cross, attack, and count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import structlog
+import torch
+from attrs import define
+
+from vflair_core.attacks.adversary_host import acting
+from vflair_core.attacks.isolation import attack_device
+from vflair_core.attacks.worker import stream_seed
+from vflair_core.communication.channel import Transcript
+from vflair_core.communication.message import Message
+from vflair_core.defenses.calibration import Preparing
+from vflair_core.defenses.defense import Defense
+from vflair_core.errors import ExperimentError
+from vflair_core.experiments.attack_phase import attack_arm, references_of
+from vflair_core.experiments.build import opening_of
+from vflair_core.experiments.capture import let_cross
+from vflair_core.experiments.context import Clock, Setting, choose_partition, noise_seed
+from vflair_core.experiments.experiment import Experiment
+from vflair_core.experiments.grading.grades import Reference
+from vflair_core.experiments.grading.tokens import Grade
+from vflair_core.experiments.grading.truth import Truth
+from vflair_core.experiments.releases import Releases, releases_per_example
+from vflair_core.parties.data_party.text import reader_of
+from vflair_core.parties.split import split
+from vflair_core.partition.slices import Slices
+from vflair_core.training.evaluation import Evaluation, evaluate_party
+from vflair_core.training.fine_tuning import FineTuning
+from vflair_core.training.tuning import tune
+
+if TYPE_CHECKING:
+    from vflair_core.parties.data_party.party import DataParty
+    from vflair_core.parties.model_party.party import ModelParty
+
+log = structlog.get_logger()
+
+
+@define
+class Arm:
+    """What one arm found, and what the other needs of it."""
+
+    numbers: dict[str, Any]
+    cost: dict[str, Any]
+    transcript: Transcript
+    grades: list[Grade]
+    samples: list[dict[str, Any]]
+    references: list[Reference]  # what each attack reached, for the other arm to compare with
+    slices: Slices  # of the model as it was cut
+
+
+def run_arm(
+    name: str,
+    model: Any,
+    defenses: list[Defense],
+    setting: Setting,
+    references: list[Reference],
+    *,
+    active: bool = False,
+) -> Arm:
+    """Run one arm on `model`, which it consumes; `references` come from the undefended arm.
+
+    In an `active` arm the adversary of the experiment is in the model party's place.
+    """
+    e, clock = setting.experiment, Clock()
+    party, model_party, trained = _cut(model, defenses, setting)
+    party.preparing = Preparing(
+        setting.cache, lambda what, done, total: setting.report(f"{name}: {what}", done, total)
+    )
+    opening = opening_of(setting.adversary) if active and setting.adversary else None
+    with acting(opening, party, model_party, setting) as kept:
+        with clock("preparing"):
+            for defense in defenses:
+                defense.prepare(setting.task.public, party)
+        with _watched(party, setting):
+            with clock("fine-tuning"):
+                losses, evaluations, chance = _fine_tune(name, party, setting)
+            if e.save:
+                _save(name, party, model_party, setting)
+            with clock("victims"):
+                crossed = let_cross(party, setting, defended=bool(defenses))
+        state = kept() if active else None
+    with clock("attacks"):
+        grades, truth = attack_arm(
+            name, party, model_party, setting, crossed, references, adversary=state
+        )
+    for grade in grades:
+        setting.tell("vflair_attack_finished", name=grade.attack, grade=grade.to_dict())
+    # Before defenses measure themselves, which may cross.
+    cost = _cost(party, clock, grades, e.attack_device)
+    metric, performance = next(iter(evaluations[-1]["metrics"].items()))
+    numbers = {
+        "main_performance": performance,
+        "metric": metric,
+        "chance": chance,
+        "losses": losses,
+        "evaluations": evaluations,
+        "attacks": [grade.numbers() for grade in grades],
+        **_promised(defenses, party, setting, len(evaluations)),
+        "trained_weights": trained,
+        "partition": attrs.asdict(party.partition),
+        "untied": list(party.untied),
+        "disclosed": sorted(party.disclosed),
+        "isolation": e.isolation,
+        "assumes_shared_updates": e.victims.share_updates,
+    }
+    samples = _samples(grades, truth)
+    return Arm(
+        numbers, cost, crossed[0].transcript, grades, samples, references_of(grades), party.slices
+    )
+
+
+def _samples(grades: list[Grade], truth: Truth) -> list[dict[str, Any]]:
+    """Private texts beside what each attack made of them."""
+    return [
+        {"attack": grade.attack, "private": truth.texts[n], "recovered": text}
+        for grade in grades
+        for n, text in enumerate(grade.recovered)
+    ]
+
+
+def _cut(
+    model: Any, defenses: list[Defense], setting: Setting
+) -> tuple[DataParty, ModelParty, dict[str, int]]:
+    """Split the model and choose what is trained; return both parties and how many numbers each trains."""
+    e = setting.experiment
+    party, model_party = split(
+        model,
+        choose_partition(model, e, setting.plugins),
+        defenses=defenses,
+        tokenizer=setting.tokenizer,
+        channel=e.channel,
+        wire=e.wire,
+        devices=e.devices,
+        seed=noise_seed(e.seed, setting.task),
+        plugins=setting.plugins,
+    )
+    party.task_kind = setting.task.kind
+    party.reading = setting.reading(party.model)
+    trained = {"data_party": choose(party, e), "model_party": choose(model_party, e)}
+    if not any(trained.values()) and e.train.steps:
+        raise ExperimentError(
+            "train.trainable and train.lora leave nothing to train at either party."
+        )
+    return party, model_party, trained
+
+
+def _promised(
+    defenses: list[Defense], party: DataParty, setting: Setting, evaluations: int
+) -> dict[str, Any]:
+    """What the defenses guarantee and cover, of how many rows, and how many examples were read."""
+    assert party.reading is not None  # `_cut` set it
+    reading = party.reading
+    releases = releases_per_example(
+        setting.experiment, setting.task, reading, evaluations=evaluations
+    )
+    return {
+        "guarantees": [
+            {"defense": spec.name, **_promise(defense, releases)}
+            for spec, defense in zip(setting.experiment.defenses, defenses, strict=False)
+        ],
+        "findings": _found(defenses, party, setting),
+        "covers": sorted({place for defense in defenses for place in defense.covers}),
+        "releases_per_example": releases.rows,
+        "read": {"examples": reading.tally.examples, "cut": reading.tally.cut},
+    }
+
+
+def _found(defenses: list[Defense], party: DataParty, setting: Setting) -> list[dict[str, Any]]:
+    """What the defenses measured of themselves on public text; the run goes on as if they had not."""
+    with torch.random.fork_rng():
+        each = [defense.findings(setting.task.public, party) for defense in defenses]
+    pairs = zip(setting.experiment.defenses, each, strict=False)
+    return [{"defense": spec.name, **found} for spec, found in pairs if found]
+
+
+def choose(owner: Any, e: Experiment, slices: Slices | None = None) -> int:
+    """Choose what the experiment trains of a party, or of the whole model; return how many numbers that is."""
+    seed = stream_seed(e.seed, "adapters")
+    names = tune(owner, e.train.trainable, adapters=e.train.lora, seed=seed, slices=slices)
+    weights = dict(owner.named_parameters())
+    return sum(weights[name].numel() for name in names)
+
+
+def _fine_tune(
+    name: str, party: DataParty, setting: Setting
+) -> tuple[list[float], list[dict[str, Any]], float]:
+    """Return the loss of each step, all evaluations, and the MP of chance."""
+    e, total = setting.experiment, setting.experiment.train.steps
+    rounds = FineTuning(party, e.train)
+    before = _evaluate(party, setting)
+    evaluations, losses = [_as_row(party, before)], []
+    torch.manual_seed(stream_seed(e.seed, "dropout"))
+    per_epoch = -(-len(setting.task.train) // e.train.batch_size)
+    reader = reader_of(party, e.train.max_length)
+    for number, examples in enumerate(setting.batches(), start=1):
+        setting.tell("vflair_step_started", step=party.step)
+        losses.append(rounds.step(reader.batch(examples, pack_rows=e.train.packing).batch))
+        setting.tell("vflair_step_finished", step=party.step, loss=losses[-1])
+        log.debug("step_finished", arm=name, step=party.step, loss=losses[-1])
+        if number % per_epoch == 0:
+            setting.tell("vflair_epoch_finished", epoch=number // per_epoch, step=party.step)
+        every = e.train.evaluate_every
+        if every and number % every == 0 and number < total:
+            evaluations.append(_as_row(party, _evaluate(party, setting)))
+        setting.report(f"{name}: fine-tuning, loss {losses[-1]:.3f}", number, total)
+    evaluations.append(_as_row(party, _evaluate(party, setting)))
+    return losses, evaluations, before.chance
+
+
+def _as_row(party: DataParty, evaluation: Evaluation) -> dict[str, Any]:
+    return {"step": party.step, "metrics": evaluation.metrics}
+
+
+def _evaluate(party: DataParty, setting: Setting) -> Evaluation:
+    options = setting.experiment.train
+    with torch.random.fork_rng():  # however often it is watched, training takes the same steps
+        found = evaluate_party(
+            party,
+            setting.task,
+            batch_size=max(options.batch_size, 16),
+            max_length=options.max_length,
+        )
+    setting.tell("vflair_evaluated", step=party.step, metrics=found.metrics)
+    return found
+
+
+def _save(arm: str, party: DataParty, model_party: ModelParty, setting: Setting) -> None:
+    if setting.out is None:
+        raise ExperimentError("save = true needs an output folder: pass out= (or --out).")
+    folder = setting.out / arm
+    for path in (party.save(folder), model_party.save(folder)):
+        setting.tell("vflair_checkpoint_saved", path=str(path), step=party.step)
+
+
+def _promise(defense: Defense, releases: Releases) -> dict[str, Any]:
+    promised = defense.guarantee(releases.rows, releases.messages, releases.gradients)
+    if promised.mechanism is not None:
+        promised = attrs.evolve(
+            promised, randomness="seeded by the experiment and the private text"
+        )
+    return promised.to_dict()
+
+
+def _cost(party: DataParty, clock: Clock, grades: list[Grade], asked: str) -> dict[str, Any]:
+    traffic = party.channel.traffic
+    return {
+        "messages": party.channel.messages,
+        "bytes": {f"{role} {direction}": t.bytes for (role, direction), t in traffic.items()},
+        "rows": {f"{role} {direction}": t.rows for (role, direction), t in traffic.items()},
+        "total_bytes": sum(t.bytes for t in traffic.values()),
+        "channel_seconds": party.channel.seconds,
+        "seconds": clock.seconds,
+        "attack_device": str(attack_device(asked)),
+        "attack_seconds": [grade.seconds for grade in grades],
+        "course_seconds": [[point["seconds"] for point in grade.course] for grade in grades],
+    }
+
+
+@contextmanager
+def _watched(party: DataParty, setting: Setting) -> Iterator[None]:
+    """Tell the observers of messages, if there are any: a tap costs a copy of everything."""
+
+    def tell(message: Message, direction: str, seconds: float) -> None:
+        for crossing in message.tensors:
+            setting.tell(
+                f"vflair_message_{direction}",
+                kind=message.kind,
+                role=crossing.role,
+                direction=direction,
+                step=message.step,
+                nbytes=crossing.nbytes,
+                seconds=seconds,
+            )
+
+    hooks = ("vflair_message_sent", "vflair_message_received")
+    heard = any(getattr(setting.plugins.hook, hook).get_hookimpls() for hook in hooks)
+    taps: AbstractContextManager[Any] = party.channel.tap(tell) if heard else nullcontext()
+    with taps:
+        yield

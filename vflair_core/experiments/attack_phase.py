@@ -1,0 +1,202 @@
+"""The attacks of an arm: write down its evidence and the truth, attack, grade; and attack what was kept again."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from vflair_core.attacks.attack import Launch, wants
+from vflair_core.attacks.evidence import (
+    FILES,
+    Evidence,
+    check_held,
+    needed,
+    read_facts,
+    save_evidence,
+)
+from vflair_core.attacks.isolation import attack_device
+from vflair_core.auxiliary import auxiliary_of, candidates_of
+from vflair_core.errors import AttackError, ExperimentError
+from vflair_core.experiments.build import make_launches
+from vflair_core.experiments.capture import crossing_again
+from vflair_core.experiments.context import Reporter, Setting
+from vflair_core.experiments.experiment import AttackSpec
+from vflair_core.experiments.grading.answer_key import AnswerKey
+from vflair_core.experiments.grading.grader import Isolation, attack_and_grade
+from vflair_core.experiments.grading.grades import Reference
+from vflair_core.experiments.grading.tokens import Grade
+from vflair_core.experiments.grading.truth import Truth
+from vflair_core.plugins import plugin_manager
+from vflair_core.victims import Crossed, truth_of
+
+if TYPE_CHECKING:
+    import pluggy
+
+    from vflair_core.parties.data_party.party import DataParty
+    from vflair_core.parties.model_party.party import ModelParty
+
+REFERENCES = {  # each arm, and the one whose grades it is compared with
+    "undefended": "",
+    "defended": "undefended",
+    "active-undefended": "",
+    "active-defended": "active-undefended",
+}
+KEY = "answer-key.json"  # beside the evidence that is kept, and never in reach of an attack
+
+
+def attack_arm(
+    name: str,
+    party: DataParty,
+    model_party: ModelParty,
+    setting: Setting,
+    crossed: tuple[Crossed, Crossed | None, dict[str, Crossed]],
+    references: list[Reference],
+    *,
+    adversary: Mapping[str, Tensor] | None = None,
+) -> tuple[list[Grade], Truth]:
+    """Let the attacks work on what crossed, and grade them; return the grades and the truth.
+
+    `adversary` is what the active adversary kept, where there was one; its own attack then comes last.
+    """
+    e, (main, bypassed, queries) = setting.experiment, crossed
+    again = crossing_again(setting)
+    launches = list(setting.launches)
+    if adversary is not None and setting.adversary is not None:
+        launches.append(setting.adversary)
+    victims = {"main": len(setting.victims)} | ({"bypassed": len(again)} if bypassed else {})
+    evidence = Evidence(
+        party=party,
+        model_party=model_party,
+        pretrained=setting.pretrained,
+        main=main,
+        bypassed=bypassed,
+        releases=e.victims.releases,
+        task_kind=setting.task.kind,
+        victims=victims,
+        seed=e.seed,
+        auxiliary=auxiliary_of(setting.task, e.victims, e.seed),
+        queries=queries,
+        adversary=adversary,
+        update_batch=e.victims.update_batch,
+    )
+    key = _answer_key(party, setting, main, bypassed)
+    with _store(name, setting) as store:
+        save_evidence(store, evidence, FILES if setting.keep else needed(launches))
+        if setting.keep:
+            key.save(store / KEY)
+        grades = attack_and_grade(
+            launches,
+            store,
+            key,
+            decode=getattr(party.tokenizer, "decode", None),
+            references=references if party.defenses.each else None,
+            isolation=e.isolation,
+            progress=lambda label, done, total: setting.report(f"{name}: {label}", done, total),
+            threads=e.threads or None,
+            device=e.attack_device,
+        )
+    return grades, key.truth
+
+
+def _answer_key(
+    party: DataParty, setting: Setting, main: Crossed, bypassed: Crossed | None
+) -> AnswerKey:
+    """The truth about what crossed, and which victims are for what."""
+    e, again, length = setting.experiment, crossing_again(setting), setting.victim_length
+    told: dict[str, Any] = {
+        "known": e.victims.known,
+        "members": candidates_of(setting.task, e.victims, e.seed)[1],
+    }
+    return AnswerKey(
+        truth_of(party, setting.victims, main.rows, length, **told),
+        tuple(range(len(again))),
+        truth_of(party, again, bypassed.rows, length, **told) if bypassed else None,
+        setting.prior,
+        e.victims.development,
+        e.victims.update_batch,
+    )
+
+
+def is_active(launch: Launch) -> bool:
+    """Whether it can only guess after an active adversary of its own."""
+    return "adversary_state" in wants(launch.attack)[0]
+
+
+@contextmanager
+def _store(arm: str, setting: Setting) -> Iterator[Path]:
+    """Where the evidence of an arm lies: beside the result if it is kept, else nowhere for long."""
+    if not setting.keep:
+        with tempfile.TemporaryDirectory(prefix="vflair-") as folder:
+            yield Path(folder)
+        return
+    if setting.out is None:
+        raise ExperimentError("Evidence is kept in an output folder: pass out= (or --out).")
+    yield setting.out / f"evidence-{arm}"
+
+
+def attack_again(
+    run: str | Path,
+    attacks: Sequence[AttackSpec],
+    *,
+    plugins: pluggy.PluginManager | None = None,
+    isolation: Isolation = "process",
+    device: str = "auto",
+    report: Reporter = lambda *_: None,
+) -> dict[str, list[Grade]]:
+    """Attack the evidence that a run has kept in its folder `run`; return the grades of each arm.
+
+    Neither party is needed. The undefended arm is the reference of the defended one and the seed is the run's, so an
+    attack of the run gets the very grade that it had there, on the same `device` (see `Experiment.attack_device`).
+
+    Raises:
+        AttackError: The run kept no evidence, or an attack needs what the run did not make or more than is granted.
+        ExperimentError: The device is not there.
+    """
+    attack_device(device)
+    stores = {arm: Path(run) / f"evidence-{arm}" for arm in REFERENCES}
+    stores = {arm: store for arm, store in stores.items() if (store / KEY).exists()}
+    if not stores:
+        raise AttackError(
+            f"{run} holds no evidence to attack again. Run the experiment with --keep-evidence (keep_evidence=True); "
+            "with several seeds, each has a folder of its own below."
+        )
+    seed = read_facts(next(iter(stores.values())))["seed"]
+    launches = make_launches(attacks, plugins if plugins is not None else plugin_manager(), seed)
+    grades: dict[str, list[Grade]] = {}
+    for arm, store in stores.items():
+        here = [launch for launch in launches if arm.startswith("active") or not is_active(launch)]
+        for launch in here:
+            check_held(store, launch)
+
+        def told(label: str, done: int, total: int, *, arm: str = arm) -> None:
+            report(f"{arm}: {label}", done, total)
+
+        grades[arm] = attack_and_grade(
+            here,
+            store,
+            AnswerKey.load(store / KEY),
+            decode=_decoder(store),
+            references=references_of(grades[REFERENCES[arm]]) if REFERENCES[arm] else None,
+            isolation=isolation,
+            progress=told,
+            device=device,
+        )
+    return grades
+
+
+def references_of(grades: Sequence[Grade]) -> list[Reference]:
+    """What each attack reached in the undefended arm, for the other arm to be compared with."""
+    return [Reference(grade.reference, informative=grade.informative) for grade in grades]
+
+
+def _decoder(store: Path) -> Any:
+    if not (store / "tokenizer").exists():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(store / "tokenizer").decode

@@ -1,0 +1,105 @@
+"""Models made from a config: random weights that fit the tokenizer, a processor for pictures, and what they can do."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vflair_core.errors import ExperimentError
+from vflair_core.tasks.task import Task
+
+
+def random_model(
+    auto: Any, fields: Mapping[str, Any], tokenizer: Any, heads: Mapping[str, Any]
+) -> Any:
+    """Build a model of the transformers class `auto` from the fields of a config; weights come from torch's stream.
+
+    What depends on the tokenizer is filled in: the size of the vocabulary and the numbers of special tokens, in the
+    config of the text part if there is one.
+
+    Raises:
+        ExperimentError: The fields are not a config, or there is no such model.
+    """
+    import transformers
+
+    special = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    given = dict(fields)
+    model_type = given.pop("model_type")
+    if "text_config" in given:
+        given["text_config"] = {**special, **given["text_config"]}
+        special = {"image_token_id": tokenizer.convert_tokens_to_ids("<image>")}
+    try:
+        config = transformers.AutoConfig.for_model(model_type, **special, **given, **heads)
+        if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = tokenizer.pad_token_id
+        return auto.from_config(config)
+    except (ValueError, TypeError) as error:
+        raise ExperimentError(f"model.config is not a transformers config: {error}.") from error
+
+
+def random_processor(model: Any, tokenizer: Any) -> Any:
+    """Return what puts pictures into text for a random llava; its pictures are scaled to what the model takes.
+
+    Raises:
+        ExperimentError: The model is of another type, whose processor is not known without a checkpoint.
+    """
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+    if model.config.model_type != "llava":
+        raise ExperimentError(
+            f"There is no processor for a random {model.config.model_type}: use model_type = 'llava' in "
+            "model.config, or model.name = 'a model to load', which brings its own."
+        )
+    vision = model.config.vision_config
+    side = vision.image_size
+    pictures = CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
+    return LlavaProcessor(
+        pictures,
+        tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,  # the class token of the picture's encoder
+    )
+
+
+def check_packing(model: Any, task: Task) -> None:
+    """See that texts of one row do not see each other, by trying: other text in front must change nothing behind.
+
+    Raises:
+        ExperimentError: They do, or the task is not causal-lm.
+    """
+    if task.kind != "causal-lm":
+        raise ExperimentError(
+            f"train.packing puts several texts into one row, which {task.kind} cannot learn from: leave it out."
+        )
+    takes = "position_ids" in inspect.signature(type(model).forward).parameters
+    if not takes or _sees_across(model):
+        raise ExperimentError(
+            f"{type(model).__name__} lets texts that are packed into one row see each other: it does not take its "
+            "mask from position_ids. Leave train.packing out."
+        )
+
+
+def _sees_across(model: Any) -> bool:
+    ids = torch.arange(3, 11)[None] % model.config.get_text_config().vocab_size  # (1, 8)
+    other = torch.cat([ids[:, :4].flip(1), ids[:, 4:]], dim=1)
+    positions = torch.arange(4).repeat(2)[None]
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        first, second = (
+            model(input_ids=row, position_ids=positions, use_cache=False).logits[:, 4:]
+            for row in (ids, other)
+        )
+    model.train(training)
+    return not torch.equal(first, second)

@@ -1,0 +1,196 @@
+"""The outset of a run: from an experiment to what all its arms share, and the model they cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vflair_core.attacks.adaptive import check_one_replaces
+from vflair_core.attacks.attack import Launch, wants
+from vflair_core.attacks.isolation import attack_device
+from vflair_core.attacks.knowledge import BEFORE
+from vflair_core.defenses.defense import Defense
+from vflair_core.errors import ExperimentError
+from vflair_core.experiments.context import Clock, Reporter, Setting
+from vflair_core.experiments.experiment import AttackSpec, Experiment, Victims
+from vflair_core.experiments.pretraining import prepare_model, prior_guess
+from vflair_core.experiments.victims import companions_of
+from vflair_core.parties.data_party.scored_positions import SCORED
+from vflair_core.plugins import build, find
+from vflair_core.tasks.task import Task
+
+if TYPE_CHECKING:
+    import pluggy
+
+
+def set_up(
+    e: Experiment,
+    plugins: pluggy.PluginManager,
+    *,
+    report: Reporter = lambda *_: None,
+    out: Path | None = None,
+    strict: bool = False,
+    keep: bool = False,
+    cache: Path | None = None,
+    clock: Clock | None = None,
+) -> tuple[Setting, Any]:
+    """Build the task and the attacks and run the public phase; return what all arms share, and the model.
+
+    An arm consumes its model: give it a copy. `run` does the two arms of an experiment; who compares many defenses
+    runs one arm for each, with the same setting.
+    """
+    attack_device(e.attack_device)  # what is not there is told before anything is built
+    clock = clock or Clock()
+    with clock("task"):
+        task: Task = build(find(plugins, "tasks", e.task.name), e.task.options)
+    launches = make_launches(e.attacks, plugins, e.seed)
+    for launch in launches:
+        _check_offered(launch, e.victims)
+    adversary = make_adversary(e.adversary, plugins, e.seed) if e.adversary else None
+    if adversary is not None:
+        _check_offered(adversary, e.victims, active=True)
+    companions_of(e, task)
+    _check_disclosed(e)
+    check_one_replaces(make_defenses(e, plugins), launches)  # told before the public phase
+    with clock("pretraining"):
+        model, tokenizer, processor = prepare_model(e, task, report)
+    _check_stacks(e, model)
+    setting = Setting(
+        experiment=e,
+        plugins=plugins,
+        report=report,
+        strict=strict,
+        out=out,
+        task=task,
+        tokenizer=tokenizer,
+        processor=processor,
+        pretrained={key: value.clone() for key, value in model.state_dict().items()},
+        launches=launches,
+        adversary=adversary,
+        victims=_victims(e, task),
+        prior=_prior(e, task, model, tokenizer),
+        keep=keep,
+        cache=cache,
+    )
+    return setting, model
+
+
+def _check_disclosed(e: Experiment) -> None:
+    """Refuse batches in which a victim's own positions would not be known."""
+    if e.victims.companions and SCORED in e.partition.disclose:
+        raise ExperimentError(
+            f"partition.disclose has {SCORED!r}, and positions that some row of a batch scores come back for all, so "
+            "victims cross alone: set victims.companions = 0."
+        )
+
+
+def _check_stacks(e: Experiment, model: Any) -> None:
+    """Refuse two paddings in a batch."""
+    if e.victims.companions and model.config.is_encoder_decoder:
+        raise ExperimentError(
+            f"{type(model).__name__} has two stacks, which pad a batch each in its own way, so victims cross alone: set "
+            "victims.companions = 0."
+        )
+
+
+def make_launches(
+    specs: Sequence[AttackSpec], plugins: pluggy.PluginManager, seed: int
+) -> list[Launch]:
+    """Build attacks with their options.
+
+    Raises:
+        AttackError: One asks for more than it is granted.
+    """
+    launches = [Launch(spec.name, _attack(plugins, spec), spec.knowledge, seed) for spec in specs]
+    for launch in launches:
+        launch.check()
+    return launches
+
+
+def make_adversary(spec: AttackSpec, plugins: pluggy.PluginManager, seed: int) -> Launch:
+    """Build the attack whose model party cheats; it is launched when all is over, with what it kept.
+
+    Raises:
+        ExperimentError: It is no active attack.
+        AttackError: It asks for more than it is granted, then or before.
+    """
+    attack = _attack(plugins, spec)
+    if not hasattr(attack, "adversary"):
+        raise ExperimentError(
+            f"{spec.name!r} under [adversary] only watches: it has no method `adversary`. List it under [[attacks]]; "
+            "an active one is feature-space-hijacking."
+        )
+    asked = (spec.knowledge,) if isinstance(spec.knowledge, str) else spec.knowledge
+    launch = Launch(spec.name, attack, (*asked, "adversary_state"), seed)
+    launch.check()
+    opening_of(launch).check()
+    return launch
+
+
+def opening_of(launch: Launch) -> Launch:
+    """What an active attack is granted before anything crosses."""
+    there = tuple(sorted(launch.granted & BEFORE))
+    return Launch(launch.name, launch.attack, there, launch.seed, opening=True)
+
+
+def _attack(plugins: pluggy.PluginManager, spec: AttackSpec) -> Callable[..., Any]:
+    """A class of the plugin is built with its options; a function is the attack itself."""
+    offered = find(plugins, "attacks", spec.name)
+    thing = offered.load()
+    if isinstance(thing, type):
+        return build(offered, spec.options)  # type: ignore[no-any-return]
+    if spec.options:
+        raise ExperimentError(
+            f"Attack {spec.name!r} is a function and has no options; {', '.join(spec.options)} given."
+        )
+    return thing
+
+
+def _check_offered(launch: Launch, victims: Victims, *, active: bool = False) -> None:
+    """Some knowledge exists only if the experiment makes it."""
+    made = {
+        "adversary_state": (active, f"[adversary] name = {launch.name!r}"),
+        "updates": (victims.share_updates, "victims.share_updates = true"),
+        "known_labels": (victims.known, "victims.known = 8"),
+        "candidates": (victims.candidates, "victims.candidates = 8"),
+    }
+    for name in wants(launch.attack)[0]:
+        there, how = made.get(name, (True, ""))
+        if not there:
+            raise ExperimentError(
+                f"{launch.name} needs {name}, which this experiment does not make. Set {how} (an assumption that "
+                "the result states), or leave the attack out."
+            )
+
+
+def make_defenses(e: Experiment, plugins: pluggy.PluginManager) -> list[Defense]:
+    """Build the defenses that an experiment lists, in its order.
+
+    Raises:
+        ExperimentError: A plugin offers something else under that name.
+    """
+    made = [build(find(plugins, "defenses", spec.name), spec.options) for spec in e.defenses]
+    for spec, defense in zip(e.defenses, made, strict=True):
+        if not isinstance(defense, Defense):
+            raise ExperimentError(f"{spec.name!r} is a {type(defense).__name__}, not a Defense.")
+    return made
+
+
+def _victims(e: Experiment, task: Task) -> list[Any]:
+    there = len(task.train if e.victims.split == "train" else task.test)
+    if there < e.victims.count:
+        raise ExperimentError(
+            f"victims.count is {e.victims.count}, and task {task.name!r} has {there} "
+            f"{e.victims.split} examples."
+        )
+    return [task.row(e.victims.split, n) for n in range(e.victims.count)]
+
+
+def _prior(e: Experiment, task: Task, model: Any, tokenizer: Any) -> torch.Tensor | None:
+    if task.kind != "causal-lm":
+        return None
+    length = e.victims.max_length or e.train.max_length
+    return prior_guess(model, tokenizer, task.public, length)

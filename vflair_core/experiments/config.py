@@ -1,0 +1,168 @@
+"""Experiments as TOML files, read with errors that say where, what, and what was perhaps meant."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import cattrs
+from cattrs import Converter
+from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
+
+from vflair_core.errors import ExperimentError, VflairError, did_you_mean
+from vflair_core.experiments.experiment import Experiment
+
+
+def read_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
+    """Read an experiment from a TOML file; `overrides` are ``"train.steps=10"``, values in TOML.
+
+    Raises:
+        ExperimentError: The file does not exist, is not TOML, or does not describe an experiment; every
+            mistake is listed with its key.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ExperimentError(f"There is no experiment file {path}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ExperimentError(f"{path} is not TOML: {error}.") from error
+    for each in overrides:
+        override(table, each)
+    return experiment_from(table)
+
+
+def experiment_from(table: Mapping[str, Any]) -> Experiment:
+    """Build an experiment from nested tables.
+
+    Raises:
+        ExperimentError: As for `read_experiment`.
+    """
+    converter = _converter()
+    try:
+        return converter.structure(table, Experiment)
+    except (ClassValidationError, IterableValidationError) as error:
+        mistakes = "\n".join(f"  {line}" for line in _explain(error, ""))
+        raise ExperimentError(f"The experiment does not fit:\n{mistakes}") from error
+
+
+def to_toml(experiment: Experiment) -> str:
+    """Write an experiment so that `read_experiment` reads it back."""
+    return "\n".join(_toml_lines(experiment.to_dict(), "")) + "\n"
+
+
+def _converter() -> Converter:
+    converter = Converter(forbid_extra_keys=True, detailed_validation=True)
+    for kind in (int, float, str, bool):
+        converter.register_structure_hook(kind, _exactly)
+    converter.register_structure_hook_func(
+        lambda t: t == Mapping[str, Any], lambda value, _: dict(value)
+    )
+    converter.register_structure_hook_func(
+        lambda t: t == str | tuple[str, ...],
+        lambda value, _: (
+            value if isinstance(value, str) else tuple(_exactly(item, str) for item in value)
+        ),
+    )
+    return converter
+
+
+def _exactly(value: Any, kind: type) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError(f"expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def override(table: Any, text: str) -> None:
+    """Set one key of nested tables by ``"train.steps=10"``; the value is TOML, a bare word is text.
+
+    Raises:
+        ExperimentError: It is no such line, or there is no such table.
+    """
+    key, equals, text = text.partition("=")
+    if not equals:
+        raise ExperimentError(f"{key!r} is not key=value; write e.g. -o train.steps=10.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a text
+    try:
+        *path, last = [_step(part) for part in key.strip().split(".")]
+        for part in path:
+            table = table[part] if isinstance(table, list) else table.setdefault(part, {})
+        table[last] = value
+    except (TypeError, IndexError, AttributeError, KeyError) as error:
+        raise ExperimentError(f"{key!r} cannot be set: there is no such table or entry.") from error
+
+
+def _step(part: str) -> Any:
+    """Part of a dotted key: a number for an entry of a list."""
+    return int(part) if part.isdecimal() else part
+
+
+def _explain(error: BaseException, where: str) -> list[str]:
+    if isinstance(error, (ClassValidationError, IterableValidationError)):
+        lines = []
+        for inner in error.exceptions:
+            notes = getattr(inner, "__notes__", [])
+            lines += _explain(inner, where + "".join(_place(note) for note in notes))
+        return lines
+    key = where.lstrip(".") or "the file"
+    match error:
+        case ForbiddenExtraKeysError():
+            known = [attribute.name for attribute in attrs.fields(error.cl)]
+            return [
+                f"{f'{where}.{name}'.lstrip('.')}: there is no such key.{did_you_mean(name, known)} "
+                f"Possible: {', '.join(known)}."
+                for name in sorted(error.extra_fields)
+            ]
+        case KeyError():
+            return [f"{key}: this key is needed."]
+        case VflairError() | ValueError() | TypeError():
+            return [f"{key}: {error}"]
+        case AttributeError():
+            return [f"{key}: expected a table of keys."]
+        case _:
+            return [f"{key}: {type(error).__name__}: {error}"]
+
+
+def _place(note: Any) -> str:
+    if isinstance(note, cattrs.AttributeValidationNote):
+        return f".{note.name}"
+    return f".{note.index}" if isinstance(note, cattrs.IterableValidationNote) else ""
+
+
+def _toml_lines(table: Mapping[str, Any], prefix: str) -> list[str]:
+    there = {k: v for k, v in table.items() if v is not None}
+    plain = {k: v for k, v in there.items() if not isinstance(v, Mapping) and not _is_tables(v)}
+    lines = [f"{key} = {_toml(value)}" for key, value in plain.items()]
+    for key, value in there.items():
+        if _is_tables(value):
+            for item in value:
+                lines += ["", f"[[{prefix}{key}]]", *_toml_lines(item, f"{prefix}{key}.")]
+        elif isinstance(value, Mapping):
+            lines += ["", f"[{prefix}{key}]", *_toml_lines(value, f"{prefix}{key}.")]
+    return lines
+
+
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _toml(value: Any) -> str:
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case str():
+            import json
+
+            return json.dumps(value, ensure_ascii=False)
+        case list() | tuple():
+            return f"[{', '.join(_toml(item) for item in value)}]"
+        case _:
+            return repr(value)

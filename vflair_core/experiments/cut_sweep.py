@@ -1,0 +1,146 @@
+"""One experiment at several cuts: how much an attack recovers the deeper the head goes, as a table and a plot."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from attrs import frozen
+
+from vflair_core.errors import ExperimentError
+from vflair_core.experiments.attack_phase import REFERENCES
+from vflair_core.experiments.experiment import Experiment
+from vflair_core.experiments.result import Result
+from vflair_core.experiments.run import run
+
+if TYPE_CHECKING:
+    import pluggy
+
+Reporter = Callable[[str, int, int], None]
+
+
+@frozen
+class Recovery:
+    """What one attack reached at one cut in one arm of an experiment."""
+
+    head: int
+    arm: str  # undefended or defended
+    attack: str
+    knowledge: str
+    attack_performance: float
+    interval: tuple[float, float]
+    floor: float
+    main_performance: float
+
+
+def run_cuts(
+    experiment: Experiment,
+    heads: Sequence[int],
+    out: str | Path,
+    *,
+    plugins: pluggy.PluginManager | None = None,
+    report: Reporter = lambda *_: None,
+    **options: Any,
+) -> list[Recovery]:
+    """Run `experiment` once for each number of head blocks, and write ``cuts.json`` and ``cuts.svg`` to `out`.
+
+    Each run is an ordinary one, with all its files, in ``out/head-N``.
+
+    Args:
+        experiment: All but the cut.
+        heads: Blocks that the data party keeps after the embeddings, one run for each.
+        out: Folder to write to; it is made.
+        plugins: As for `run`.
+        report: As for `run`; phases begin with the cut.
+        options: Others of `run`.
+
+    Raises:
+        ExperimentError: There is no attack, no cut or the same twice, or matplotlib is not installed: nothing is run.
+        VflairError: As `run`.
+    """
+    if not heads or len(set(heads)) < len(heads):
+        raise ExperimentError(f"heads={list(heads)}: give each number of head blocks once.")
+    if not experiment.attacks:
+        raise ExperimentError(
+            "The experiment has no [[attacks]], whose recovery could be compared."
+        )
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ExperimentError(
+            "The plot needs matplotlib: pip install 'vflair-core[report]'. Nothing was run."
+        )
+    cuts = [attrs.evolve(experiment.partition, head=head) for head in heads]
+    rows: list[Recovery] = []
+    for cut in cuts:
+
+        def told(phase: str, done: int, total: int, head: int = cut.head) -> None:
+            report(f"head {head}, {phase}", done, total)
+
+        result = run(
+            attrs.evolve(experiment, partition=cut),
+            plugins=plugins,
+            report=told,
+            out=Path(out) / f"head-{cut.head}",
+            **options,
+        )
+        rows += recoveries(result, cut.head)
+    (Path(out) / "cuts.json").write_text(json.dumps([attrs.asdict(row) for row in rows], indent=2))
+    draw(rows, Path(out) / "cuts.svg")
+    return rows
+
+
+def recoveries(result: Result, head: int) -> list[Recovery]:
+    """Return what each attack reached in a result, arm by arm."""
+    return [
+        Recovery(
+            head=head,
+            arm=arm,
+            attack=grade["attack"],
+            knowledge=grade["knowledge"],
+            attack_performance=grade["attack_performance"],
+            interval=tuple(grade["interval"]),
+            floor=grade["floor"],
+            main_performance=numbers["main_performance"],
+        )
+        for arm, numbers in result.numbers.items()
+        if arm in REFERENCES
+        for grade in numbers["attacks"]
+    ]
+
+
+def draw(rows: Sequence[Recovery], path: Path) -> Path:
+    """Plot attack performance by cut: a line with its intervals for each attack and arm, and the highest floor."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes: Any = figure.subplots()
+    for arm, attack, knowledge in dict.fromkeys((r.arm, r.attack, r.knowledge) for r in rows):
+        line = [r for r in rows if (r.arm, r.attack, r.knowledge) == (arm, attack, knowledge)]
+        line.sort(key=lambda row: row.head)
+        reached = [row.attack_performance for row in line]
+        below = [max(row.attack_performance - row.interval[0], 0.0) for row in line]
+        above = [max(row.interval[1] - row.attack_performance, 0.0) for row in line]
+        axes.errorbar(
+            [row.head for row in line],
+            reached,
+            yerr=(below, above),
+            marker="o",
+            capsize=3,
+            linestyle="-" if arm == "undefended" else "--",
+            label=f"{attack} ({knowledge}), {arm}",
+        )
+    heads = sorted({row.head for row in rows})
+    floors = [max(row.floor for row in rows if row.head == head) for head in heads]
+    axes.plot(heads, floors, color="gray", linestyle=":", label="floor")
+    axes.set(
+        xlabel="blocks at the data party before the cut", ylabel="recovered (AP)", ylim=(0, 1.02)
+    )
+    axes.set_xticks(heads)
+    axes.legend(fontsize="small")
+    with rc_context({"svg.fonttype": "none"}):  # words stay words
+        figure.savefig(path)
+    return path

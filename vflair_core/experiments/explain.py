@@ -1,0 +1,101 @@
+"""What an experiment sends across the cut, found by sending one training batch of public text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from vflair_core.attacks.worker import stream_seed
+from vflair_core.communication.channel import Transcript
+from vflair_core.experiments.context import choose_partition
+from vflair_core.experiments.experiment import Experiment
+from vflair_core.experiments.pretraining import prepare_model
+from vflair_core.parties.data_party.party import DataParty
+from vflair_core.parties.split import split
+from vflair_core.plugins import PluginManager, build, find
+from vflair_core.standins import public_examples
+from vflair_core.tasks.task import Task
+from vflair_core.tasks.tokenization import reading_of
+
+TEXTS_ARE_LABELS = ("causal-lm", "seq2seq", "image-text")
+
+
+def explain(experiment: Experiment, plugins: PluginManager) -> dict[str, Any]:
+    """Return every crossing of one training round, the owner of every weight, and what to know about both.
+
+    Nothing private is sent: the batch is public text (the task's examples if it has none).
+    """
+    task: Task = build(find(plugins, "tasks", experiment.task.name), experiment.task.options)
+    untrained = attrs.evolve(experiment.pretrain, steps=0)
+    model, tokenizer, processor = prepare_model(
+        attrs.evolve(experiment, pretrain=untrained), task, lambda *_: None
+    )
+    defenses = [build(find(plugins, "defenses", d.name), d.options) for d in experiment.defenses]
+    seed = stream_seed(experiment.seed, "noise")
+    party, model_party = split(
+        model,
+        choose_partition(model, experiment, plugins),
+        defenses=defenses,
+        tokenizer=tokenizer,
+        seed=seed,
+        plugins=plugins,
+    )
+    party.task_kind = task.kind
+    party.reading = reading_of(task, party.model, processor=processor)
+    for defense in defenses:
+        defense.prepare(task.public, party)
+    count = experiment.train.batch_size
+    examples = public_examples(task, count)
+    if examples:
+        party.reading = attrs.evolve(party.reading, render=None)
+    else:
+        examples = [task.row("train", n) for n in range(min(count, len(task.train)))]
+    batch = party.encode(examples, max_length=experiment.train.max_length)
+    party.model.train()
+    with party.channel.tap(Transcript()) as transcript:
+        party.model(**batch, use_cache=False).loss.backward()
+    crossings = [
+        {
+            "message": record.kind,
+            "direction": record.direction,
+            "tensor": record.name,
+            "role": record.role,
+            "dtype": str(record.tensor.dtype).removeprefix("torch."),
+            "shape": list(record.tensor.shape),
+            "bytes": record.tensor.numel() * record.tensor.element_size(),
+        }
+        for record in transcript.messages
+    ]
+    owners = {name: "data party" for name, _ in party.named_parameters()}
+    owners |= {name: "model party" for name, _ in model_party.named_parameters()}
+    return {
+        "crossings": crossings,
+        "owners": owners,
+        "notes": _notes(experiment, task, party),
+    }
+
+
+def _notes(experiment: Experiment, task: Task, party: DataParty) -> list[str]:
+    notes = []
+    if party.partition.kind == "HT":
+        text = ", which are the text itself" if task.kind in TEXTS_ARE_LABELS else ""
+        notes.append(
+            "HT training hands the labels over: the gradient of the logits has one negative entry per row, "
+            f"at the label{text}."
+        )
+    notes += [
+        f"{name} was tied to a weight of the data party; each side now has its own."
+        for name in party.untied
+    ]
+    if party.partition.disclose:
+        names = ", ".join(party.partition.disclose)
+        notes.append(
+            f"Crosses although it depends on the text, because the experiment says so: {names}."
+        )
+    if not experiment.defenses:
+        notes.append("No defense: hidden states cross as they are.")
+    for spec, defense in zip(experiment.defenses, party.defenses.each, strict=True):
+        covered = ", ".join(sorted(defense.covers)) or "nothing it names"
+        notes.append(f"{spec.name} covers {covered}; the rest crosses as it is.")
+    return notes

@@ -1,0 +1,1 @@
+"""Holds the truth, and says what guesses are worth. Knows no party."""

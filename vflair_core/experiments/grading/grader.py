@@ -1,0 +1,202 @@
+"""Attack what crossed: hand the evidence to the worker, and grade what it guessed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import structlog
+import torch
+
+from vflair_core.attacks.adaptive import Side, has_mechanism
+from vflair_core.attacks.attack import Guess, Launch, wants
+from vflair_core.attacks.evidence import furnish, read_facts
+from vflair_core.attacks.guess_files import Found, read_guess, take_so_far
+from vflair_core.attacks.isolation import attack_device, hint_of
+from vflair_core.attacks.worker import MARK, Progress, work
+from vflair_core.errors import AttackError
+from vflair_core.experiments.grading.answer_key import AnswerKey
+from vflair_core.experiments.grading.grades import Reference, grade, judge, performance
+from vflair_core.experiments.grading.tokens import Grade
+from vflair_core.processes import environment
+
+log = structlog.get_logger()
+Isolation = Literal["process", "inline"]
+
+
+def attack_and_grade(
+    launches: Sequence[Launch],
+    store: Path,
+    key: AnswerKey,
+    *,
+    decode: Any = None,
+    references: Sequence[Reference] | None = None,
+    isolation: Isolation = "process",
+    progress: Progress = lambda *_: None,
+    threads: int | None = None,
+    device: str = "auto",
+) -> list[Grade]:
+    """Run the attacks on the evidence that lies in `store` and grade them.
+
+    Args:
+        launches: The attacks.
+        store: Folder of `save_evidence`: what they may see, before it is cut down to what each is granted.
+        key: What their guesses are held against; it stays in this process.
+        decode: From token ids to text, for what was recovered.
+        references: What each attack reached in the undefended arm; None for that arm itself.
+        isolation: process for a worker of its own, inline for this process.
+        progress: Told (attack, done, total) now and then.
+        threads: CPU threads of the worker.
+        device: Where the models that attacks hold compute, as `Experiment.attack_device` says it.
+
+    Raises:
+        AttackError: An attack asks for more than it is granted, or fails.
+    """
+    if not launches:
+        return []
+    for launch in launches:
+        launch.check()
+    facts = read_facts(store)
+    keys = [key.for_updates() if "updates" in _asked(launch) else key for launch in launches]
+    with tempfile.TemporaryDirectory(prefix="vflair-") as name:
+        folder = Path(name)
+        there = attack_device(device)
+        furnish(folder, store, launches, threads or torch.get_num_threads(), there)
+
+        def told(label: str, done: int, total: int) -> None:
+            progress(label + _recovered(folder, keys), done, total)
+
+        _run(folder, isolation, told)
+        grades: list[Grade] = []
+        for number, launch in enumerate(launches):
+            for target, about in _targets(folder, number, keys[number]):
+                reference = references[len(grades)] if references else None
+                grade = _graded(folder, number, launch, facts, about, decode, reference)
+                if target == "response":
+                    grade.target, grade.recovered = target, []  # the text is shown once
+                grades.append(grade)
+        return grades
+
+
+def _targets(folder: Path, number: int, key: AnswerKey) -> list[tuple[str, AnswerKey]]:
+    """What an attack's guess is held against: tokens of prompts, and those of responses apart if there are any."""
+    guess = read_guess(folder / f"guess-{number}-main").guess
+    if guess.tokens is None or not key.truth.has_responses:
+        return [("", key)]
+    return [("tokens", key), ("response", key.of_responses())]
+
+
+def _graded(
+    folder: Path,
+    number: int,
+    launch: Launch,
+    facts: Mapping[str, Any],
+    key: AnswerKey,
+    decode: Any,
+    reference: Reference | None,
+) -> Grade:
+    main = read_guess(folder / f"guess-{number}-main")
+    guess = main.guess
+    if guess.tokens is not None and "candidates" in sum(wants(launch.attack), ()):
+        raise AttackError(
+            f"{launch.name} was offered candidates, among which are the victims' texts, so it may not guess tokens."
+        )
+    truth, reported = key.truth, key.reported
+    found = grade(
+        guess.of(reported), truth.of(reported), key.prior, decode, name=launch.name, knowledge=launch.label
+    )  # fmt: skip
+    found.adaptive = _is_adaptive(launch, facts)
+    if key.development:
+        found.development = performance(guess.of(key.apart), truth, key.apart)
+    found.seconds = main.seconds
+    found.course = _course(main, found, key)
+    bypassed = None
+    if "bypassed" in facts["victims"]:
+        bypassed = _accuracy_of(read_guess(folder / f"guess-{number}-bypassed").guess, key)
+    found.reference = performance(guess.of(key.subset), truth, key.subset)
+    return judge(found, reference, bypassed)
+
+
+def _course(main: Found, grade: Grade, key: AnswerKey) -> list[dict[str, float]]:
+    """What the guess was worth at each point of its course and in the end."""
+    rows = list(key.reported)
+    points = [
+        (forwards, seconds, performance(Guess(tokens=tokens).of(rows), key.truth, rows))
+        for forwards, seconds, tokens in main.course.points
+    ]
+    if points and "forwards" in grade.budget:
+        points.append((grade.budget["forwards"], main.seconds, grade.attack_performance))
+    names = ("forwards", "seconds", "attack_performance")
+    return [dict(zip(names, point, strict=True)) for point in points]
+
+
+def _recovered(folder: Path, keys: Sequence[AnswerKey]) -> str:
+    """How much of the truth a guess in the making has, for who watches; the worker is not told."""
+    left = take_so_far(folder)
+    if left is None:
+        return ""
+    number, which, tokens = left
+    key = keys[number]
+    truth = key.truth if which == "main" or key.control is None else key.control
+    if len(tokens) != len(truth.tokens):
+        return ""
+    return f", recovered {performance(Guess(tokens=tokens), truth, range(len(tokens))):.3f}"
+
+
+def _is_adaptive(launch: Launch, facts: Mapping[str, Any]) -> bool:
+    """Whether the attack can take the defense into account: told of its mechanism, or of what comes through it."""
+    specs, used = facts["defenses"], {"queries"}
+    if has_mechanism(specs, "mechanism"):
+        used |= {"mechanism", "parameters"}
+    sides: tuple[Side, ...] = ("gradient_mechanism", "replacement")
+    used |= {side for side in sides if has_mechanism(specs, side)}
+    return bool(specs) and bool(_asked(launch) & used)
+
+
+def _asked(launch: Launch) -> set[str]:
+    """What the attack asks for and is granted."""
+    return {name for kind in wants(launch.attack) for name in kind} & launch.granted
+
+
+def _accuracy_of(guess: Any, key: AnswerKey) -> float:
+    if key.control is None:
+        return performance(guess, key.truth, key.subset)
+    return performance(guess, key.control, range(len(key.subset)))
+
+
+def _run(folder: Path, isolation: Isolation, progress: Progress) -> None:
+    if isolation == "inline":
+        work(folder, progress)
+        return
+    command = [sys.executable, "-m", "vflair_core.attacks.worker", str(folder)]
+    with (
+        (folder / "stderr.txt").open("w") as errors,
+        subprocess.Popen(  # noqa: S603
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=folder,
+            env=environment(),
+        ) as process,
+    ):
+        assert process.stdout is not None  # PIPE was asked for
+        for line in process.stdout:
+            if line.startswith(MARK):
+                progress(*json.loads(line.removeprefix(MARK)))
+    code = process.returncode
+    if code:
+        report = folder / "error.json"
+        if report.exists():
+            facts = json.loads(report.read_text())
+            log.error("attack_failed", traceback=facts["traceback"])
+            device = json.loads((folder / "job.json").read_text())["device"]
+            hint = hint_of(device, facts["error"])
+            raise AttackError(f"An attack failed: {facts['error']}{hint}")
+        said = (folder / "stderr.txt").read_text()[-2000:]
+        raise AttackError(f"The attack worker ended with code {code}: {said}")

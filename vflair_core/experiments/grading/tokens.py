@@ -1,0 +1,244 @@
+"""Grading of tokens: only the core knows the truth. Every grade stands beside its floor and its two controls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from vflair_core.attacks.attack import Guess
+from vflair_core.errors import AttackError
+from vflair_core.experiments.grading.matching import matched, together
+from vflair_core.experiments.grading.statistics import (
+    bag,
+    common,
+    interval,
+    mean_over_shifts,
+    pooled,
+    rouge_l,
+)
+from vflair_core.experiments.grading.truth import Truth
+
+
+@define
+class Grade:
+    """How much an attack recovered: the rate of right answers about its `target`.
+
+    `attack_performance` (AP) is what tables show. `floor` is the best of the guesses that use no message of the
+    example. `verdict` is ``"ok"`` or says which control failed or that the attack was uninformative.
+    """
+
+    attack: str
+    knowledge: str
+    target: str  # "tokens" (of prompts), "response" (tokens), "labels", "answers", "members"
+    attack_performance: float
+    interval: tuple[float, float]
+    floor: float
+    floors: dict[str, float]
+    details: dict[str, float]
+    positive_control: float | None = None
+    negative_control: float | None = None
+    verdict: str = "ok"
+    budget: dict[str, float] = field(factory=dict)
+    course: list[dict[str, float]] = field(factory=list)  # AP after some forwards and seconds
+    reference: float = 0.0  # performance on the victims that also cross with the defense bypassed
+    seconds: float = 0.0
+    informative: bool = True  # above its floor where nothing defends
+    adaptive: bool = False  # it knows the defense, or learned from what came through it
+    development: float | None = None  # performance on the victims that only choose among attacks
+    recovered: list[str] = field(factory=list)  # the guesses as text; not among the numbers
+    hits: list[tuple[int, int]] = field(factory=list)  # by victim or update; not in the numbers
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for a result file, without what is kept of each victim."""
+        return attrs.asdict(self, filter=lambda a, _: a.name not in ("recovered", "hits"))
+
+    def numbers(self) -> dict[str, Any]:
+        """The same without seconds: what equal seeds reproduce."""
+        plain = self.to_dict()
+        del plain["seconds"]
+        for point in plain["course"]:
+            del point["seconds"]
+        return plain
+
+
+def grade_tokens(
+    guess: Guess, truth: Truth, prior: Tensor | None, decode: Any, *, name: str, knowledge: str
+) -> Grade:
+    """Grade a guess of tokens. `prior` (T,) is the best guess of someone who saw no message.
+
+    Raises:
+        AttackError: The guess has not one row per victim, or ids that no tokenizer made.
+    """
+    tokens = checked_tokens(guess, truth)
+    hits = together(token_hits(tokens, truth), truth.update_batch)
+    floors = _floors(tokens, truth, prior)
+    details = _token_details(tokens, truth, decode)
+    if truth.originals:
+        sent = [(int((g == t).sum()), len(t)) for g, t in zip(tokens, truth.tokens, strict=True)]
+        details["sent_tokens"] = pooled(sent)
+    return Grade(
+        name,
+        knowledge,
+        "tokens",
+        pooled(hits),
+        interval(hits),
+        max(floors.values()),
+        floors,
+        details,
+        negative_control=floors["mismatched"],
+        budget=dict(guess.budget or {}),
+        recovered=[decode(row[row >= 0].tolist()) for row in tokens],
+        hits=hits,
+    )
+
+
+def checked_tokens(guess: Guess, truth: Truth) -> list[Tensor]:
+    """Return one row of guessed ids per victim, as long as the victim, -1 where nothing was guessed.
+
+    Of victims that share an update each gets the row that fits it best.
+    """
+    tokens = guess.tokens
+    if tokens is None or len(tokens) != len(truth.tokens):
+        there = "none" if tokens is None else str(len(tokens))
+        raise AttackError(f"The attack guessed tokens for {there} of {len(truth.tokens)} victims.")
+    longest = max(len(t) for t in truth.places or truth.tokens)
+    if tokens.shape[1] < longest:
+        missing = tokens.new_full((len(tokens), longest - tokens.shape[1]), -1)
+        tokens = torch.cat([tokens, missing], dim=1)
+
+    def fit(row: int, n: int) -> float:
+        return _fit(_looked_at(tokens[row], truth, n), truth, n)
+
+    pairs = matched(len(tokens), truth.update_batch, fit)
+    return [_looked_at(tokens[row], truth, n) for row, n in pairs]
+
+
+def _looked_at(row: Tensor, truth: Truth, n: int) -> Tensor:
+    """What a row says of one victim: as long as what is true of it."""
+    if truth.places:
+        return row[: len(truth.places[n])][truth.places[n]]
+    return row[: len(truth.tokens[n])]
+
+
+def token_hits(tokens: Sequence[Tensor], truth: Truth) -> list[tuple[int, int]]:
+    """Count what is right of each victim's private text.
+
+    Where what was sent is what there was: tokens at their positions. Where a defense changed the text, positions are
+    another text's, and so are private spans: then the private tokens of the original that the guess has in their
+    order (longest common subsequence).
+    """
+    return [_hits_of(row, truth, n) for n, row in enumerate(tokens)]
+
+
+def _hits_of(guessed: Tensor, truth: Truth, n: int) -> tuple[int, int]:
+    """Count what a row of any length has right of one victim."""
+    if truth.originals:
+        return _in_order(guessed, truth.originals[n])
+    return _hits(_as_long(guessed, truth.tokens[n]), truth.tokens[n], truth.private[n])
+
+
+def _fit(guessed: Tensor, truth: Truth, n: int) -> float:
+    """How well a row fits one victim: by what is graded, and where that is equal by all tokens that were sent."""
+    sent = truth.tokens[n]
+    row = _as_long(guessed, sent)
+    right, _ = _hits_of(row, truth, n)
+    return right + int((row == sent).sum()) / (1 + sum(len(t) for t in truth.tokens))
+
+
+def _as_long(guessed: Tensor, true: Tensor) -> Tensor:
+    """The row cut or filled with -1 to the length of what was sent."""
+    row = torch.full_like(true, -1)
+    overlap = min(len(row), len(guessed))
+    row[:overlap] = guessed[:overlap]
+    return row
+
+
+def _hits(guessed: Tensor, true: Tensor, private: Tensor) -> tuple[int, int]:
+    return int(((guessed == true) & private).sum()), int(private.sum())
+
+
+def _private(tokens: Sequence[Tensor], truth: Truth) -> list[Tensor]:
+    return [row[private] for row, private in zip(tokens, truth.private, strict=True)]
+
+
+def _in_order(guessed: Tensor, original: Tensor) -> tuple[int, int]:
+    return common(guessed.tolist(), original.tolist()), len(original)
+
+
+def _floors(tokens: Sequence[Tensor], truth: Truth, prior: Tensor | None) -> dict[str, float]:
+    """What guesses reach that use no message of the example."""
+    floors = {
+        "constant": _constant_floor(truth),
+        "prior": 0.0,
+        "mismatched": mismatched(tokens, truth),
+    }
+    if prior is not None:
+        longest = max(len(t) for t in truth.places or truth.tokens)
+        padded = torch.cat([prior, prior.new_full((max(longest - len(prior), 0),), -1)])
+        said = [_looked_at(padded, truth, n) for n in range(len(truth.tokens))]
+        floors["prior"] = pooled(token_hits(said, truth))
+    # Texts have words in common, in their order, as answers have; and the best of several orders suits any text a little.
+    if truth.originals or truth.places or truth.update_batch > 1:
+        floors["others"] = mismatched(truth.tokens, truth)
+    return floors
+
+
+def _constant_floor(truth: Truth) -> float:
+    """The best token, or whole answer, that is the same for all."""
+    return max(_one_token(truth), _one_answer(truth) if truth.places else 0.0)
+
+
+def _one_answer(truth: Truth) -> float:
+    different = dict.fromkeys(tuple(row.tolist()) for row in truth.tokens)
+    each = [[torch.tensor(answer)] * len(truth.tokens) for answer in different]
+    return max(pooled(token_hits(said, truth)) for said in each)
+
+
+def _one_token(truth: Truth) -> float:
+    private = torch.cat(truth.originals or _private(truth.tokens, truth))
+    return float(torch.bincount(private).max()) / len(private) if len(private) else 0.0
+
+
+def mismatched(tokens: Sequence[Tensor], truth: Truth) -> float:
+    """Grade each guess against every other example: what the attack gets without the right message.
+
+    Of victims that share an update, against those of every other update, in the order that fits best.
+    """
+    count, size = len(tokens), truth.update_batch
+    shifts = []
+    for shift in range(1, count // size):
+        pairs = matched(count, size, lambda row, n: _hits_of(tokens[row], truth, n)[0], shift)
+        shifts.append([_hits_of(tokens[row], truth, n) for row, n in pairs])
+    return mean_over_shifts(shifts)
+
+
+def _token_details(tokens: list[Tensor], truth: Truth, decode: Any) -> dict[str, float]:
+    """Of the private text: exact sequences, ROUGE-L, VFLAIR-LLM's bag measures.
+
+    Over all: planted strings found.
+    """
+    true = truth.originals or _private(truth.tokens, truth)
+    guessed = tokens if truth.originals else _private(tokens, truth)
+    pairs = [(g, t) for g, t in zip(guessed, true, strict=True) if len(t)]
+    count = max(len(pairs), 1)
+    bags = [bag(g, t) for g, t in pairs]
+    details = {
+        "exact_sequences": sum(right == of for right, of in token_hits(tokens, truth) if of)
+        / count,
+        "rouge_l": sum(rouge_l(g[g >= 0].tolist(), t.tolist()) for g, t in pairs) / count,
+        "bag_recall": sum(r for r, _ in bags) / count,
+        "bag_precision": sum(p for _, p in bags) / count,
+    }
+    planted = [
+        (g, secret) for g, secrets in zip(tokens, truth.secrets, strict=False) for secret in secrets
+    ]
+    if planted:
+        texts = {id(g): decode(g[g >= 0].tolist()) for g, _ in planted}
+        found = sum(secret in texts[id(g)] for g, secret in planted)
+        details["planted_strings_recovered"] = found / len(planted)
+    return details

@@ -1,0 +1,131 @@
+"""Which checkpoint is meant: its config, its architecture, and a name for its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import frozen
+
+from vflair_core.errors import CheckpointError, did_you_mean
+from vflair_core.partition.fingerprint import files_digest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# Where the files are: for the config and for the weights alike.
+PLACE = frozenset(
+    [
+        "cache_dir",
+        "code_revision",
+        "force_download",
+        "local_files_only",
+        "proxies",
+        "revision",
+        "subfolder",
+        "token",
+        "trust_remote_code",
+    ]
+)
+# How the weights are read: for `from_pretrained` only.
+READING = frozenset(
+    [
+        "attn_implementation",
+        "device_map",
+        "disable_mmap",
+        "dtype",
+        "experts_implementation",
+        "generation_config",
+        "ignore_mismatched_sizes",
+        "key_mapping",
+        "max_memory",
+        "offload_buffers",
+        "offload_folder",
+        "quantization_config",
+        "torch_dtype",
+        "use_safetensors",
+        "variant",
+        "weights_only",
+    ]
+)
+
+
+@frozen(eq=False)
+class Source:
+    """A checkpoint that was found, and the options to read it with."""
+
+    name: str
+    config: PretrainedConfig
+    auto: Any  # the class to load with
+    weights: str  # commit or digest
+    options: Mapping[str, Any]
+
+    @property
+    def saved_as(self) -> str:
+        """The architecture that wrote the checkpoint, as far as the config says."""
+        return ", ".join(self.config.architectures or ()) or "unknown"
+
+    def empty_model(self) -> PreTrainedModel:
+        """Build the architecture, under whatever device is in force."""
+        build = getattr(self.auto, "from_config", None) or self.auto._from_config
+        kept = {"attn_implementation", "experts_implementation", "trust_remote_code"}
+        return build(self.config, **{k: v for k, v in self.options.items() if k in kept})  # type: ignore[no-any-return]
+
+
+def find_source(name: str | Path, auto: Any, options: Mapping[str, Any]) -> Source:
+    """Read the config of a checkpoint and name its weights.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, no such option, or the config names no known class.
+    """
+    from transformers import AutoConfig
+
+    name = str(name)
+    place = {key: options[key] for key in PLACE & options.keys()}
+    reading = {key: options[key] for key in READING & options.keys()}
+    overrides = {key: options[key] for key in options.keys() - PLACE - READING}
+    try:
+        config, unused = AutoConfig.from_pretrained(
+            name, return_unused_kwargs=True, **place, **overrides
+        )
+    except (OSError, ValueError) as error:
+        where = f"the folder {name}" if Path(name).is_dir() else f"{name!r}, hub or folder,"
+        raise CheckpointError(
+            f"There is no model at {where}: {error} Give a folder with config.json and weights, as "
+            "save_pretrained writes it, or the name of a hub model."
+        ) from error
+    for key in unused.keys() - PLACE:
+        raise CheckpointError(
+            f"There is no option {key!r} to load {name} with.{did_you_mean(key, READING | PLACE)} Possible: "
+            f"keys of its config, {', '.join(sorted(READING | PLACE))}."
+        )
+    folder = Path(name) / options.get("subfolder", "")
+    if folder.is_dir():
+        weights = files_digest(folder, options.get("variant"))
+    else:
+        commit = _commit(name, place)
+        weights, place = f"commit:{commit}", {**place, "revision": commit}
+    return Source(name, config, auto or _architecture(config, name), weights, {**place, **reading})
+
+
+def _commit(name: str, place: Mapping[str, Any]) -> str:
+    """The commit that a revision of a hub model stands for, read off the cache where its config lies."""
+    from transformers.utils.hub import cached_file
+
+    options = {k: v for k, v in place.items() if k not in ("code_revision", "trust_remote_code")}
+    parts = Path(str(cached_file(name, "config.json", **options))).parts
+    return parts[len(parts) - 1 - parts[::-1].index("snapshots") + 1]
+
+
+def _architecture(config: PretrainedConfig, name: str) -> Any:
+    import transformers
+
+    for architecture in config.architectures or ():
+        found = getattr(transformers, architecture, None)
+        if found is not None:
+            return found
+    raise CheckpointError(
+        f"The config of {name} names no class of transformers ({config.architectures}). Say which to load "
+        "with: auto=AutoModelForCausalLM."
+    )

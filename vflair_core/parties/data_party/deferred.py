@@ -1,0 +1,161 @@
+"""Deferred tensors: values inside the model party, of which the data party knows only the shape.
+
+Operations of the program's list are recorded. Anything else needs the value, and fetches it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vflair_core.communication.program import MIXING, OPERATIONS, Tree
+from vflair_core.errors import PartitionError
+from vflair_core.parties.data_party.scored_positions import SCORED, is_a_pick
+
+if TYPE_CHECKING:
+    from vflair_core.parties.data_party.recorder import Recorder
+
+_OPERATION_NAMES: dict[Any, str] = {
+    **{function: name for name, function in OPERATIONS.items()},
+    torch.Tensor.__mul__: "mul",
+    torch.Tensor.__rmul__: "mul",
+    torch.Tensor.__truediv__: "div",
+    torch.Tensor.tanh: "tanh",
+    torch.mul: "mul",
+    torch.Tensor.__add__: "add",
+    torch.Tensor.__radd__: "add",
+    torch.add: "add",
+    torch.div: "div",
+    torch.flatten: "flatten",
+    torch.split: "split",
+    torch.relu: "relu",
+}
+# Operations that change their first argument, and the one that gives what it becomes.
+_IN_PLACE: dict[Any, str] = {
+    torch.Tensor.__iadd__: "add",
+    torch.Tensor.__imul__: "mul",
+    torch.Tensor.add_: "add",
+    torch.Tensor.mul_: "mul",
+}
+# Questions about a deferred tensor that its shape, dtype and device answer.
+_FREE = frozenset(
+    {
+        torch.Tensor.size,
+        torch.Tensor.dim,
+        torch.Tensor.numel,
+        torch.Tensor.is_floating_point,
+        torch.Tensor.__len__,
+        *(
+            getattr(torch.Tensor, name).__get__
+            for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout")
+        ),
+    }
+)
+
+
+class Deferred(Tensor):
+    """A tensor inside the model party: shape, dtype and device are known, the value is not."""
+
+    meta: Tensor
+    recorder: Recorder
+    node: Tree
+    known: dict[Tree, Tensor]  # of the outputs of its program, once the model party gave them
+
+    @staticmethod
+    def of(meta: Tensor, device: torch.device, recorder: Recorder, node: Tree) -> Deferred:
+        deferred: Deferred = Tensor._make_wrapper_subclass(
+            Deferred, meta.shape, dtype=meta.dtype, device=device
+        )
+        deferred.meta, deferred.recorder, deferred.node = meta, recorder, node
+        deferred.known = recorder.fetched
+        return deferred
+
+    @property
+    def fetched(self) -> Tensor | None:
+        """The value, if the model party gave it already."""
+        return self.known.get(self.node)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Any,
+        _types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _FREE:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        name = _OPERATION_NAMES.get(func)
+        first = args[0]
+        waiting = isinstance(first, Deferred) and first.fetched is None
+        if name is not None and waiting and _are_literal(args[1:], kwargs):
+            return first.recorder.apply(name, args, kwargs)
+        if name == "getitem" and waiting and first.recorder.picks and is_a_pick(args[1]):
+            return first.recorder.apply(name, args, kwargs, picked=SCORED)
+        if not kwargs and (mixed := _mixed(func, args)) is not None:
+            return mixed
+        # A value is needed here, on the data party: fetch it and go on with a real tensor.
+        args, kwargs = _realised(args), _realised(kwargs)
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, _types: Any, _args: Any = (), _kwargs: Any = None
+    ) -> Any:
+        raise PartitionError(
+            f"The model computes {func} on a value that only the model party has. "
+            "Move the cut so that this layer is held by one party; `verify` says which cuts work."
+        )
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return (
+            f"Deferred(shape={tuple(self.meta.shape)}, dtype={self.meta.dtype}, node={self.node})"
+        )
+
+
+def _mixed(func: Any, args: tuple[Any, ...]) -> Deferred | None:
+    """Record a sum or product with another tensor, if it lies between the parts of a block; None if not."""
+    in_place = _IN_PLACE.get(func)
+    name = in_place or _OPERATION_NAMES.get(func)
+    waiting = [arg for arg in args if isinstance(arg, Deferred) and arg.fetched is None]
+    if name not in MIXING or len(args) != 2 or not waiting:
+        return None
+    recorder = waiting[0].recorder
+    if not recorder.is_between_parts() or not all(isinstance(arg, Tensor) for arg in args):
+        return None
+    if in_place is None:
+        first, second = args if _fits(args[1], args[0]) else args[::-1]
+        return recorder.apply(name, (first, second), {}) if _fits(second, first) else None
+    first, second = args
+    if not (first is waiting[0] and recorder.gave_last(first) and _fits(second, first)):
+        return None
+    first.node = recorder.apply(name, args, {}).node  # all who hold it see what it has become
+    return first
+
+
+def _fits(second: Tensor, first: Tensor) -> bool:
+    sizes = zip(first.shape[::-1], second.shape[::-1], strict=False)
+    return second.dim() <= first.dim() and all(b in (1, a) for a, b in sizes)
+
+
+def _are_literal(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    literal = (bool, int, float, str, slice, type(None), type(...), torch.dtype)
+    flat = [*args, *kwargs.values()]
+    flat = [
+        item for value in flat for item in (value if isinstance(value, (tuple, list)) else (value,))
+    ]
+    return all(isinstance(value, literal) for value in flat)
+
+
+def _realised(value: Any) -> Any:
+    if isinstance(value, Deferred):
+        return value.recorder.realise(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_realised(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _realised(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,371 @@
+"""The data party: keeps the text, the labels and its layers, and talks to the model party."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from vflair_core.communication.channel import Channel
+from vflair_core.communication.connection import Line
+from vflair_core.communication.locks import Lock
+from vflair_core.communication.message import Phase, Role
+from vflair_core.communication.program import Program
+from vflair_core.defenses.calibration import Preparing
+from vflair_core.defenses.defense import Batch, Defense, Exchange
+from vflair_core.defenses.pipeline import Defenses
+from vflair_core.errors import DefenseError, PartitionError
+from vflair_core.parties.data_party import round as protocol
+from vflair_core.parties.data_party import text as asking
+from vflair_core.parties.data_party.dry_runs import Rehearsals
+from vflair_core.parties.data_party.inputs import (
+    Sent,
+    answer_mask,
+    cache_in,
+    learnt_of,
+    mask_of,
+    positions_of,
+    rows_of,
+)
+from vflair_core.parties.data_party.interception import (
+    check_trainable,
+    hand_over_forward,
+    hand_over_parts,
+    token_tables,
+)
+from vflair_core.parties.data_party.roles import Call, random_states
+from vflair_core.parties.data_party.scored_positions import only_scored
+from vflair_core.parties.model_party import cache as caches
+from vflair_core.partition.slices import Slices
+from vflair_core.stage import Stage, stage_of
+from vflair_core.training.checkpoint import save_data_party, save_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from vflair_core.parties.data_party.recorder import Recorder
+    from vflair_core.parties.split import Partition
+    from vflair_core.tasks.task import Example
+    from vflair_core.tasks.tokenization import Reading
+
+
+class DataParty:
+    """Owns `model`, which stays a transformers model: call it, train it, generate with it as always.
+
+    Args:
+        model: A transformers model whose modules `absent` are stand-ins (made by `split`).
+        partition: The cut.
+        channel: The way to the model party.
+        stages: What the model party runs in one exchange each, in call order.
+        fingerprint: Of model and cut; the model party must have the same.
+        defenses: Applied in this order on the way out, in reverse on the way back.
+        tokenizer: Needed for `encode` and `ask`.
+        seed: Seed of the defenses' noise; None draws it from the operating system.
+        untied: Weights that got a second copy because both sides use them.
+
+    Threads may share it: forwards take turns, and backwards do.
+
+    Set `loss_scale` to what the loss was multiplied with (by a `GradScaler`): defenses see gradients without it.
+    """
+
+    recorder: Recorder
+    slices: Slices = Slices({})
+    order: tuple[str, ...] = ()  # names of all weights, in the order of the whole model
+    sent: Sent | None = None  # how the rows of the last call crossed
+    reading: Reading | None = None  # how the model reads the task at hand; None goes by `task_kind`
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        partition: Partition,
+        channel: Channel,
+        stages: tuple[Stage, ...],
+        fingerprint: str,
+        *,
+        defenses: Sequence[Defense] = (),
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        seed: int | None = None,
+        untied: tuple[str, ...] = (),
+    ) -> None:
+        self.partition, self.channel, self.stages, self.untied = partition, channel, stages, untied
+        self.line = Line(channel, fingerprint)
+        self.tokenizer = tokenizer
+        self.defenses = Defenses(defenses, partition.kind, seed)
+        self.preparing = Preparing()
+        self.rehearsals = Rehearsals(self)
+        self.loss_scale = 1.0
+        self.overflowed = (
+            False  # a gradient that was not finite came to the defenses since the last step
+        )
+        self._lock = Lock()
+        self._exchanges = 0
+        self._call: Call | None = None
+        self._last: Exchange | None = None
+        self._done: list[Exchange] = []  # all of the call at hand
+        self._begun: Exchange | None = None
+        self._asking = False
+        self.model = hand_over_forward(model, self)
+        hand_over_parts(model, self)
+        tables = token_tables(model)
+        if not tables and self.defenses.at("on_embeddings"):
+            raise PartitionError(
+                f"{type(model).__name__} has no table of token embeddings for a defense to stand at."
+            )
+        for table in tables:
+            table.register_forward_hook(self._on_embeddings)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Weights by the names they have in the whole model."""
+        return self.model.named_parameters()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Weights, in the order of the whole model."""
+        return self.model.parameters()
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Names of the modules the model party holds, in call order."""
+        return tuple(dict.fromkeys(name for stage in self.stages for name in stage.names))
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken so far."""
+        return self.line.step
+
+    @property
+    def roles(self) -> dict[str, tuple[Role, ...]]:
+        """Roles of what crosses, by the id of the program that takes it."""
+        return self.rehearsals.roles
+
+    @property
+    def disclosed(self) -> set[str]:
+        """Tensors that crossed although they depend on the text, because the partition says they may."""
+        crossing = any("disclosed" in roles for roles in self.roles.values())
+        return set(self.partition.disclose) if crossing else set()
+
+    def close(self) -> None:
+        """End the session: the model party forgets this party's graphs, caches and gradients."""
+        self.line.close()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write what this party owns, and nothing else, to ``data_party.safetensors``; `merge` reads it."""
+        save_tokenizer(self, Path(folder))
+        return save_data_party(self, Path(folder), {})
+
+    # -- calling the model ------------------------------------------------------------------------------
+
+    def run_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
+        """Run the model's own forward with the defenses that act on whole batches around it."""
+        with self._lock:
+            return self._run_forward(forward, inputs)
+
+    def _run_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
+        if self.rehearsals.probe is not None:
+            return forward(**inputs)
+        self.defenses.check(self._phase(cache_in(inputs)))
+        self._refuse_raw_text(inputs)
+        around = Exchange(self._exchanges + 1, self.line.step, self._phase(cache_in(inputs)))
+        inputs = self.defenses.expand(inputs, around)
+        self.sent = self._how_sent(inputs, around)
+        trains = self.model.training and torch.is_grad_enabled()
+        if trains:
+            check_trainable(self.model)
+        self.recorder.begin()
+        random = random_states(self.model.device) if self.model.training else ()
+        self._call = Call(forward, inputs, self.rehearsals.past(inputs), random)
+        try:
+            if trains and inputs.get("labels") is not None:
+                inputs = {**inputs, "labels": self._defended_labels(inputs["labels"])}
+                inputs = only_scored(self.model, self.partition, inputs)
+                self._call.inputs = inputs
+            outputs = forward(**inputs)
+            if trains:
+                for exchange in self._done:
+                    self.defenses.penalise(outputs, exchange)
+        finally:
+            self._call = self._last = self._begun = None
+            self._done = []
+        return self.defenses.contract(outputs, around)
+
+    def _how_sent(self, inputs: dict[str, Any], around: Exchange) -> Sent:
+        numbers = torch.arange(rows_of(inputs), device=self.model.device)
+        shifted = not self.model.config.is_encoder_decoder
+        return Sent(self.defenses.places(numbers, around), learnt_of(inputs, shifted=shifted))
+
+    def run_part(self, forward: Any, inputs: dict[str, Any]) -> Any:
+        """Run an inner model that was cut: within a call of the whole as it is; alone, as a call of its own.
+
+        `generate` calls the encoder of a sequence-to-sequence model alone, for example.
+        """
+        if self.rehearsals.probe is not None or self._call is not None:
+            return forward(**inputs)
+        if self.defenses.at("expand"):
+            raise DefenseError(
+                f"{type(self.defenses.at('expand')[0]).__name__} adds rows to calls of the whole model; here a "
+                "part of it is called alone."
+            )
+        self.defenses.check(self._phase(cache_in(inputs)))
+        self._refuse_raw_text(inputs)
+        self.recorder.begin()
+        random = random_states(self.model.device) if self.model.training else ()
+        self._call = Call(forward, inputs, self.rehearsals.past(inputs), random)
+        try:
+            return forward(**inputs)
+        finally:
+            self._call = self._last = self._begun = None
+            self._done = []
+
+    def _defended_labels(self, labels: Tensor) -> Tensor:
+        if self.defenses.at("on_labels"):
+            self._begun = self._begun or self._begin(labels.shape[-1])
+            labels = self.defenses.apply("on_labels", labels, self._begun, name="labels")
+        return labels
+
+    def smashed(self, **inputs: Any) -> Tensor:
+        """Run the head alone and return the undefended hidden states it would send: (B, T, D).
+
+        Nothing crosses. With a cache, the local and the absent layers both advance.
+        """
+        with self._lock:
+            return self.rehearsals.smashed(inputs)
+
+    def complete(self, returned: Tensor, **inputs: Any) -> Any:
+        """Run the local tail on `returned` as if the model party had sent it, and return the outputs.
+
+        Raises:
+            PartitionError: The model takes more than one answer.
+        """
+        if len(self.stages) > 1:
+            raise PartitionError(
+                f"{type(self.model).__name__} takes {len(self.stages)} answers of the model party; one is given."
+            )
+        with self._lock:
+            return self.rehearsals.complete(returned, inputs)
+
+    def exchange(
+        self, program: Program, leaves: list[Tensor], cache: Cache | None, shapes: list[Tensor]
+    ) -> list[Tensor]:
+        """Take a finished program from the recorder and carry out the round."""
+        if self.rehearsals.probe is not None:
+            return self.rehearsals.probe.answer(program, leaves, shapes)
+        roles = self.roles.get(program.id) or self.rehearsals.find_roles(
+            self._call, program, leaves, cache
+        )
+        positions = positions_of(leaves, roles)
+        exchange, self._begun = self._begun or self._begin(positions), None
+        self._last = exchange
+        self._done.append(exchange)
+        spec = None
+        if cache is not None:
+            remote = caches.attach(
+                cache,
+                self.layers(stage_of(program.modules, self.stages).names),
+                self.line.caches.append,
+                lambda old, new: self.line.copies.append((old, new)),
+            )
+            spec = {"id": remote.id, "deeds": list(remote.deeds)}
+            if not remote.known:
+                spec["parts"] = remote.parts
+        returned = protocol.cross(self, exchange, program, leaves, roles, spec)
+        if cache is not None:
+            remote.deeds.clear()
+            remote.known = True
+            caches.advance(cache, positions, self.layers(program.modules))
+        return returned
+
+    def _begin(self, positions: int) -> Exchange:
+        """Number the next exchange. It begins at the embeddings if a defense stands there."""
+        self._exchanges += 1
+        inputs = self._call.inputs if self._call else {}
+        phase = self._phase(cache_in(inputs))
+        # A model with two stacks asks for its second after the first, or with what the first gave before.
+        second = self._last is not None or inputs.get("encoder_outputs") is not None
+        of_answer = second and bool(self.model.config.is_encoder_decoder)
+        mask = answer_mask(inputs, positions) if of_answer else mask_of(inputs, positions)
+        return Exchange(self._exchanges, self.line.step, phase, mask=mask, batch=inputs)
+
+    def layers(self, names: Sequence[str]) -> list[int]:
+        """Numbers of the cache layers that the modules `names` fill."""
+        return sorted({index for name in names for index in self.recorder.absent[name].layers})
+
+    def _phase(self, cache: Cache | None) -> Phase:
+        if self.model.training and torch.is_grad_enabled():
+            return "train"
+        if cache is None:
+            return "eval"
+        return "prefill" if getattr(cache, "vflair_remote", None) is None else "decode"
+
+    def _on_embeddings(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        if (
+            self.rehearsals.probe is not None
+            or self._call is None
+            or not self.defenses.at("on_embeddings")
+        ):
+            return None
+        self._begun = self._begun or self._begin(output.shape[1])
+        defended: Tensor = self.defenses.apply(
+            "on_embeddings", output, self._begun, name="embeddings", role="smashed"
+        )
+        return defended
+
+    # -- text in, text out ------------------------------------------------------------------------------
+
+    def encode(self, examples: Sequence[Example], *, max_length: int = 512) -> Batch:
+        """Turn examples into a batch, through the defenses that act on text and tokens.
+
+        Args:
+            examples: Examples of a task of kind `task_kind` (by default causal-lm).
+            max_length: Tokens kept of each.
+
+        Raises:
+            DefenseError: There is no tokenizer.
+        """
+        return asking.encode_examples(self, examples, max_length)
+
+    def ask(self, texts: Sequence[str], **options: Any) -> list[str]:
+        """Generate an answer to each text, through the defenses that act on text, tokens and answers.
+
+        Args:
+            texts: Prompts.
+            options: Of transformers' `generate`, e.g. ``max_new_tokens=64``.
+
+        Raises:
+            DefenseError: There is no tokenizer.
+        """
+        with self.answering():
+            return asking.ask(self, texts, options)
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """While this lasts, the model may be given tokens: they have been through the defenses that act on text."""
+        with self._lock:
+            self._asking = True
+            try:
+                yield
+            finally:
+                self._asking = False
+
+    def _refuse_raw_text(self, inputs: dict[str, Any]) -> None:
+        """A batch that did not come through `encode` would go round the defenses that act on text."""
+        there = self.defenses.at("on_text") + self.defenses.at("on_tokens")
+        encoded = getattr(inputs.get("input_ids"), "vflair_encoded", False)
+        if there and not encoded and not self._asking:
+            raise DefenseError(
+                f"{type(there[0]).__name__} changes text before it is sent, and this batch did not come "
+                "through it. Use data_party.encode(examples) or data_party.ask(texts)."
+            )
+
+    @property
+    def task_kind(self) -> str:
+        """The kind of the task at hand; ``"*"`` while nobody said."""
+        return self.defenses.task_kind
+
+    @task_kind.setter
+    def task_kind(self, kind: str) -> None:
+        self.defenses.task_kind = kind

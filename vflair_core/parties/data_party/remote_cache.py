@@ -1,0 +1,134 @@
+"""The data party's handles on what the model party keeps of a cache: how long it is, and what was done to it."""
+
+from __future__ import annotations
+
+import functools
+import uuid
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from vflair_core.communication.cache_kinds import layer_class
+from vflair_core.errors import ProtocolError
+
+# [part, "reorder", [2, 0]] | [part, "crop", -3] | [part, "repeat", 4] | [part, "select", [0]] | …
+Deed = list[Any]
+
+
+@define(eq=False)
+class RemoteCache:
+    """The data party's handle on the model party's half of one cache."""
+
+    id: str = field(factory=lambda: uuid.uuid4().hex)
+    deeds: list[Deed] = field(factory=list)
+    parts: list[list[Any]] = field(factory=list)  # of each: its kind, [kind, options] of all layers
+    known: bool = False  # has the model party built its half?
+    copied: Callable[[str, str], None] = lambda _old, _new: None
+    released: Callable[[str], None] = lambda _id: None
+
+    def __attrs_post_init__(self) -> None:
+        weakref.finalize(self, self.released, self.id)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteCache:
+        twin = RemoteCache(
+            deeds=list(self.deeds),
+            parts=self.parts,
+            known=self.known,
+            copied=self.copied,
+            released=self.released,
+        )
+        memo[id(self)] = twin
+        if self.known:
+            self.copied(self.id, twin.id)
+        return twin
+
+
+class RemoteLayer:
+    """Comes before a kind of cache layer: the model party fills it, here it only knows how long it is."""
+
+    remote: RemoteCache
+    part: int
+    leads: bool  # speaks for all layers of its part
+    length: int
+    keys: Tensor
+    prefill_length: int | None
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def advance(self, positions: int) -> None:
+        """Count new positions, which the model party put in."""
+        self._become(self.length + positions)
+
+    def _become(self, length: int) -> None:
+        self.length = self.cumulative_length = length
+        self.is_initialized = length > 0
+        self.keys = torch.empty(length, device="meta")  # there is something, and nothing to read
+        if hasattr(self, "prefill_length"):  # a layer that keeps the prompt apart from what follows
+            self.prefill_length = self.prefill_length or length or None
+            self.prefill_cumulative_length = min(length, self.prefill_length or 0)
+            self.cumulative_length = length - self.prefill_cumulative_length
+        seen: dict[int, bool] | None = getattr(self, "has_previous_state", None)
+        if seen is not None:
+            seen.update(dict.fromkeys(seen, length > 0))
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise ProtocolError(
+            "This cache layer belongs to the model party: its block is not held here."
+        )
+
+    lazy_initialization = update = update_indexer = _refuse
+    update_conv_state = update_recurrent_state = _refuse
+
+    def offload(self) -> None:
+        """Nothing is held here."""
+
+    prefetch = offload
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._note("reorder", beam_idx.tolist())
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(
+                "`crop` with a positive value is not supported: pass minus the tokens to remove."
+            )
+        if self.length:  # one that was never filled stays empty
+            self._become(self.length + tokens_to_remove)
+        self._note("crop", tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._note("repeat", repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._note("select", indices.tolist())
+
+    def activate_past_recording(self) -> None:
+        self._note("record", None)
+
+    def reset(self) -> None:
+        self._become(0)
+        self._note("reset", None)
+
+    def _note(self, deed: str, detail: Any) -> None:
+        if self.leads:
+            self.remote.deeds.append([self.part, deed, detail])
+
+
+def stand_in(
+    kind: str, options: Mapping[str, Any], remote: RemoteCache, part: int, *, leads: bool
+) -> RemoteLayer:
+    """Make the stand-in of an absent layer; the one that `leads` speaks for all of its part."""
+    made: RemoteLayer = _remote_kind(kind)(**options)
+    made.remote, made.part, made.leads, made.length = remote, part, leads, 0
+    return made
+
+
+@functools.cache
+def _remote_kind(kind: str) -> type:
+    # Without a type of its own: transformers would use the class for all new caches of that type.
+    return type(f"Remote{kind}", (RemoteLayer, layer_class(kind)), {"_layer_type": None})

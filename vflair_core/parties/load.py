@@ -1,0 +1,303 @@
+"""Loading one party's half of a checkpoint, without ever holding the other's.
+
+transformers' own `from_pretrained` does the work, on a subclass of the architecture whose `__init__` puts
+an empty module where a weight is not ours: so dtype, device_map, quantisation, shards, revisions and the
+conversion of old keys are its business. What is ours is found on a model without weights, from the config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from attrs import frozen
+from torch import nn
+
+from vflair_core.communication.channel import Channel, Handler
+from vflair_core.errors import CheckpointError, PartitionError
+from vflair_core.parties.assembly import assemble, open_channel
+from vflair_core.parties.checkpoint_source import Source, find_source
+from vflair_core.parties.data_party.party import DataParty
+from vflair_core.parties.data_party.stubs import on_meta
+from vflair_core.parties.model_party.party import ModelParty
+from vflair_core.parties.split import Partition, _take, called_here
+from vflair_core.partition.block_discovery import locate_blocks
+from vflair_core.partition.fingerprint import fingerprint
+from vflair_core.partition.module_tree import outside, vacate
+from vflair_core.partition.slices import Slices
+from vflair_core.partition.stages import stages
+from vflair_core.stage import Stage
+
+if TYPE_CHECKING:
+    import pluggy
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from vflair_core.defenses.defense import Defense
+
+
+def load_data_party(
+    name: str | Path,
+    partition: Partition | None = None,
+    *,
+    channel: Channel | Handler | str,
+    auto: Any = None,
+    new: Sequence[str] = (),
+    defenses: Sequence[Defense] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    wire: bool = False,
+    seed: int | None = None,
+    plugins: pluggy.PluginManager | None = None,
+    **options: Any,
+) -> DataParty:
+    """Load the data party's half of a checkpoint, and open its session with the model party.
+
+    Args:
+        name: A folder, or a model of the Hugging Face hub.
+        partition: The cut; by default two blocks at either end.
+        channel: The way to the model party: its `handle` in one process, a `Channel`, or a URL that a
+            plugin opens.
+        auto: A class to load with, e.g. ``AutoModelForSequenceClassification``; by default the
+            architecture that the config names.
+        new: Modules that the checkpoint lacks and that start at random, e.g. ``["score"]``.
+        defenses: Applied in this order on the way out, in reverse on the way back.
+        tokenizer: Needed for `DataParty.encode` and `ask` only.
+        wire: With a `handle`, pass every message through the codec.
+        seed: Seed of the defenses' noise; None draws it from the operating system.
+        plugins: Asked for blocks that cannot be found and for channels.
+        options: Of `from_pretrained`: dtype, device_map, revision, attn_implementation, …, and of the config.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or it lacks weights of this half.
+        PartitionError: The blocks cannot be found, or the cut leaves the legal range.
+        ProtocolError: The model party holds another model, other weights or another cut.
+    """
+    plan = _plan(name, partition, auto, plugins, options)
+    skeletons: dict[str, nn.Module] = {}
+
+    def keep_ours(model: nn.Module) -> None:
+        skeletons.update({name: on_meta(model.get_submodule(name)) for name in plan.absent})
+        vacate(model, outside(model, plan.remote) | _owners(plan.untied))
+
+    model = _load(plan, keep_ours, new, owned=lambda key: not _inside(key, plan.remote))
+    for skeleton in skeletons.values():
+        skeleton.eval()  # as `from_pretrained` leaves the model
+    return assemble(
+        model,
+        plan.partition,
+        open_channel(channel, plugins, wire=wire),
+        plan.cut,
+        skeletons,
+        plan.fingerprint(model),
+        order=plan.order,
+        slices=plan.slices,
+        local=plan.local,
+        untied=tuple(plan.untied),
+        defenses=defenses,
+        tokenizer=tokenizer,
+        seed=seed,
+    )
+
+
+def load_model_party(
+    name: str | Path,
+    partition: Partition | None = None,
+    *,
+    auto: Any = None,
+    new: Sequence[str] = (),
+    share: tuple[int, int | None] | None = None,
+    onward: Channel | Handler | str | None = None,
+    plugins: pluggy.PluginManager | None = None,
+    **options: Any,
+) -> ModelParty:
+    """Load the model party's half of a checkpoint: its blocks and, in HT, what comes after them.
+
+    In a chain of model parties each loads its `share`; start with the last, for each opens the way to the next
+    when a data party opens a session.
+
+    Args:
+        name: A folder, or a model of the Hugging Face hub.
+        partition: The cut, the same as the data party's.
+        auto: A class to load with, the same as the data party's.
+        new: Modules that the checkpoint lacks and that start at random, e.g. ``["score"]`` in HT.
+        share: Of the blocks of all model parties, those of this one: (first, last + 1), counted from 0. None for
+            the last + 1 takes all that follow and what comes after the blocks.
+        onward: The way to the next party of the chain, for all but the last: as `channel` of `load_data_party`.
+        plugins: Asked for blocks that cannot be found and for channels.
+        options: Of `from_pretrained`: dtype, device_map, revision, quantization_config, …, and of the config.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or it lacks weights of this half.
+        PartitionError: The blocks cannot be found, or the cut or the share leaves the legal range.
+    """
+    plan = _plan(name, partition, auto, plugins, options)
+    cut = plan.cut if share is None else _shared_out(plan.cut, *share, last=onward is None)
+    ours = tuple(dict.fromkeys(name for stage in cut for name in stage.names))
+    untied = {mine: tied for mine, tied in plan.untied.items() if _inside(mine, ours)}
+    twins = _owners(twin for tied in untied.values() for twin in tied)
+
+    def keep_ours(model: nn.Module) -> None:
+        vacate(model, set(ours) | twins)
+
+    model = _load(plan, keep_ours, new, owned=lambda key: _inside(key, ours))
+    for twin in twins:
+        if not _inside(twin, ours):
+            _replace(
+                model, twin, nn.Module()
+            )  # the tied weight has been read; it is ours alone now
+    held, _ = _take(model, cut, frozenset(plan.local))
+    model_party = ModelParty(held, cut, plan.fingerprint(model))
+    model_party.slices = plan.slices
+    if onward is not None:
+        model_party.pass_on(cut, open_channel(onward, plugins, wire=False))
+    return model_party
+
+
+def _shared_out(
+    cut: Sequence[Stage], first: int, end: int | None, *, last: bool
+) -> tuple[Stage, ...]:
+    """What one party of a chain runs of each stage."""
+    shortest = min(len(stage.blocks) for stage in cut)
+    if not 0 <= first < (shortest if end is None else min(end, shortest)) or last != (end is None):
+        raise PartitionError(
+            f"share=({first}, {end}) is no share of {shortest} blocks. The model parties of a chain take blocks one "
+            f"after the other, each at least one: e.g. share=(0, {shortest // 2}) with onward= the way to the next "
+            f"party, and share=({shortest // 2}, None) for the last, which has no onward."
+        )
+    return tuple(
+        Stage(stage.blocks[first:end], () if end is not None else stage.rest, stage.optional)
+        for stage in cut
+    )
+
+
+@frozen(eq=False)
+class Plan:
+    """What both parties work out alike from the config, before a weight is read."""
+
+    source: Source
+    partition: Partition
+    architecture: type[PreTrainedModel]
+    cut: tuple[Stage, ...]
+    local: Mapping[str, tuple[bool, ...]]  # blocks that both parties need
+    order: tuple[str, ...]
+    slices: Slices
+    untied: Mapping[
+        str, tuple[str, ...]
+    ]  # the model party's weight → the data party's it was tied to
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """The modules that the model party holds."""
+        return tuple(dict.fromkeys(name for stage in self.cut for name in stage.names))
+
+    @property
+    def remote(self) -> tuple[str, ...]:
+        """The modules that only the model party holds."""
+        return tuple(name for name in self.absent if name not in self.local)
+
+    def fingerprint(self, model: PreTrainedModel) -> str:
+        """What the other party must have too; the dtype is known once the weights are."""
+        config = self.source.config
+        return fingerprint(
+            self.architecture.__name__,
+            config,
+            self.partition,
+            self.source.weights,
+            dtype=model.config.dtype,
+        )
+
+
+def _plan(
+    name: str | Path,
+    partition: Partition | None,
+    auto: Any,
+    plugins: pluggy.PluginManager | None,
+    options: Mapping[str, Any],
+) -> Plan:
+    partition = partition or Partition()
+    source = find_source(name, auto, options)
+    with torch.device("meta"):
+        shadow = source.empty_model()
+    _hollow(shadow)
+    stacks = locate_blocks(shadow, plugins)
+    cut = stages(shadow, stacks, partition)
+    local = called_here(shadow, stacks, partition)
+    order = tuple(name for name, _ in shadow.named_parameters())
+    slices = Slices.find(shadow, stacks, cut, partition)
+    plan = Plan(source, partition, type(shadow), cut, local, order, slices, {})
+    return attrs.evolve(plan, untied=_tied_across(shadow, plan))
+
+
+def _hollow(model: nn.Module) -> None:
+    """Give every weight the value 0 and the memory of one number, so that the model runs where meta cannot."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and id(tensor) not in made:
+                    zeros = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+                    made[id(tensor)] = nn.Parameter(zeros) if held is module._parameters else zeros
+                if tensor is not None:
+                    held[name] = made[id(tensor)]
+
+
+def _tied_across(model: nn.Module, plan: Plan) -> dict[str, tuple[str, ...]]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    found: dict[str, tuple[str, ...]] = {}
+    for group in names.values():
+        there = [name for name in group if _inside(name, plan.absent)]
+        here = tuple(name for name in group if not _inside(name, plan.remote))
+        if here:
+            found |= dict.fromkeys(there, here)
+    return found
+
+
+def _load(plan: Plan, keep_ours: Any, new: Sequence[str], *, owned: Any) -> PreTrainedModel:
+    """Run `from_pretrained` on the architecture with other parties' modules emptied by `keep_ours`."""
+    architecture: Any = plan.architecture
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it becomes one
+        architecture.__init__(self, *args, **kwargs)
+        keep_ours(self)
+        there = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        ties = self.all_tied_weights_keys.items()
+        self.all_tied_weights_keys = {a: b for a, b in ties if a in there and b in there}
+        self._keys_to_ignore_on_load_unexpected = {""}  # the other party's weights
+
+    own = {"__init__": __init__, "__module__": architecture.__module__}
+    half: Any = type(architecture.__name__, (architecture,), own)
+    try:
+        model, info = half.from_pretrained(
+            plan.source.name,
+            config=plan.source.config,
+            output_loading_info=True,
+            **plan.source.options,
+        )
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{plan.source.name} cannot be loaded: {error}") from error
+    model.__class__ = architecture
+    missing = sorted(key for key in info["missing_keys"] if owned(key) and not _inside(key, new))
+    if missing:
+        raise CheckpointError(
+            f"{plan.source.name} lacks {len(missing)} weights of this half of {architecture.__name__}: "
+            f"{', '.join(missing[:6])}. Load the class that was saved ({plan.source.saved_as}), or, if they "
+            f"should start at random, pass new={sorted({key.split('.')[0] for key in missing})!r}."
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def _owners(weights: Iterable[str]) -> set[str]:
+    return {name.rpartition(".")[0] for name in weights}
+
+
+def _inside(name: str, modules: Sequence[str]) -> bool:
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,0 +1,1 @@
+"""Holds modules and answers messages. Knows no text, no task, no defense."""

@@ -1,0 +1,125 @@
+"""The chains of calls that a model party runs, whatever a message asks for: one for each stage of the cut."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from vflair_core.communication.program import ALLOWED, MIXING, Program, Step, sources
+from vflair_core.errors import ProtocolError
+from vflair_core.parties.model_party.cache import layers_of
+from vflair_core.stage import Stage
+
+
+class Chain:
+    """The held modules of `model` that make up one stage."""
+
+    def __init__(self, model: nn.Module, stage: Stage) -> None:
+        self.stage = stage
+        self.model = model
+        modules = {name: model.get_submodule(name) for name in stage.names}
+        self._arguments = {
+            name: tuple(inspect.signature(module.forward).parameters)
+            for name, module in modules.items()
+        }
+        self.layers = sorted(frozenset().union(*map(layers_of, modules.values())))
+
+    def call(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """Call the module that goes by `name` now: adapters may have taken the place of the first one.
+
+        The first argument goes by position: an adapter gives it another name, and reentrant checkpointing
+        sees no gradient in a named one.
+        """
+        first = self._arguments[name][0]
+        if first in kwargs:
+            args = [*args, kwargs.pop(first)]
+        return self.model.get_submodule(name)(*args, **kwargs)
+
+    def check(self, program: Program) -> None:
+        """See that each module is called as often as it should be, in order, fed by the one before it.
+
+        Raises:
+            ProtocolError: The program asks for anything else.
+        """
+        if not self.stage.allows(program.modules):
+            raise _not_a_chain(program, [self])
+        if program.store and self.stage.rest:
+            raise ProtocolError(
+                "What blocks share is sent back only to blocks of the data party that follow; in HT there are none."
+            )
+        behind: list[frozenset[int]] = []  # of each step, the steps that what it gives comes of
+        block = None  # the last one that was called
+        for number, step in enumerate(program.steps):
+            self._check_step(step)
+            found = sources(step)
+            if any(source >= number for source in found):
+                raise ProtocolError(
+                    f"Step {number} ({step[1]}) uses an output that does not exist yet."
+                )
+            behind.append(frozenset({number}).union(*(behind[source] for source in found)))
+            if number and not found:
+                raise ProtocolError(
+                    f"Step {number} ({step[1]}) does not use the output of a step before."
+                )
+            if step[0] == "module" and step[1] in self.stage.blocks:
+                if block is not None and block not in behind[number]:
+                    raise ProtocolError(
+                        f"Step {number} ({step[1]}) does not use the output of the block before."
+                    )
+                block = number
+
+    def _check_step(self, step: Step) -> None:
+        """An operation takes one value and numbers, so that nothing it gives is larger; a call, known names.
+
+        Between the parts of a block, a second value may be added or multiplied; that it fits is seen when it is run.
+        """
+        kind, name, args, kwargs = step
+        if kind == "module":
+            known = ALLOWED.union(self._arguments[name])
+            if "cache" in self._arguments[name]:
+                known -= {"past_key_values"}  # the old name of the same argument
+            unknown = [key for key, _ in kwargs if key not in known]
+            if unknown or args:
+                raise ProtocolError(f"{name} is called by name, and with nothing like {unknown}.")
+            return
+        others = [*args[1:], *(tree for key, tree in kwargs if (key, tree) not in _SPELT_OUT)]
+        if name == "getitem" and len(args) == 2 and args[1][0] == "tuple":
+            others = [tree for tree in args[1][1:] if tree[0] != "leaf"]  # of positions; see `step`
+        if name in MIXING and len(args) == 2 and args[1][0] in ("out", "leaf"):
+            others = others[1:]
+        if not args or args[0][0] not in ("out", "leaf") or not all(map(_is_number, others)):
+            raise ProtocolError(f"Operation {name!r} takes one tensor, then numbers.")
+
+
+_SPELT_OUT = [("approximate", ("value", name)) for name in ("none", "tanh")]  # of gelu
+
+
+def matching(program: Program, chains: Sequence[Chain]) -> Chain:
+    """Return the chain that `program` calls.
+
+    Raises:
+        ProtocolError: It calls none of them.
+    """
+    for chain in chains:
+        if program.modules and chain.stage.allows(program.modules):
+            return chain
+    raise _not_a_chain(program, chains)
+
+
+def _not_a_chain(program: Program, chains: Sequence[Chain]) -> ProtocolError:
+    stages = [chain.stage.names for chain in chains]
+    possible = " or ".join(f"{names[0]} … {names[-1]}" for names in stages)
+    return ProtocolError(
+        f"A program must call {possible}, all in order. This one calls {', '.join(program.modules)}."
+    )
+
+
+def _is_number(tree: Any) -> bool:
+    if tree[0] == "tuple":
+        return all(map(_is_number, tree[1:]))
+    return tree[0] in ("dtype", "slice", "ellipsis") or (
+        tree[0] == "value" and not isinstance(tree[1], str)
+    )

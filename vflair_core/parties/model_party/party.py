@@ -1,0 +1,253 @@
+"""The model party: holds modules, runs the one chain of calls it was built for, and answers messages."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from vflair_core.communication import counterparts
+from vflair_core.communication.channel import Channel
+from vflair_core.communication.locks import Lock
+from vflair_core.communication.message import Crossing, Message, reply
+from vflair_core.errors import PartitionError, ProtocolError
+from vflair_core.parties.model_party import rounds
+from vflair_core.parties.model_party.held_stage import Chain
+from vflair_core.parties.model_party.relay import Relay
+from vflair_core.parties.model_party.session import Caps, Session
+from vflair_core.parties.model_party.shared_weights import Rule, SharedWeights, norms_of
+from vflair_core.partition.fingerprint import differences
+from vflair_core.partition.slices import Slices
+from vflair_core.stage import Stage
+from vflair_core.training.checkpoint import (
+    load_session,
+    save_model_party,
+    save_session,
+    saved_steps,
+)
+
+_WRONG = (AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+
+
+class ModelParty:
+    """Holds modules of `model`, under the names the whole model gives them.
+
+    It runs only programs that call one of the `stages` (names in call order) from its first module to its
+    last, each output feeding the next call. Live graphs, caches and programs are capped per session; a
+    request over a cap is refused, nothing is dropped.
+
+    Several data parties may have a session each. `sharing` says when the weights they share take a step.
+    Set `checkpoints` to a folder to let data parties have their runs saved there and go on from it.
+    """
+
+    slices: Slices = Slices({})
+
+    def __init__(self, model: nn.Module, stages: Sequence[Stage], fingerprint: str) -> None:
+        self.model = model
+        self.chains = [Chain(model, names) for names in stages]
+        self.fingerprint = fingerprint
+        self.caps = Caps()
+        self.sessions: dict[str, Session] = {}
+        self.shared = SharedWeights(model, self.sessions)
+        self._lock = Lock()
+        self.steps: dict[str, int] = {}  # taken on these weights, by session
+        self.checkpoints: str | Path | None = None
+        self.onward: Channel | None = None  # to the next model party of a chain
+
+    def pass_on(self, stages: Sequence[Stage], onward: Channel) -> None:
+        """Run only `stages` from now on, and let the party behind `onward` run what follows them."""
+        self.chains = [Chain(self.model, stage) for stage in stages]
+        self.onward = onward
+        for name, session in self.sessions.items():
+            self._open_onward(name, session, None, None)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Weights by the names they have in the whole model."""
+        return self.model.named_parameters()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Weights, in the order of the whole model."""
+        return self.model.parameters()
+
+    @property
+    def sharing(self) -> Rule:
+        """``"turns"``: each commit is a step; ``"mean"``: one step when all training sessions have committed."""
+        return self.shared.rule
+
+    @sharing.setter
+    def sharing(self, rule: Rule) -> None:
+        self.shared.rule = rule
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Compute activations again in the backward instead of keeping them, as transformers' models do."""
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        self._checkpoint(functools.partial(checkpoint, **options))
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self._checkpoint(None)
+
+    def _checkpoint(self, function: Callable[..., Any] | None) -> None:
+        blocks: list[Any] = [
+            m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)
+        ]
+        if not blocks:
+            raise PartitionError(
+                "No held module can be checkpointed: none is a block of transformers."
+            )
+        for block in blocks:
+            block._gradient_checkpointing_func = function
+            block.gradient_checkpointing = function is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where messages are brought: the device of the first weight."""
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write what this party owns, and nothing else, to ``model_party.safetensors``; `merge` reads it."""
+        return save_model_party(self, Path(folder), {})
+
+    def handle(self, message: Message) -> Message:
+        """Answer one message.
+
+        Raises:
+            ProtocolError: The message breaks the protocol; the session is as it was before.
+        """
+        try:
+            with self._lock:
+                return self._answer(message)
+        except _WRONG as error:
+            # Facts of the wrong sort, or sizes that do not fit: torch says so in many ways.
+            raise ProtocolError(
+                f"The model party cannot carry out this {message.kind!r}: {type(error).__name__}: {error}"
+            ) from error
+
+    def _answer(self, message: Message) -> Message:
+        if message.kind == "open":
+            return self._open(message)
+        if message.session not in self.sessions:
+            raise ProtocolError(f"There is no session {message.session!r}: send 'open' first.")
+        session = self.sessions[message.session]
+        if message.step != session.step:
+            raise ProtocolError(
+                f"The data party is at step {message.step}, the model party at {session.step}. "
+                "Load checkpoints of the same step on both sides."
+            )
+        session.forget(message.meta)
+        if message.kind in ("forward", "backward", "norms", "commit"):
+            self.shared.await_round(session)
+        match message.kind:
+            case "forward":
+                return rounds.forward(self, session, message)
+            case "backward":
+                return rounds.backward(self, session, message)
+            case "norms":
+                return self._norms(session, message)
+            case "commit":
+                return self._commit(session, message)
+            case "save":
+                save_session(self, message.session, session.step, self.shared.optimizer)
+            case "close":
+                self.shared.leave(message.session)
+            case _:
+                pass  # "release": what was let go of is forgotten by now
+        if session.onward is not None:
+            session.onward.line.request(message.kind, None, (), {})
+        return reply(message)
+
+    def _open(self, message: Message) -> Message:
+        meta, name = message.meta, message.session
+        if meta.get("fingerprint") != self.fingerprint:
+            raise ProtocolError(
+                "The parties do not hold two halves of the same model: the data party has "
+                f"{differences(meta.get('fingerprint'), self.fingerprint)} at the model party. Use the same model, "
+                "revision, dtype and partition on both sides."
+            )
+        session = Session(self.caps, step=message.step)
+        weights = {c.name: c.tensor for c in message.tensors if c.role == "counterpart"}
+        session.counterparts = [
+            counterparts.build(spec, f"{n}.", weights)
+            for n, spec in enumerate(meta.get("counterparts", ()))
+        ]
+        before = self.sessions.get(name)
+        if before is not None:
+            self.shared.await_round(before)
+        steps = meta.get("resume")
+        if steps is not None:
+            self._check_resume(name)
+        if self.onward is not None:
+            both = None if steps is None else sorted(saved_steps(self, name) & set(steps))
+            steps = self._open_onward(name, session, meta.get("optimizer"), both)
+        if spec := meta.get("optimizer"):
+            self.shared.join(session, before, spec)
+        if before is not None:
+            self.shared.replace(before, session)
+        if steps is not None:
+            session.step = load_session(self, name, steps, self.shared.optimizer)
+        self.sessions[name] = session
+        return reply(message, meta={"step": session.step})
+
+    def _open_onward(
+        self, name: str, session: Session, optimizer: Any, resume: list[int] | None
+    ) -> list[int] | None:
+        """Open the session with the next party of a chain too; return the step it went back to, if it did."""
+        assert self.onward is not None
+        relay = Relay.to(self.onward, self.fingerprint, name, session.step, self.model)
+        step: int = relay.line.open((), optimizer, resume)["step"]
+        session.onward, relay.line.step = relay, step
+        return None if resume is None else [step]
+
+    def _check_resume(self, name: str) -> None:
+        if any(other.graphs for other in self.sessions.values()):
+            raise ProtocolError(
+                "A forward still waits for its backward: the weights it went through cannot be changed."
+            )
+        if any(s.trains and s.step for key, s in self.sessions.items() if key != name):
+            raise ProtocolError(
+                "Another data party trains these weights now. Go back to a checkpoint when it has closed."
+            )
+
+    def _norms(self, session: Session, message: Message) -> Message:
+        self.shared.show(session)
+        names, norms = norms_of(self.model)
+        if session.onward is not None:
+            theirs = session.onward.line.request("norms", None, (), {})
+            names += theirs.meta["names"]
+            norms = torch.cat([norms, theirs.tensors[0].tensor])
+        return reply(message, (Crossing("norms", "norms", norms),), {"names": names})
+
+    def _commit(self, session: Session, message: Message) -> Message:
+        skip, scale, rate = (message.meta[key] for key in ("skip", "scale", "lr"))
+        if not session.trains:
+            raise ProtocolError(
+                "This session was opened without an optimizer; there is no step to commit."
+            )
+        numbers = [rate] if scale is None else [rate, scale]
+        fit = all(isinstance(n, float | int) and 0 <= n < math.inf for n in numbers)
+        if not fit or not isinstance(skip, bool):
+            raise ProtocolError(
+                "A commit needs 'skip' (true or false), a 'scale' (None or a number >= 0) and a learning rate 'lr'."
+            )
+        rule = message.meta.get("sharing", self.sharing)
+        if rule != self.sharing:
+            raise ProtocolError(
+                f"The party before shares weights by {rule!r} and this one by {self.sharing!r}: set the same "
+                "`sharing` at all model parties of a chain."
+            )
+        self.shared.check(session, rate)
+        if session.onward is not None:  # it goes first: if it refuses, nothing has changed here
+            session.onward.line.commit(scale=scale, rate=rate, skip=skip, sharing=self.sharing)
+        self.shared.commit(session, scale=scale, rate=rate, skip=skip)
+        session.step += 1
+        self.steps[message.session] = session.step
+        return reply(message)

@@ -1,0 +1,187 @@
+"""What the model party remembers of one data party, and the caps on it.
+
+A request over a cap is refused; nothing that is in use is ever dropped.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from attrs import define, field, frozen
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from transformers.cache_utils import Cache
+
+from vflair_core.communication.execution import Execution
+from vflair_core.communication.message import Message
+from vflair_core.communication.program import Program
+from vflair_core.errors import ProtocolError
+from vflair_core.parties.model_party import cache as caches
+from vflair_core.parties.model_party.held_stage import Chain, matching
+from vflair_core.parties.model_party.relay import Relay, Rest, divide_program
+
+
+@define(eq=False)
+class Caps:
+    """How much one session may hold at the model party."""
+
+    graphs: int = 256  # forwards that wait for their backward
+    caches: int = 64
+    programs: int = 1024
+
+
+@frozen(eq=False)
+class End:
+    """Where a gradient enters the graph: all that is kept of an output, whose values are the data party's now."""
+
+    edge: GradientEdge | None  # None: no gradient goes back from here
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, output: Tensor) -> End:
+        edge = get_gradient_edge(output) if output.requires_grad else None
+        return cls(edge, output.shape, output.dtype, output.device)
+
+
+@define(eq=False)
+class Graph:
+    """A forward whose backward may still come."""
+
+    inputs: list[Tensor]
+    ends: list[End]
+    training: bool
+
+
+@frozen(eq=False)
+class Job:
+    """A program that was checked, and who runs which of its steps."""
+
+    program: Program
+    here: Program | None  # None: none of it
+    rest: Rest | None  # what the next party of a chain runs
+    chain: Chain | None
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """Numbers of the cache layers that the steps here fill."""
+        return self.chain.layers if self.chain else ()
+
+    def run(
+        self, leaves: Sequence[Tensor], cache: Cache | None, message: Message, onward: Relay | None
+    ) -> list[Tensor]:
+        """Return the tensors of the answer."""
+        run = Execution(self.chain.call if self.chain else _nothing, leaves, cache)
+        if self.rest is None or onward is None:
+            return run.run(self.program)
+        return onward.cross(
+            message, self.rest, run.gather(self.here.steps if self.here else (), self.rest.sources)
+        )
+
+
+def _nothing(name: str, *_: Any) -> Any:
+    raise ProtocolError(f"{name} is not held here.")
+
+
+@define(eq=False)
+class Session:
+    """What the model party remembers of one data party."""
+
+    caps: Caps
+    jobs: dict[str, Job] = field(factory=dict)  # by the program's id
+    graphs: dict[int, Graph] = field(factory=dict)
+    caches: dict[str, Cache] = field(factory=dict)
+    counterparts: list[nn.Module] = field(factory=list)
+    onward: Relay | None = None  # to the next model party of a chain
+    trains: bool = False
+    step: int = 0
+    gradients: dict[nn.Parameter, Tensor] = field(factory=dict)  # while others are on the weights
+    deposit: dict[nn.Parameter, Tensor] | None = None  # what it committed to a round under way
+    rate: float = 0.0
+    skipped: bool = False
+
+    def forget(self, meta: Any) -> None:
+        """Drop what the data party no longer uses, and copy the caches it copied."""
+        for number in meta.get("released_graphs", ()):
+            self.graphs.pop(number, None)
+        for old, new in meta.get("copied_caches", ()):
+            if len(self.caches) >= self.caps.caches:
+                raise ProtocolError(
+                    f"A session may keep {self.caps.caches} caches; delete unused ones."
+                )
+            self.caches[new] = copy.deepcopy(self.caches[old])
+        for key in meta.get("released_caches", ()):
+            self.caches.pop(key, None)
+        if self.onward is not None:
+            self.onward.pass_on_what_was_let_go(meta)
+
+    def job(self, meta: Any, chains: Sequence[Chain]) -> Job:
+        """Return the program that a forward names, checked when it comes for the first time."""
+        if "program" in meta:
+            program = Program.from_wire(meta["program"])
+            job = self._checked(program, chains)
+            if len(self.jobs) >= self.caps.programs:
+                raise ProtocolError(f"A session may register {self.caps.programs} programs.")
+            if program.id == meta["id"]:
+                return job
+        if meta["id"] not in self.jobs:
+            raise ProtocolError(f"Program {meta['id']} was not registered in this session.")
+        return self.jobs[meta["id"]]
+
+    def _checked(self, program: Program, chains: Sequence[Chain]) -> Job:
+        here: Program | None = program
+        rest = None
+        if self.onward is not None:
+            held = {name for chain in chains for name in chain.stage.names}
+            here, rest = divide_program(program, held.__contains__)
+        chain = matching(here, chains) if here is not None else None
+        if chain is not None and here is not None:
+            chain.check(here)
+        return Job(program, here, rest, chain)
+
+    @contextmanager
+    def cache(self, spec: Any, layers: Sequence[int]) -> Iterator[Cache | None]:
+        """Lend the session's cache; if what is done with it fails, it is as it was before.
+
+        One whose states are overwritten in place (linear attention) is dropped instead.
+        """
+        if spec is None:
+            yield None
+            return
+        key = spec["id"]
+        known = self.caches.get(key)
+        before = _snapshot(known) if known and not caches.in_place(known) else None
+        try:
+            yield self._prepared_cache(spec, layers)
+        except BaseException:
+            if known and before is not None:
+                for part, kept in zip(caches.parts_of(known), before, strict=True):
+                    part.layers[:] = kept
+            else:
+                self.caches.pop(key, None)
+            raise
+
+    def _prepared_cache(self, spec: Any, layers: Sequence[int]) -> Cache:
+        key = spec["id"]
+        if key not in self.caches:
+            if "parts" not in spec:
+                raise ProtocolError(
+                    f"There is no cache {key!r} in this session; a failed call may have dropped it."
+                )
+            if len(self.caches) >= self.caps.caches:
+                raise ProtocolError(
+                    f"A session may keep {self.caps.caches} caches; delete unused ones."
+                )
+            self.caches[key] = caches.build(spec["parts"], layers)
+        found = self.caches[key]
+        caches.repeat(found, spec["deeds"], layers)
+        return found
+
+
+def _snapshot(cache: Cache) -> list[list[Any]]:
+    return [[copy.copy(layer) for layer in part.layers] for part in caches.parts_of(cache)]

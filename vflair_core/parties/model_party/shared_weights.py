@@ -1,0 +1,198 @@
+"""The weights that all sessions of a model party share: whose gradients they hold, when they take a step.
+
+A weight has one `.grad`, and several data parties may go backward through it. So the `.grad` of the weights
+is always that of one session; those of the others are put away until it is their turn. There is one
+optimizer, and one of two rules says when it takes a step:
+
+- ``"turns"``: each commit is a step of its own, with the gradients of the session that commits.
+- ``"mean"``: a round ends when all training sessions have committed; one step is taken with the mean of their
+  gradients, each scaled as its data party said. Who skips is left out of the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from vflair_core.communication.optimizers import make_optimizer
+from vflair_core.errors import ProtocolError, did_you_mean
+from vflair_core.parties.model_party.session import Session
+
+Rule = Literal["turns", "mean"]
+
+
+class SharedWeights:
+    """The trainable state of `model`: its gradients by session, its one optimizer, its rule."""
+
+    def __init__(self, model: nn.Module, sessions: dict[str, Session]) -> None:
+        self.model, self.sessions = model, sessions
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._rule: Rule = "turns"
+        self._spec: dict[str, Any] = {}
+        self._holder: Session | None = None  # whose gradients the weights hold now
+
+    @property
+    def rule(self) -> Rule:
+        """When shared weights take a step: turns or mean."""
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: Rule) -> None:
+        if rule not in get_args(Rule):
+            raise ProtocolError(
+                f"There is no rule {rule!r} for shared weights.{did_you_mean(rule, get_args(Rule))} "
+                f"Possible: {', '.join(get_args(Rule))}."
+            )
+        if any(session.deposit is not None for session in self.sessions.values()):
+            raise ProtocolError("A round is under way; change the rule when it has ended.")
+        self._rule = rule
+
+    def join(self, session: Session, before: Session | None, spec: Mapping[str, Any]) -> None:
+        """Let `session` train. It shares the optimizer of those who train already, or gets a fresh one.
+
+        Raises:
+            ProtocolError: Others train, with another optimizer than `spec` asks for.
+        """
+        others = [s for s in self.sessions.values() if s.trains and s is not before]
+        wanted = {key: _plain(value) for key, value in spec.items() if key != "lr"}
+        if not others:
+            self.optimizer, self._spec = make_optimizer(self.model, spec), wanted
+        elif wanted != self._spec:
+            raise ProtocolError(
+                f"Other data parties train these weights with {self._spec}, and one optimizer serves all. "
+                f"{wanted} was asked for; use the same one, or wait until the others have closed."
+            )
+        session.trains = True
+
+    def replace(self, before: Session, after: Session) -> None:
+        """Hand the gradients of a session to the one that takes its place."""
+        after.gradients = before.gradients
+        if self._holder is before:
+            self._holder = after
+
+    def show(self, session: Session) -> None:
+        """Let the weights hold the gradients of `session`, and put away those of whoever was there."""
+        if self._holder is session:
+            return
+        weights = list(self.model.parameters())
+        if self._holder is not None:
+            self._holder.gradients = {p: p.grad for p in weights if p.grad is not None}
+        if self._holder is not None or session.gradients:
+            for weight in weights:
+                weight.grad = session.gradients.get(weight)
+        session.gradients, self._holder = {}, session
+
+    def leave(self, name: str) -> None:
+        """Forget a session and its gradients. A round that waited for it alone ends.
+
+        Raises:
+            ProtocolError: The round cannot end, because a graph still lives.
+        """
+        session = self.sessions[name]
+        waiting = any(s.deposit is not None for s in self.sessions.values() if s is not session)
+        if waiting and not self._missing(but=session):
+            self._refuse_live_graphs(but=session)
+        if self._holder is session:
+            self.clear(session)
+            self._holder = None
+        del self.sessions[name]
+        self._end_round()
+
+    def clear(self, session: Session) -> None:
+        """Drop the gradients of `session`, as `zero_grad` does."""
+        self.show(session)
+        for weight in self.model.parameters():
+            weight.grad = None
+
+    def check(self, session: Session, rate: float) -> None:
+        """See that the session may commit now.
+
+        Raises:
+            ProtocolError: A graph still lives, or the round has another learning rate.
+        """
+        if self._rule == "turns" or not self._missing(but=session):
+            self._refuse_live_graphs()
+        rates = {s.rate for s in self.sessions.values() if s.deposit is not None}
+        if self._rule == "mean" and rates - {rate}:
+            raise ProtocolError(
+                f"The learning rate of this round is {rates.pop()}, not {rate}: one step has one. Give all data "
+                "parties the same schedule."
+            )
+
+    def commit(self, session: Session, *, scale: float | None, rate: float, skip: bool) -> None:
+        """Take the session's step, by the rule, when `check` allows it."""
+        self.show(session)
+        weights = list(self.model.parameters())
+        if scale is not None and not skip:
+            for weight in weights:
+                if weight.grad is not None:
+                    weight.grad.mul_(scale)
+        if self._rule == "turns":
+            if not skip:
+                self._step(rate)
+        else:
+            held = {p: p.grad for p in weights if p.grad is not None}
+            session.deposit, session.rate = {} if skip else held, rate
+            session.skipped = skip
+        self.clear(session)
+        self._end_round()
+
+    def await_round(self, session: Session) -> None:
+        """See that `session` has not committed to a round that others have still to end.
+
+        Raises:
+            ProtocolError: It has.
+        """
+        if session.deposit is not None:
+            raise ProtocolError(
+                f"This round waits for {len(self._missing())} other data parties: the shared weights take one "
+                "step with the mean of all gradients. Go on when all have committed."
+            )
+
+    def _refuse_live_graphs(self, but: Session | None = None) -> None:
+        if any(session.graphs for session in self.sessions.values() if session is not but):
+            raise ProtocolError(
+                "A forward still waits for its backward: the weights it went through cannot be changed."
+            )
+
+    def _missing(self, but: Session | None = None) -> list[Session]:
+        sessions = self.sessions.values()
+        return [s for s in sessions if s.trains and s.deposit is None and s is not but]
+
+    def _end_round(self) -> None:
+        joined = [s for s in self.sessions.values() if s.deposit is not None]
+        if not joined or self._missing():
+            return
+        voters = [s for s in joined if not s.skipped]
+        weights = list(self.model.parameters())
+        kept = {p: p.grad for p in weights if p.grad is not None}
+        for weight in weights:
+            there = [s.deposit[weight] for s in voters if s.deposit and weight in s.deposit]
+            weight.grad = torch.stack(there).sum(0) / len(voters) if there else None
+        if voters:
+            self._step(joined[0].rate)
+        for weight in weights:
+            weight.grad = kept.get(weight)
+        for session in joined:
+            session.deposit, session.skipped = None, False
+
+    def _step(self, rate: float) -> None:
+        if self.optimizer is None:
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+
+
+def norms_of(model: nn.Module) -> tuple[list[str], Tensor]:
+    """Names of the weights that have a gradient, and the norm of each."""
+    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    norms = [torch.linalg.vector_norm(gradient).cpu() for _, gradient in named]
+    return [name for name, _ in named], torch.stack(norms) if norms else torch.tensor([])
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

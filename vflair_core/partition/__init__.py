@@ -1,0 +1,1 @@
+"""Where a model is cut, and what each party owns of it."""

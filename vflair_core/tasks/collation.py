@@ -1,0 +1,228 @@
+"""Rows of tokens to batches, on the data party: pad, mark what is learnt, pack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from vflair_core.defenses.defense import Batch
+from vflair_core.errors import TaskError
+from vflair_core.tasks.tokenization import Reading, Row, window_target
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+BOS, EOS, PAD, SEP = "<bos>", "<eos>", "<pad>", "<sep>"
+
+
+def train_tokenizer(
+    texts: Sequence[str], vocab_size: int, *, pairs: bool = False, image_token: str = ""
+) -> PreTrainedTokenizerBase:
+    """Train a byte-level BPE tokenizer on public text; it begins every text with ``<bos>``.
+
+    Args:
+        texts: The public text.
+        vocab_size: Entries, special tokens included.
+        pairs: Put ``<sep>`` between two texts.
+        image_token: A further special token that stands for a picture.
+
+    Raises:
+        TaskError: There is no text, or the vocabulary cannot hold the 256 bytes and the special tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = [PAD, BOS, EOS, *([SEP] if pairs else []), *([image_token] if image_token else [])]
+    if not texts:
+        raise TaskError("A tokenizer cannot be trained without public text: this task has none.")
+    if vocab_size < 256 + len(special):
+        raise TaskError(
+            f"model.vocab_size is {vocab_size}; it must be at least {256 + len(special)}."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A {SEP} $B:1" if pairs else f"{BOS} $A $B:1",
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in [BOS, *([SEP] * pairs)]],
+    )
+    named: dict[str, Any] = {"sep_token": SEP} if pairs else {}
+    if image_token:
+        named["additional_special_tokens"] = [image_token]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, cls_token=BOS,
+        **named,
+    )  # fmt: skip
+
+
+@frozen(eq=False)
+class Encoded:
+    """A batch as the model takes it, and its rows; those of one example follow each other.
+
+    A row stands in the batch by itself, unless `places` says where: (line, first position) of each.
+    """
+
+    batch: Batch
+    rows: list[Row]
+    places: Sequence[tuple[int, int]] = ()
+
+    @property
+    def private(self) -> Tensor:
+        """Which tokens of ``input_ids`` are private: (B, T), wherever padding or packing put them.
+
+        A token defense that changes the length of rows is not followed.
+        """
+        ids: Tensor = self.batch["input_ids"]
+        found = torch.zeros_like(ids, dtype=torch.bool)
+        mask = self.batch.get("attention_mask")
+        for number, row in enumerate(self.rows):
+            first = 0 if mask is None else int(mask[number].argmax())
+            line, start = self.places[number] if self.places else (number, first)
+            found[line, start : start + len(row.ids)] = torch.tensor(row.private)
+        return found
+
+
+def collate(
+    tokenizer: PreTrainedTokenizerBase,
+    reading: Reading,
+    rows: Sequence[Row],
+    *,
+    side: Literal["left", "right"] = "right",
+    learn: bool = True,
+) -> Batch:
+    """Return input_ids and attention_mask (B, T), padded on `side`, and with `learn` what the kind learns.
+
+    That is, by kind: ``labels`` (B, T), -100 on all but the answer and its end token (``causal-lm`` without
+    an answer: on padding only); ``labels`` (B, answer) of a model with two stacks; ``labels`` (B,) of classes or
+    numbers; ``start_positions`` and ``end_positions`` (B,).
+    """
+    ids = _padded([row.ids for row in rows], _padding(tokenizer), side)
+    mask = _padded([[1] * len(row.ids) for row in rows], 0, side)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if reading.token_types and any(1 in row.types for row in rows):
+        batch["token_type_ids"] = _padded([row.types for row in rows], 0, side)
+    for name in rows[0].pixels:
+        batch[name] = torch.cat([row.pixels[name] for row in rows])
+    if learn:
+        batch |= _targets(tokenizer, reading, rows)
+    return batch
+
+
+def pack(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int) -> Encoded:
+    """Put several texts into each row of at most `max_length` tokens, in order.
+
+    ``position_ids`` (B, T) begin again with each text; a model that heeds them (`check_packing`) lets no text
+    see another. There is no attention_mask: padding is a text of its own, which nothing is learnt from.
+    """
+    packs: list[list[Row]] = []
+    places = []
+    for row in rows:
+        used = sum(len(other.ids) for other in packs[-1]) if packs else max_length
+        if used + len(row.ids) > max_length:
+            packs.append([])
+            used = 0
+        packs[-1].append(row)
+        places.append((len(packs) - 1, used))
+    longest = max(sum(len(row.ids) for row in pack) for pack in packs)
+    ids, positions, labels = [], [], []
+    for pack in packs:
+        gap = longest - sum(len(row.ids) for row in pack)
+        ids.append([token for row in pack for token in row.ids] + [_padding(tokenizer)] * gap)
+        positions.append([n for row in pack for n in range(len(row.ids))] + list(range(gap)))
+        # The first token of a text is not what the text before it continues with.
+        learnt = [[IGNORED, *_learnt(row)[1:]] for row in pack]
+        labels.append([token for row in learnt for token in row] + [IGNORED] * gap)
+    lists = {"input_ids": ids, "position_ids": positions, "labels": labels}
+    batch = {name: torch.tensor(value) for name, value in lists.items()}
+    return Encoded(batch, list(rows), places)
+
+
+def _learnt(row: Row) -> list[int]:
+    """Of a row that continues: the ids of its answer, or all of them where there is none."""
+    prompt = len(row.ids) - len(row.target) if row.target else 0
+    return [IGNORED] * prompt + row.ids[prompt:]
+
+
+def _targets(
+    tokenizer: PreTrainedTokenizerBase, reading: Reading, rows: Sequence[Row]
+) -> dict[str, Tensor]:
+    match reading.kind:
+        case "classification":
+            return {"labels": torch.tensor([_whole(row) for row in rows])}
+        case "regression":
+            return {"labels": torch.tensor([_number(row) for row in rows])}
+        case "question-answering":
+            firsts = [_first(tokenizer, row) for row in rows]
+            ends = [window_target(row, first) for row, first in zip(rows, firsts, strict=True)]
+            return {
+                "start_positions": torch.tensor([start for start, _ in ends]),
+                "end_positions": torch.tensor([end for _, end in ends]),
+            }
+        case "seq2seq":
+            return {"labels": _padded([_wanted(row) for row in rows], IGNORED, "right")}
+        case _:
+            return {"labels": _padded([_learnt(row) for row in rows], IGNORED, "right")}
+
+
+def _first(tokenizer: PreTrainedTokenizerBase, row: Row) -> int:
+    """The position that says "no answer": of the class token, or the first."""
+    token = tokenizer.cls_token_id
+    return row.ids.index(token) if token in row.ids else 0
+
+
+def _whole(row: Row) -> int:
+    label = row.example.label
+    if not isinstance(label, int) or isinstance(label, bool):
+        raise TaskError(f"{_name(row)} has the label {label!r}, which is no index of a class.")
+    return label
+
+
+def _number(row: Row) -> float:
+    label = row.example.label
+    if label is None:
+        raise TaskError(f"{_name(row)} has no label to learn: give it a number, or leave it out.")
+    return float(label)
+
+
+def _wanted(row: Row) -> list[int]:
+    if not row.target:
+        raise TaskError(f"{_name(row)} has no answer to learn: give it one, or leave it out.")
+    return row.target
+
+
+def _name(row: Row) -> str:
+    return f"Example {row.example.id or row.example.text[:40]!r}"
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.pad_token_id is None:
+        raise TaskError("The tokenizer has no padding token: set tokenizer.pad_token first.")
+    return int(tokenizer.pad_token_id)
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int, side: str) -> Tensor:
+    longest = max(len(row) for row in rows)
+    gaps = [[fill] * (longest - len(row)) for row in rows]
+    pairs = zip(rows, gaps, strict=True)
+    return torch.tensor([[*gap, *row] if side == "left" else [*row, *gap] for row, gap in pairs])
+
+
+def shuffled(count: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Yield row numbers in batches of `size`, pass after pass, each pass in a new order."""
+    while True:
+        order = torch.randperm(count, generator=generator)
+        for start in range(0, count, size):
+            yield order[start : start + size].tolist()

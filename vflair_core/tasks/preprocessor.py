@@ -1,0 +1,118 @@
+"""Examples to batches, through the defenses that act on text and tokens: the one way into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+from attrs import field, frozen
+
+from vflair_core.errors import TaskError
+from vflair_core.tasks.collation import Encoded, collate, pack
+from vflair_core.tasks.spans import changed, rendered
+from vflair_core.tasks.task import Example
+from vflair_core.tasks.tokenization import Reading, Row, read, read_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from vflair_core.defenses.pipeline import Defenses
+
+
+@frozen(eq=False)
+class Reader:
+    """Reads examples for one model: text defenses, then the rendering, then tokens, then token defenses.
+
+    Args:
+        tokenizer: The model's.
+        reading: How the model reads the task.
+        max_length: Tokens kept of each row.
+        defenses: The data party's; None for an unsplit model.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    reading: Reading = field(factory=Reading)
+    max_length: int = 512
+    defenses: Defenses | None = None
+
+    def shown(self, example: Example) -> Example:
+        """Return what is sent of an example: its texts as defenses leave them, in its prompt."""
+        if self.defenses is not None:
+            fields = {"text": example.text}
+            if example.pair is not None:
+                fields["pair"] = example.pair
+            fields = self.defenses.fields(fields)
+            example = changed(example, fields["text"], fields.get("pair"))
+        if self.reading.render is None:
+            return example
+        return rendered(example, self.reading.render(example, self.tokenizer))
+
+    def batch(
+        self, examples: Sequence[Example], *, pack_rows: bool = False, first_only: bool = False
+    ) -> Encoded:
+        """Return what the model learns from, or is judged on by its loss.
+
+        Args:
+            examples: Of the kind that is read.
+            pack_rows: Put several texts into one row.
+            first_only: Keep one row of each example: the first window of a passage.
+        """
+        rows: list[Row] = []
+        for number, example in enumerate(examples):
+            shown = _right(self.shown(example))
+            made = read(self.tokenizer, self.reading, shown, self.max_length)
+            rows += [attrs.evolve(row, number=number) for row in made[: 1 if first_only else None]]
+        if pack_rows:
+            return self._through(pack(self.tokenizer, rows, self.max_length))
+        return self.together(rows)
+
+    def together(self, rows: Sequence[Row]) -> Encoded:
+        """Return a batch of rows that were read: no text defense draws for them again."""
+        return self._through(Encoded(collate(self.tokenizer, self.reading, rows), list(rows)))
+
+    def prompts(self, examples: Sequence[Example]) -> Encoded:
+        """Return what answers are generated from; a model of one stack wants padding on the left."""
+        shown = [self.shown(example) for example in examples]
+        rows = [read_prompt(self.tokenizer, self.reading, e, self.max_length) for e in shown]
+        side = "right" if self.reading.two_stacks else "left"
+        batch = collate(self.tokenizer, self.reading, rows, side=side, learn=False)  # type: ignore[arg-type]
+        return self._through(Encoded(batch, rows))
+
+    def choices(self, examples: Sequence[Example]) -> Encoded:
+        """Return a row for each choice of each example: its prompt, then the choice."""
+        rows = []
+        for example in examples:
+            shown = self.shown(example)
+            tried = [
+                read(
+                    self.tokenizer,
+                    self.reading,
+                    attrs.evolve(shown, answer=choice),
+                    self.max_length,
+                )[0]
+                for choice in shown.choices
+            ]
+            self.reading.tally.most_rows = max(self.reading.tally.most_rows, len(tried))
+            rows += tried
+        return self._through(Encoded(collate(self.tokenizer, self.reading, rows), rows))
+
+    def _through(self, encoded: Encoded) -> Encoded:
+        if self.defenses is None:
+            return encoded
+        batch = self.defenses.tokens(encoded.batch)
+        batch["input_ids"].vflair_encoded = True  # type: ignore[attr-defined]
+        return attrs.evolve(encoded, batch=batch)
+
+
+def _right(example: Example) -> Example:
+    """The right one of several choices is the answer to learn; of several answers the first."""
+    if example.answer is not None:
+        return example
+    if example.choices:
+        if not isinstance(example.label, int):
+            raise TaskError(
+                f"Example {example.id or example.text[:40]!r} has choices and no label that says which is right."
+            )
+        return attrs.evolve(example, answer=example.choices[example.label])
+    return attrs.evolve(example, answer=example.answers[0]) if example.answers else example

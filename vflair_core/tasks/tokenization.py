@@ -1,0 +1,295 @@
+"""How a model reads examples: each becomes rows of tokens that remember where in the text they stand.
+
+One example is one row; a passage that is too long for one is read in several windows, each a row.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from attrs import define, field, frozen
+from torch import Tensor
+
+from vflair_core.errors import TaskError
+from vflair_core.tasks.spans import private_tokens
+from vflair_core.tasks.task import Example, Render, Span, Task, TaskKind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NOWHERE = (0, 0)
+
+
+@define
+class Tally:
+    """What happened while examples were read.
+
+    Attributes:
+        examples: How many were read.
+        cut: How many lost tokens because they were longer than `max_length`.
+        most_rows: Rows of the example that took most of them: windows of a passage, or choices.
+    """
+
+    examples: int = 0
+    cut: int = 0
+    most_rows: int = 1
+
+    def count(self, rows: Sequence[Row]) -> None:
+        """Take note of the rows of one example."""
+        self.examples += 1
+        self.cut += any(row.cut for row in rows)
+        self.most_rows = max(self.most_rows, len(rows))
+
+
+@frozen(eq=False)
+class Reading:
+    """How a model reads the examples of a task.
+
+    Args:
+        kind: As `Task.kind`.
+        render: As `Task.render`.
+        stride: As `Task.stride`.
+        two_stacks: The model has an encoder and a decoder.
+        token_types: The model can be told which tokens belong to the second text.
+        processor: Turns pictures and text into inputs, for ``image-text``.
+        packing: Training puts several texts into one row.
+        tally: Counts what is read.
+    """
+
+    kind: TaskKind = "causal-lm"
+    render: Render | None = None
+    stride: int = 0
+    two_stacks: bool = False
+    token_types: bool = False
+    processor: Any = None
+    packing: bool = False
+    tally: Tally = field(factory=Tally)
+
+    @property
+    def continues(self) -> bool:
+        """Whether an answer follows its prompt in the same row."""
+        return self.kind in ("causal-lm", "image-text") and not self.two_stacks
+
+
+def reading_of(task: Task, model: Any, *, processor: Any = None, packing: bool = False) -> Reading:
+    """Return how `model`, whole or a data party's, reads `task`."""
+    takes = inspect.signature(type(model).forward).parameters
+    return Reading(
+        kind=task.kind,
+        render=task.render,
+        stride=task.stride,
+        two_stacks=bool(model.config.is_encoder_decoder),
+        token_types="token_type_ids" in takes,
+        processor=processor,
+        packing=packing,
+    )
+
+
+@frozen(eq=False)
+class Row:
+    """One row of tokens, and what each of them is.
+
+    Args:
+        example: What was sent: after defenses and rendering.
+        ids: Token ids (T,).
+        types: 1 for tokens of the second text where the tokenizer says so, else 0.
+        offsets: Characters of each token in its own text.
+        sequences: 0 for tokens of `text`, 1 for tokens of `pair`, None for special ones, pictures and answers.
+        target: Ids of the answer and the end token; in a row that continues they also end `ids`.
+        cut: Tokens that did not fit.
+        pixels: What the processor made of the pictures.
+        number: Which it is of the examples that were read together.
+    """
+
+    example: Example
+    ids: list[int]
+    types: list[int]
+    offsets: list[Span]
+    sequences: list[int | None]
+    target: list[int] = field(factory=list)
+    cut: int = 0
+    pixels: Mapping[str, Tensor] = field(factory=dict)
+    number: int = 0
+
+    @property
+    def private(self) -> list[bool]:
+        """Which tokens are private: they touch a private span, and are no special ones."""
+        return private_tokens(self.example, self.offsets, self.sequences)
+
+
+def read(
+    tokenizer: PreTrainedTokenizerBase, reading: Reading, example: Example, max_length: int
+) -> list[Row]:
+    """Turn one example, as it is sent, into rows of at most `max_length` tokens.
+
+    A prompt loses its first words, never its answer; a passage is read in windows; other text loses its end.
+
+    Raises:
+        TaskError: The answer or the question leaves no room for anything else.
+    """
+    if reading.kind == "question-answering" and example.pair:
+        rows = _windows(tokenizer, example, max_length, reading.stride)
+    elif reading.continues and (example.answer is not None or reading.kind == "image-text"):
+        rows = [_continued(tokenizer, reading, example, max_length)]
+    else:
+        rows = [_row(tokenizer, example, max_length)]
+        if reading.kind == "seq2seq" and example.answer is not None:
+            target = _target(tokenizer, example.answer, max_length)
+            rows = [attrs.evolve(rows[0], target=target)]
+    reading.tally.count(rows)
+    return rows
+
+
+def read_prompt(
+    tokenizer: PreTrainedTokenizerBase, reading: Reading, example: Example, max_length: int
+) -> Row:
+    """Turn one example into the row that its answer is generated from."""
+    bare = attrs.evolve(example, answer=None)
+    if not reading.continues:
+        return _row(tokenizer, bare, max_length)
+    row = _continued(tokenizer, reading, attrs.evolve(example, answer=""), max_length)
+    return attrs.evolve(row, example=bare)
+
+
+# -- one text, or two ------------------------------------------------------------------------------------
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None, **options: Any
+) -> list[Row]:
+    """Tokenise without saying of which example; several rows only if `options` ask for windows."""
+    encoded: Any = tokenizer(text, pair, return_token_type_ids=True, **options)
+    example = Example(text, pair=pair)
+    if tokenizer.is_fast:
+        return [
+            Row(example, e.ids, e.type_ids, e.offsets, e.sequence_ids) for e in encoded.encodings
+        ]
+    ids = list(encoded["input_ids"])
+    nowhere: list[Span] = [NOWHERE] * len(ids)
+    return [Row(example, ids, list(encoded["token_type_ids"]), nowhere, [None] * len(ids))]
+
+
+def _row(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> Row:
+    (whole,) = _tokens(tokenizer, example.text, example.pair, verbose=False)
+    if len(whole.ids) <= max_length:
+        return attrs.evolve(whole, example=example)
+    (short,) = _tokens(
+        tokenizer, example.text, example.pair, truncation=True, max_length=max_length
+    )
+    return attrs.evolve(short, example=example, cut=len(whole.ids) - len(short.ids))
+
+
+def _windows(
+    tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int, stride: int
+) -> list[Row]:
+    """Read the passage in windows of `max_length` tokens, each after the whole question."""
+    question = tokenizer(example.text, add_special_tokens=False, verbose=False)["input_ids"]
+    taken = len(question) + tokenizer.num_special_tokens_to_add(pair=True)
+    room = max_length - taken
+    if room <= stride:
+        raise TaskError(
+            f"Example {example.id or example.text[:40]!r}: of max_length = {max_length} tokens its question "
+            f"leaves {room} for the passage, and windows share {stride}. Set train.max_length to "
+            f"{taken + stride + 1} or more, or a smaller stride."
+        )
+    if not tokenizer.is_fast:
+        raise TaskError(
+            "Question answering needs a fast tokenizer, which knows where in the text a token stands."
+        )
+    rows = _tokens(
+        tokenizer,
+        example.text,
+        example.pair,
+        truncation="only_second",
+        max_length=max_length,
+        stride=stride,
+        return_overflowing_tokens=True,
+    )
+    return [attrs.evolve(row, example=example) for row in rows]
+
+
+def window_target(row: Row, start_of_row: int) -> tuple[int, int]:
+    """Return first and last position of the answer in a window, or `start_of_row` twice if it is not all there."""
+    span = row.example.span
+    inside = [n for n, sequence in enumerate(row.sequences) if sequence == 1]
+    if span is None or not inside:
+        return start_of_row, start_of_row
+    touched = [n for n in inside if row.offsets[n][0] < span[1] and span[0] < row.offsets[n][1]]
+    reaches = row.offsets[inside[0]][0] <= span[0] and span[1] <= row.offsets[inside[-1]][1]
+    return (touched[0], touched[-1]) if touched and reaches else (start_of_row, start_of_row)
+
+
+# -- a prompt and its answer ------------------------------------------------------------------------------
+
+
+def _continued(
+    tokenizer: PreTrainedTokenizerBase, reading: Reading, example: Example, max_length: int
+) -> Row:
+    """The prompt, then the answer, then the end token; without an answer ("") the prompt alone."""
+    row, fixed = _prompt(tokenizer, reading, example)
+    target: list[int] = []
+    if example.answer:
+        text = row.example.text if example.pair is None else example.pair
+        gap = "" if not text or text[-1].isspace() or example.answer[0].isspace() else " "
+        target = _target(tokenizer, gap + example.answer, max_length)
+    surplus = len(row.ids) + len(target) - max_length
+    free = [n for n, is_fixed in enumerate(fixed) if not is_fixed]
+    if surplus > len(free):
+        raise TaskError(
+            f"Example {example.id or example.text[:40]!r}: of max_length = {max_length} tokens its answer needs "
+            f"{len(target)} and {len(row.ids) - len(free)} are special or stand for pictures. Set "
+            f"train.max_length to {max_length + surplus - len(free)} or more, or drop the example."
+        )
+    dropped = set(free[: max(surplus, 0)])
+    kept = [n for n in range(len(row.ids)) if n not in dropped]
+    more = len(target)
+    return attrs.evolve(
+        row,
+        ids=[row.ids[n] for n in kept] + target,
+        types=[row.types[n] for n in kept] + [0] * more,
+        offsets=[row.offsets[n] for n in kept] + [NOWHERE] * more,
+        sequences=[row.sequences[n] for n in kept] + [None] * more,
+        target=target,
+        cut=len(dropped),
+    )
+
+
+def _prompt(
+    tokenizer: PreTrainedTokenizerBase, reading: Reading, example: Example
+) -> tuple[Row, list[bool]]:
+    """The prompt without an end token, and which of its tokens cannot be cut: special ones and pictures."""
+    if reading.kind == "image-text":
+        from vflair_core.tasks.pictures import picture_row
+
+        row = picture_row(reading.processor, example)
+    else:
+        (bare,) = _tokens(tokenizer, example.text, example.pair, verbose=False)
+        row = attrs.evolve(bare, example=example)
+    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None, tokenizer.bos_token_id}
+    if row.ids and row.ids[-1] in ends and row.sequences[-1] is None:
+        row = attrs.evolve(
+            row,
+            ids=row.ids[:-1],
+            types=row.types[:-1],
+            offsets=row.offsets[:-1],
+            sequences=row.sequences[:-1],
+        )
+    if tokenizer.is_fast:
+        return row, [sequence is None for sequence in row.sequences]
+    special = set(tokenizer.all_special_ids)
+    return row, [token in special for token in row.ids]
+
+
+def _target(tokenizer: PreTrainedTokenizerBase, answer: str, max_length: int) -> list[int]:
+    ids: list[int] = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    target = ids if end is None else [*ids, end]
+    if len(target) > max_length:
+        raise TaskError(
+            f"The answer {answer[:40]!r} has {len(target)} tokens and max_length is {max_length}: set "
+            "train.max_length higher, or drop the example."
+        )
+    return target

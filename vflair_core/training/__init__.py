@@ -1,0 +1,1 @@
+"""Fine-tuning across the cut, and how well the model does."""

@@ -1,0 +1,209 @@
+"""Fine-tuning across the cut: the very steps that the textbook loop takes on the unsplit model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from attrs import field, frozen, validators
+from torch import nn
+
+from vflair_core.communication.optimizers import make_optimizer
+from vflair_core.defenses.defense import Batch
+from vflair_core.parties.data_party.party import DataParty
+from vflair_core.partition.slices import check_names
+from vflair_core.training.checkpoint import load_run, save_run
+from vflair_core.training.tuning import EVERYTHING, Lora
+from vflair_core.training.two_phase_commit import agree
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+@frozen
+class Train:
+    """How to fine-tune.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch_size: Examples per step.
+        learning_rate: Peak learning rate.
+        optimizer: One of sgd, adam, adamw, at both parties.
+        weight_decay: Of the optimizer.
+        schedule: constant, linear (to 0) or cosine (to 0), after the warm-up.
+        warmup: Steps of linear warm-up.
+        clip: Largest norm of the gradient of all weights of both parties; 0 for none.
+        max_length: Tokens kept of each row: an example, or a window of a passage.
+        packing: Put several texts into one row of max_length tokens; causal-lm only.
+        evaluate_every: Steps between evaluations; 0 evaluates before and after only.
+        trainable: Slices that are trained: data_party, model_party, head, body, tail, embeddings, task_head, blocks.0, blocks.1, …
+        lora: Train low-rank adapters in these slices instead of the weights themselves.
+    """
+
+    steps: int = field(default=100, validator=validators.ge(0))
+    batch_size: int = field(default=8, validator=validators.ge(1))
+    learning_rate: float = field(default=1e-3, validator=validators.gt(0))
+    optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
+    weight_decay: float = field(default=0.0, validator=validators.ge(0))
+    schedule: Schedule = "constant"
+    warmup: int = field(default=0, validator=validators.ge(0))
+    clip: float = field(default=1.0, validator=validators.ge(0))
+    max_length: int = field(default=64, validator=validators.ge(2))
+    packing: bool = False
+    evaluate_every: int = field(default=0, validator=validators.ge(0))
+    trainable: tuple[str, ...] = field(
+        default=EVERYTHING, converter=tuple, validator=lambda *three: check_names(three[2])
+    )
+    lora: Lora = Lora()
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step number `step`, which counts from 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        match self.schedule:
+            case "linear":
+                return self.learning_rate * (1 - done)
+            case "cosine":
+                return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+            case _:
+                return self.learning_rate
+
+    def optimizer_spec(self) -> dict[str, Any]:
+        """What the model party is asked to build."""
+        return {"name": self.optimizer, "lr": self.learning_rate, "weight_decay": self.weight_decay}
+
+
+class FineTuning:
+    """Fine-tunes across the cut. Both optimizers start fresh: one here, one at the model party.
+
+    Freeze and adapt weights (`tune`) before: the optimizers take what is trainable now.
+
+    Args:
+        party: The data party.
+        options: How.
+        scaler: Scales the loss, for half precision. Defenses get gradients without that factor, and a
+            gradient of either party that is not finite skips the step of both.
+    """
+
+    def __init__(
+        self, party: DataParty, options: Train, *, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
+        self.party, self.options = party, options
+        own = [p for p in party.parameters() if p.requires_grad]
+        own += [p for defense in party.defenses.each for p in defense.parameters()]
+        self.optimizer = make_optimizer(own, options.optimizer_spec())
+        self._scaling = Scaling(scaler) if scaler is not None else None
+        party.line.open(party.defenses.each, options.optimizer_spec())
+
+    def step(self, *batches: Batch, rate: float | None = None) -> float:
+        """Take one optimizer step over `batches` (gradient accumulation) and return the mean loss in nats.
+
+        `rate` is the learning rate of both parties, e.g. of a torch scheduler; by default the schedule's.
+        """
+        self.party.model.train()
+        losses = []
+        if self._scaling is not None:
+            self.party.loss_scale = self._scaling.scale
+        try:
+            for batch in batches:
+                loss = self.party.model(**batch, use_cache=False).loss / len(batches)
+                (loss * self.party.loss_scale if self._scaling else loss).backward()
+                losses.append(loss.detach())
+            self.commit(self.options.rate(self.party.step) if rate is None else rate)
+        finally:
+            self.party.loss_scale = 1.0
+        for defense in self.party.defenses.each:
+            defense.after_step()
+        return float(torch.stack(losses).sum())
+
+    def save(self, folder: str | Path) -> Path:
+        """Let both parties write all that the run needs to go on from this step, each in its own folder.
+
+        The model party writes to `model_party.checkpoints`, which its operator sets.
+
+        Raises:
+            CheckpointError: The folder holds another run.
+            ProtocolError: The model party keeps no checkpoints.
+        """
+        return save_run(self, Path(folder))
+
+    def load(self, folder: str | Path) -> int:
+        """Go on from the last step that both parties saved; return how many steps are done.
+
+        Raises:
+            CheckpointError: There is no checkpoint, or it is of another model, cut or optimizer.
+            ProtocolError: No step has the parts of both parties.
+        """
+        return load_run(self, Path(folder))
+
+    def commit(self, rate: float) -> None:
+        """Decide scale and skip from all gradient norms, then let both parties step, or neither.
+
+        The model party goes first: if it refuses, nothing has changed on this side.
+
+        Raises:
+            ProtocolError: The model party refuses the step.
+        """
+        groups = _groups(self.optimizer)
+        weights = [parameter for group in groups for parameter in group["params"]]
+        decision = agree(self.party, weights, clip=self.options.clip, rate=rate)
+        if self._scaling is not None:
+            self._scaling.update(overflow=decision.skip)
+        if self.optimizer is None:
+            return
+        for group in groups:
+            group["lr"] = rate
+        if not decision.skip:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class Scaling:
+    """The scale of a `GradScaler`, which grows and shrinks by what both parties found.
+
+    The scaler is asked about a vote of its own instead of the data party's gradients, which are half of all.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler) -> None:
+        self._scaler = scaler
+        self._vote = torch.zeros(1, requires_grad=True, device=scaler._device)
+        self._optimizer = torch.optim.SGD([self._vote], lr=0.0)
+        self._scaler.scale(self._vote.detach())  # makes the scale, which is lazy
+
+    @property
+    def scale(self) -> float:
+        """What the loss is multiplied with."""
+        return self._scaler.get_scale()
+
+    def update(self, *, overflow: bool) -> None:
+        """Tell the scaler how the step went."""
+        self._vote.grad = torch.full_like(self._vote, float("inf") if overflow else 0.0)
+        self._scaler.unscale_(self._optimizer)
+        self._scaler.update()
+
+
+def train_unsplit(model: nn.Module, batches: Iterable[Batch], options: Train) -> list[float]:
+    """Fine-tune the whole model by the textbook loop: the witness for what the split run must do."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(parameters, options.optimizer_spec())
+    model.train()
+    losses = []
+    for step, batch in enumerate(batches):
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        if options.clip:
+            nn.utils.clip_grad_norm_(parameters, options.clip)
+        for group in _groups(optimizer):
+            group["lr"] = options.rate(step)
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def _groups(optimizer: torch.optim.Optimizer | None) -> list[dict[str, Any]]:
+    return optimizer.param_groups if optimizer is not None else []

@@ -91,7 +91,7 @@ def measured(file: str) -> dict[str, float]:
     """Open the file as a task, encode batches from all over it, and say what that took."""
     import torch
 
-    from vflair_core.tasks.collation import train_tokenizer
+    from vflair_core.tasks.tokenizer_training import train_tokenizer
     from vflair_tasks.own import own
 
     torch.set_num_threads(1)

@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from vflair_core import Partition, split
 from vflair_core.defenses.calibration import Preparing
-from vflair_core.plugins import load_target
-from vflair_core.tasks.collation import train_tokenizer
+from vflair_core.offers import load_target
+from vflair_core.tasks.tokenizer_training import train_tokenizer
 from vflair_defenses import vflair_defenses
 
 BATCH, LENGTH = 8, 64

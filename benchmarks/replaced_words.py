@@ -16,7 +16,8 @@ from matched_utility import SETTINGS
 from vflair_attacks.replaced_words import ReplacementInversion
 from vflair_core.experiments.build import set_up
 from vflair_core.experiments.config import experiment_from
-from vflair_core.parties.split import Partition, split
+from vflair_core.parties.split import split
+from vflair_core.partition.partition import Partition
 from vflair_core.plugins import plugin_manager
 from vflair_core.tasks.spans import WORD, Replaced
 from vflair_defenses.custext import CusText, custext_plus

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vflair_core.parties.split import Partition, split
+from vflair_core.parties.split import split
+from vflair_core.partition.partition import Partition
 from vflair_core.testing import tiny_batch
 from vflair_core.testing import tiny_model as make_tiny_model
 

@@ -13,11 +13,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "Channel": "communication.channel",
     "LocalChannel": "communication.channel",
-    "Transcript": "communication.channel",
+    "Transcript": "communication.transcript",
     "Message": "communication.message",
-    "Partition": "parties.split",
+    "Partition": "partition.partition",
     "split": "parties.split",
-    "divide": "parties.split",
+    "divide": "parties.divide",
     "load_data_party": "parties.load",
     "load_model_party": "parties.load",
     "merge": "parties.merge",
@@ -50,23 +50,23 @@ _HOMES = {
     "Result": "experiments.result",
     "DataParty": "parties.data_party.party",
     "ModelParty": "parties.model_party.party",
-    "Blocks": "partition.stages",
+    "Blocks": "partition.partition",
     "Exchange": "defenses.defense",
-    "Mechanism": "defenses.defense",
-    "Replacement": "defenses.defense",
+    "Mechanism": "defenses.mechanism",
+    "Replacement": "defenses.mechanism",
     "Head": "attacks.halves",
     "Tail": "attacks.halves",
     "TaskKind": "tasks.task",
     "Score": "tasks.task",
     "Span": "tasks.task",
-    "Batch": "defenses.defense",
+    "Batch": "tasks.collation",
     "Replaced": "tasks.spans",
     "WORD": "tasks.spans",
     "exact_match": "tasks.metrics",
     "token_f1": "tasks.metrics",
-    "cache_argument": "parties.model_party.cache",
+    "cache_argument": "communication.cache_kinds",
     "did_you_mean": "errors",
-    "train_tokenizer": "tasks.collation",
+    "train_tokenizer": "tasks.tokenizer_training",
     "launch": "attacks.attack",
     "experiment_from": "experiments.config",
     "attack_again": "experiments.attack_phase",
@@ -95,16 +95,16 @@ if TYPE_CHECKING:
     from vflair_core.attacks.attack import launch as launch
     from vflair_core.attacks.halves import Head as Head
     from vflair_core.attacks.halves import Tail as Tail
+    from vflair_core.communication.cache_kinds import cache_argument as cache_argument
     from vflair_core.communication.channel import Channel as Channel
     from vflair_core.communication.channel import LocalChannel as LocalChannel
-    from vflair_core.communication.channel import Transcript as Transcript
     from vflair_core.communication.message import Message as Message
-    from vflair_core.defenses.defense import Batch as Batch
+    from vflair_core.communication.transcript import Transcript as Transcript
     from vflair_core.defenses.defense import Defense as Defense
     from vflair_core.defenses.defense import Exchange as Exchange
-    from vflair_core.defenses.defense import Mechanism as Mechanism
-    from vflair_core.defenses.defense import Replacement as Replacement
     from vflair_core.defenses.guarantee import Guarantee as Guarantee
+    from vflair_core.defenses.mechanism import Mechanism as Mechanism
+    from vflair_core.defenses.mechanism import Replacement as Replacement
     from vflair_core.errors import AttackError as AttackError
     from vflair_core.errors import CheckpointError as CheckpointError
     from vflair_core.errors import DefenseError as DefenseError
@@ -126,18 +126,17 @@ if TYPE_CHECKING:
     from vflair_core.experiments.run import run as run
     from vflair_core.hookspecs import hookimpl as hookimpl
     from vflair_core.parties.data_party.party import DataParty as DataParty
+    from vflair_core.parties.divide import divide as divide
     from vflair_core.parties.load import load_data_party as load_data_party
     from vflair_core.parties.load import load_model_party as load_model_party
     from vflair_core.parties.merge import merge as merge
-    from vflair_core.parties.model_party.cache import cache_argument as cache_argument
     from vflair_core.parties.model_party.party import ModelParty as ModelParty
-    from vflair_core.parties.split import Partition as Partition
-    from vflair_core.parties.split import divide as divide
     from vflair_core.parties.split import split as split
     from vflair_core.parties.verify import verify as verify
-    from vflair_core.partition.stages import Blocks as Blocks
+    from vflair_core.partition.partition import Blocks as Blocks
+    from vflair_core.partition.partition import Partition as Partition
     from vflair_core.plugins import plugin_manager as plugin_manager
-    from vflair_core.tasks.collation import train_tokenizer as train_tokenizer
+    from vflair_core.tasks.collation import Batch as Batch
     from vflair_core.tasks.metrics import exact_match as exact_match
     from vflair_core.tasks.metrics import token_f1 as token_f1
     from vflair_core.tasks.spans import WORD as WORD
@@ -148,6 +147,7 @@ if TYPE_CHECKING:
     from vflair_core.tasks.task import Task as Task
     from vflair_core.tasks.task import TaskCard as TaskCard
     from vflair_core.tasks.task import TaskKind as TaskKind
+    from vflair_core.tasks.tokenizer_training import train_tokenizer as train_tokenizer
     from vflair_core.training.fine_tuning import FineTuning as FineTuning
     from vflair_core.training.fine_tuning import Train as Train
     from vflair_core.training.trainer_callback import SplitCallback as SplitCallback

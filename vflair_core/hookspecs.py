@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from vflair_core.communication.channel import Channel
     from vflair_core.experiments.experiment import Experiment
     from vflair_core.experiments.result import Result
-    from vflair_core.parties.split import Partition
-    from vflair_core.partition.stages import Blocks
+    from vflair_core.partition.partition import Blocks, Partition
 
 PROJECT = "vflair"
 hookspec = pluggy.HookspecMarker(PROJECT)

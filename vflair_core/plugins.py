@@ -9,12 +9,11 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from importlib import import_module
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import pluggy
 import structlog
@@ -24,8 +23,6 @@ from vflair_core.errors import PluginError, did_you_mean
 from vflair_core.hookspecs import KINDS, PROJECT
 
 log = structlog.get_logger()
-
-Shelf = Literal["attacks", "defenses", "tasks", "commands"]
 
 
 @frozen
@@ -148,115 +145,6 @@ HOOKS: dict[str, str] = {
 
 
 # -- asking --------------------------------------------------------------------------------------------
-
-
-@frozen
-class Offered:
-    """Something a plugin offers: its name, who offers it, and the thing or where it is imported from."""
-
-    name: str
-    source: str
-    target: Callable[..., Any] | str
-
-    def load(self) -> Callable[..., Any]:
-        """Return the thing itself, importing it if need be."""
-        if not isinstance(self.target, str):
-            return self.target
-        return load_target(self.target)
-
-    @property
-    def path(self) -> str:
-        """Where a worker process finds it: ``module:attr``, or ``/a/file.py:attr`` for a one-file plugin."""
-        return self.target if isinstance(self.target, str) else target_of(self.target)
-
-
-def load_target(target: str) -> Callable[..., Any]:
-    """Import ``"module:attr"`` or ``"/a/file.py:attr"``.
-
-    Raises:
-        PluginError: The module or the attribute does not exist.
-    """
-    module_name, _, attribute = target.rpartition(":")
-    try:
-        if module_name.endswith(".py"):
-            module = load_file(Path(module_name))
-        else:
-            module = import_module(module_name)
-        found: Any = module
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise PluginError(
-            f"{target!r} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
-    return found  # type: ignore[no-any-return]
-
-
-def target_of(thing: Any) -> str:
-    """Return where `thing` (a class, a function or an instance) can be imported from."""
-    named = thing if hasattr(thing, "__qualname__") else type(thing)
-    module = sys.modules.get(named.__module__)
-    if named.__module__.startswith("vflair_plugin_") and module is not None and module.__file__:
-        return f"{module.__file__}:{named.__qualname__}"
-    return f"{named.__module__}:{named.__qualname__}"
-
-
-def offers(manager: pluggy.PluginManager, shelf: Shelf) -> dict[str, Offered]:
-    """Collect what all plugins offer of one sort.
-
-    Raises:
-        PluginError: Two plugins offer the same name.
-    """
-    found: dict[str, Offered] = {}
-    for implementation in getattr(manager.hook, f"vflair_{shelf}").get_hookimpls():
-        source = getattr(manager, "sources", {}).get(implementation.plugin_name, ("?", ""))[0]
-        offer: Mapping[str, Any] = implementation.function()
-        for name, target in offer.items():
-            if name in found:
-                raise PluginError(
-                    f"Both {found[name].source} and {source} offer {shelf[:-1]} {name!r}: "
-                    "uninstall one of them, or rename it."
-                )
-            found[name] = Offered(name, source, target)
-    return dict(sorted(found.items()))
-
-
-def find(manager: pluggy.PluginManager, shelf: Shelf, name: str) -> Offered:
-    """Look one offered thing up by name.
-
-    Raises:
-        PluginError: Nobody offers it; the message says what is offered and which plugins failed.
-    """
-    found = offers(manager, shelf)
-    if name in found:
-        return found[name]
-    broken = [f"{info.name} ({info.error})" for info in getattr(manager, "failures", ())]
-    raise PluginError(
-        f"No plugin offers {shelf[:-1]} {name!r}.{did_you_mean(name, found)} "
-        f"Possible: {', '.join(found) or 'none; install a plugin that offers ' + shelf}."
-        + (f" These plugins failed to load: {'; '.join(broken)}." if broken else "")
-    )
-
-
-def build(offered: Offered, options: Mapping[str, Any]) -> Any:
-    """Call what was offered with `options`, with an error that names the options there are.
-
-    Raises:
-        PluginError: An option does not exist or one that is needed is missing.
-    """
-    thing = offered.load()
-    known = [p for p in inspect.signature(thing).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    names = [parameter.name for parameter in known]
-    for key in options:
-        if key not in names:
-            raise PluginError(
-                f"{offered.name!r} has no option {key!r}.{did_you_mean(key, names)} "
-                f"Possible: {', '.join(names) or 'none'}."
-            )
-    needed = [p.name for p in known if p.default is p.empty and p.name not in options]
-    if needed:
-        raise PluginError(f"{offered.name!r} needs the option {', '.join(needed)}.")
-    return thing(**options)
 
 
 def decide(manager: pluggy.PluginManager, hook: str, **arguments: Any) -> Any:

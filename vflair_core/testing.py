@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from vflair_core.defenses.defense import Defense
-    from vflair_core.parties.split import Partition
+    from vflair_core.partition.partition import Partition
 
 TASKS = {
     "causal-lm": AutoModelForCausalLM,
@@ -152,7 +152,7 @@ def crossed(
     """
     from vflair_core.attacks.halves import halves
     from vflair_core.attacks.observables import Observables
-    from vflair_core.communication.channel import Transcript
+    from vflair_core.communication.transcript import Transcript
     from vflair_core.parties.split import split
 
     head, tail = halves(model, partition)

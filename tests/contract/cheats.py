@@ -57,7 +57,7 @@ def look_around(mask) -> Guess:
 
 def guess_the_seed(smashed, mask, embeddings, mechanism=None) -> Guess:
     """Draw the noise again from every small seed, in torch's way and in the core's, and keep what fits best."""
-    from vflair_core.defenses.pipeline import _generator
+    from vflair_core.randomness import _generator
 
     sigma = mechanism.parts[-1].sigma if mechanism is not None else 0.0
     tokens = torch.full(mask.shape, -1)

@@ -8,7 +8,7 @@ import torch
 from attrs import define, frozen
 
 from vflair_core import Defense, Example, Guess, Task, hookimpl
-from vflair_core.defenses.defense import Mechanism
+from vflair_core.defenses.mechanism import Mechanism
 
 WORDS = [
     "river",

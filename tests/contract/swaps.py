@@ -8,7 +8,7 @@ import torch
 from attrs import define, frozen
 
 from vflair_core import Defense, Example, Task, hookimpl
-from vflair_core.defenses.defense import Replacement
+from vflair_core.defenses.mechanism import Replacement
 
 WORDS = (
     "river", "stone", "lamp", "paper", "cloud", "engine", "winter", "garden", "copper", "signal", "harbour", "window",

@@ -22,8 +22,8 @@ from vflair_attacks.vocabulary_search import VocabularySearch
 from vflair_attacks.wbi import WhiteBoxInversion
 from vflair_core import Defense, Partition
 from vflair_core.attacks.attack import launch, wants
-from vflair_core.defenses.defense import Mechanism
-from vflair_core.plugins import load_target
+from vflair_core.defenses.mechanism import Mechanism
+from vflair_core.offers import load_target
 from vflair_core.testing import crossed, numbers_as_texts, tiny_model, tiny_tokenizer
 
 VOCABULARY, WIDTH, EXAMPLES, LENGTH = 300, 32, 12, 10

@@ -12,10 +12,9 @@ from vflair_attacks.gradient_sign import GradientSign
 from vflair_attacks.label_enumeration import LabelEnumeration
 from vflair_attacks.label_reconstruction import BatchLabelReconstruction
 from vflair_core import Defense, Partition
-from vflair_core.attacks.adaptive import Chain
 from vflair_core.attacks.attack import launch, wants
-from vflair_core.defenses.defense import Mechanism
-from vflair_core.plugins import load_target
+from vflair_core.defenses.mechanism import Chain, Mechanism
+from vflair_core.offers import load_target
 from vflair_core.testing import crossed, tiny_model
 from vflair_defenses.gaussian_noise import GaussianNoise
 from vflair_defenses.laplace_noise import LaplaceNoise

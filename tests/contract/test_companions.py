@@ -20,13 +20,13 @@ from vflair_core.attacks.attack import launch
 from vflair_core.attacks.halves import halves
 from vflair_core.attacks.observables import Observables
 from vflair_core.errors import ExperimentError
+from vflair_core.experiments.capture import record_victims
 from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.releases import releases_per_example
 from vflair_core.experiments.victims import companions_of
 from vflair_core.tasks.tokenization import Reading
 from vflair_core.testing import numbers_as_texts, tiny_model, tiny_tokenizer
 from vflair_core.training.fine_tuning import FineTuning, Train
-from vflair_core.victims import record_victims
 from vflair_defenses.decoy_rows import DecoyRows
 from vflair_defenses.gaussian_noise import GaussianNoise
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from vflair_core import AttackError, Guess
 from vflair_core.experiments.grading.grades import Reference, judge
 from vflair_core.experiments.grading.labels import grade_labels
+from vflair_core.experiments.grading.scores import dcs, normalised_dcs
 from vflair_core.experiments.grading.statistics import auc, interval, rouge_l
 from vflair_core.experiments.grading.tokens import grade_tokens
 from vflair_core.experiments.grading.truth import Truth
-from vflair_core.tasks.metrics import dcs, normalised_dcs
 
 
 def decode(ids) -> str:

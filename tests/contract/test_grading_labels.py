@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from vflair_core import AttackError, Guess
-from vflair_core.experiments.grading.grades import grade, judge, performance
+from vflair_core.experiments.grading.grader import grade, performance
+from vflair_core.experiments.grading.grades import judge
 from vflair_core.experiments.grading.labels import grade_answers, grade_labels, grade_members
 from vflair_core.experiments.grading.statistics import auc_either
 from vflair_core.experiments.grading.tokens import grade_tokens

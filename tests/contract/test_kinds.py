@@ -11,10 +11,10 @@ import torch
 import vflair_defenses
 from vflair_core import Partition, plugin_manager, run, split
 from vflair_core.errors import ExperimentError
+from vflair_core.experiments.base_model import prepare_model
 from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.explain import explain
-from vflair_core.experiments.pretraining import prepare_model
-from vflair_core.plugins import find
+from vflair_core.offers import find
 from vflair_core.tasks.preprocessor import Reader
 from vflair_core.tasks.tokenization import reading_of
 from vflair_core.training.evaluation import evaluate, evaluate_party

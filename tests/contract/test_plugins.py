@@ -10,7 +10,8 @@ import pytest
 
 from vflair_core import hookimpl, plugin_manager
 from vflair_core.errors import PluginError
-from vflair_core.plugins import build, decide, find, observe, offers
+from vflair_core.offers import build, find, offers
+from vflair_core.plugins import decide, observe
 
 GOOD = """
     from vflair_core import hookimpl

@@ -13,9 +13,9 @@ from vflair_core import AttackError, hookimpl, plugin_manager, run
 from vflair_core.cli.terminal import show_result
 from vflair_core.errors import ExperimentError
 from vflair_core.experiments.config import experiment_from
+from vflair_core.experiments.grading.grades import Grade
 from vflair_core.experiments.grading.ranking import evaluated, strongest
 from vflair_core.experiments.grading.statistics import paired_interval
-from vflair_core.experiments.grading.tokens import Grade
 
 HERE = Path(__file__).parent
 

@@ -292,8 +292,8 @@ def test_decisions_of_plugins_are_taken_when_the_experiment_asks(pm):
 
 def test_the_noise_cannot_be_drawn_again_by_who_knows_the_experiment_and_not_the_text():
     from vflair_core import Example, Task
-    from vflair_core.attacks.worker import stream_seed
     from vflair_core.experiments.context import noise_seed
+    from vflair_core.randomness import stream_seed
 
     def task(text):
         return Task(name="t", kind="causal-lm", train=[Example(text)], test=[Example("x")])

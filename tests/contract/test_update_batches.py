@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from vflair_core import AttackError, Example, Guess, Partition, Task, split
 from vflair_core.attacks.halves import Head
 from vflair_core.errors import ExperimentError
+from vflair_core.experiments.capture import record_updates, record_victims
 from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.grading.answer_key import AnswerKey
-from vflair_core.experiments.grading.grades import grade, performance
+from vflair_core.experiments.grading.grader import grade, performance
 from vflair_core.experiments.grading.matching import best_assignment, matched, together
 from vflair_core.experiments.grading.statistics import interval
 from vflair_core.experiments.grading.tokens import checked_tokens, grade_tokens
@@ -25,7 +26,6 @@ from vflair_core.experiments.releases import releases_per_example
 from vflair_core.tasks.tokenization import Reading
 from vflair_core.testing import numbers_as_texts, tiny_model, tiny_tokenizer
 from vflair_core.training.fine_tuning import FineTuning, Train
-from vflair_core.victims import record_updates, record_victims
 
 
 def texts_of(lengths, vocabulary=50):

@@ -186,11 +186,11 @@ def test_two_data_parties_share_a_chain_by_the_mean_of_their_gradients():
     batches = [tiny_batch(whole, labels="tokens", seed=seed) for seed in range(2)]
     tunings[0].party.model(**batches[0]).loss.backward()
     with pytest.raises(ProtocolError, match="set the same `sharing` at all model parties"):
-        one.line.commit(scale=None, rate=0.05, skip=False)
+        one.connection.commit(scale=None, rate=0.05, skip=False)
     second.sharing = "mean"
-    one.line.commit(scale=None, rate=0.05, skip=False)
+    one.connection.commit(scale=None, rate=0.05, skip=False)
     two.model(**batches[1]).loss.backward()
-    two.line.commit(scale=None, rate=0.05, skip=False)
+    two.connection.commit(scale=None, rate=0.05, skip=False)
     gradients = []
     for batch in batches:
         twin = copy.deepcopy(whole)
@@ -211,7 +211,7 @@ def test_if_the_next_party_refuses_a_step_none_takes_it():
     (session,) = third.sessions.values()
     session.graphs[99] = None  # a graph that still lives
     with pytest.raises(ProtocolError, match="still waits for its backward"):
-        data_party.line.commit(scale=None, rate=0.05, skip=False)
+        data_party.connection.commit(scale=None, rate=0.05, skip=False)
     after = [p for party in (first, second, third) for p in party.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert tuning.party.step == 0

@@ -8,8 +8,9 @@ import attrs
 import pytest
 import torch
 
-from vflair_core.communication.channel import LocalChannel, Traffic, Transcript
+from vflair_core.communication.channel import LocalChannel, Traffic
 from vflair_core.communication.message import Crossing, Message
+from vflair_core.communication.transcript import Transcript
 from vflair_core.errors import ProtocolError
 from vflair_core.testing import tiny_batch
 
@@ -56,7 +57,7 @@ def test_the_graph_of_the_loss_ends_at_the_cut(cut, tail, wire):
 def test_no_reference_leads_from_one_party_to_the_others_tensors_of_an_exchange(cut):
     parties = cut("gpt2", 1, 1)
     out = parties.data_party.model(**tiny_batch(parties.whole, labels="tokens"))
-    session = parties.model_party.sessions[parties.data_party.line.session]
+    session = parties.model_party.sessions[parties.data_party.connection.session]
     (graph,) = session.graphs.values()
     saved = [t for end in graph.ends for t in reachable_tensors(end.edge.node)]
     theirs = {tensor.untyped_storage().data_ptr() for tensor in (*graph.inputs, *saved)}

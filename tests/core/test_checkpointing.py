@@ -11,7 +11,7 @@ from torch import nn
 from vflair_core import Partition, split
 from vflair_core.errors import PartitionError
 from vflair_core.parties.model_party.party import ModelParty
-from vflair_core.stage import Stage
+from vflair_core.partition.stages import Stage
 from vflair_core.testing import tiny_batch, tiny_model
 from vflair_core.training.fine_tuning import FineTuning, Train, train_unsplit
 

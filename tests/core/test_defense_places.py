@@ -7,7 +7,7 @@ import torch
 from attrs import define, field
 from torch import nn
 
-from vflair_core.communication.channel import Transcript
+from vflair_core.communication.transcript import Transcript
 from vflair_core.defenses.defense import Defense
 from vflair_core.testing import tiny_batch
 
@@ -127,7 +127,7 @@ def test_all_places_of_one_call_agree_on_its_phase(cut):
 def test_an_exchange_says_what_a_defense_needs_to_know(cut):
     defense = Recording()
     parties = cut("gpt2", defenses=[defense], seed=0)
-    parties.data_party.line.step = 0
+    parties.data_party.connection.step = 0
     batch = tiny_batch(parties.whole, padding="left", labels="tokens")
     parties.data_party.model.train()
     parties.data_party.model(**batch).loss.backward()

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from vflair_core.defenses.defense import Defense
 from vflair_core.errors import DefenseError
-from vflair_core.parties.split import Partition, split
+from vflair_core.parties.split import split
+from vflair_core.partition.partition import Partition
 from vflair_core.testing import tiny_batch
 
 

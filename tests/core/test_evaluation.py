@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from vflair_core import Example, Task
 from vflair_core.errors import TaskError
-from vflair_core.tasks.collation import train_tokenizer
 from vflair_core.tasks.metrics import chance_of, exact_match, standard_score, token_f1
 from vflair_core.tasks.preprocessor import Reader
 from vflair_core.tasks.question_answering import LONGEST, N_BEST, best_answers
 from vflair_core.tasks.tokenization import Reading, reading_of
+from vflair_core.tasks.tokenizer_training import train_tokenizer
 from vflair_core.testing import tiny_model
 from vflair_core.training.evaluation import evaluate
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
+from vflair_core.communication.cache_kinds import cache_argument
 from vflair_core.errors import PartitionError
-from vflair_core.parties.model_party.cache import cache_argument
 from vflair_core.testing import tiny_batch
 
 KINDS = ["gpt2", "llama", "qwen2"]
@@ -37,7 +37,7 @@ def assert_same_writing(ours, expected):
 
 
 def remote_caches(parties):
-    return parties.model_party.sessions[parties.data_party.line.session].caches
+    return parties.model_party.sessions[parties.data_party.connection.session].caches
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -179,8 +179,8 @@ def test_generation_leaves_no_graph_at_the_model_party(cut):
     cache = DynamicCache(config=parties.whole.config)
     ids = tiny_batch(parties.whole)["input_ids"]
     read(parties.data_party.model, ids, cache)
-    session = parties.model_party.sessions[parties.data_party.line.session]
-    (half,) = session.caches.values()
+    session = parties.model_party.sessions[parties.data_party.connection.session]
+    (half,) = session.caches
     assert not session.graphs
     filled = [layer.keys for layer in half.layers if layer.is_initialized]
     assert filled

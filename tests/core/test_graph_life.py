@@ -23,7 +23,7 @@ def parties(request, cut):
 
 
 def session_of(parties):
-    return parties.model_party.sessions[parties.data_party.line.session]
+    return parties.model_party.sessions[parties.data_party.connection.session]
 
 
 def loss_of(model, batch):
@@ -221,7 +221,7 @@ def test_two_data_parties_in_two_threads_do_not_mix_their_gradients(cut):
         for _ in range(10):
             loss_of(parties.whole, batch).backward()
         expected = dict(parties.whole.named_parameters())
-        parties.model_party.shared.show(parties.model_party.sessions[party.line.session])
+        parties.model_party.shared.show(parties.model_party.sessions[party.connection.session])
         for name, weight in parties.model_party.named_parameters():
             assert torch.equal(weight.grad, expected[name].grad), name
 
@@ -250,7 +250,7 @@ def test_memory_is_flat_over_ten_thousand_forwards_without_backward(cut):
     assert (
         higher_peak - peak < 8192
     )  # less than one KiB a forward; the allocator has moods of a few MiB
-    session, party, line = session_of(parties), parties.data_party, parties.data_party.line
+    session, party, line = session_of(parties), parties.data_party, parties.data_party.connection
     assert len(session.graphs) <= 3
     assert (len(session.caches), len(session.jobs)) == (0, 1)
     held = (

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from vflair_core import Partition
-from vflair_core.attacks.adaptive import Chain
 from vflair_core.attacks.halves import halves
-from vflair_core.defenses.defense import Mechanism
+from vflair_core.defenses.mechanism import Chain, Mechanism
 from vflair_core.testing import crossed, numbers_as_texts, tiny_model, tiny_tokenizer
 
 

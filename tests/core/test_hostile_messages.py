@@ -129,7 +129,7 @@ def test_a_forward_with_facts_of_the_wrong_sort_is_refused(mallory, changes):
     mallory.refused(mallory.forged("forward", **changes))
     session = mallory.model_party.sessions["mallory"]
     assert not session.graphs
-    assert not session.caches
+    assert not len(session.caches)
 
 
 @pytest.mark.parametrize("missing", ["id", "grad", "wants", "training"])
@@ -146,7 +146,7 @@ def test_a_forward_that_leaves_out_a_fact_is_refused(mallory, missing):
 )  # fmt: skip
 def test_a_deed_that_a_cache_cannot_bear_is_refused_and_leaves_it_as_it_was(mallory, deed):
     mallory.model_party.handle(mallory.forged("forward", grad=False, wants=[]))
-    (cache,) = mallory.model_party.sessions["mallory"].caches.values()
+    (cache,) = mallory.model_party.sessions["mallory"].caches
     before = [layer.keys.clone() for layer in cache.layers if layer.is_initialized]
     spec = {"id": mallory.said["forward"].meta["cache"]["id"], "deeds": [deed]}
     mallory.refused(mallory.forged("forward", grad=False, wants=[], cache=spec))
@@ -233,14 +233,14 @@ def test_another_sessions_gradients_are_neither_shown_nor_used(mallory):
     facts = {"skip": False, "scale": None, "lr": 0.1}
     mallory.model_party.handle(attrs.evolve(norms, kind="commit", meta=facts))
     assert all(map(torch.equal, before, mallory.model_party.parameters()))
-    mine = mallory.model_party.sessions[mallory.data_party.line.session]
+    mine = mallory.model_party.sessions[mallory.data_party.connection.session]
     mallory.model_party.shared.show(mine)
     assert all(p.grad is not None for p in mallory.model_party.parameters())
 
 
 def test_one_sessions_numbers_reach_no_graph_of_another(mallory):
     loss = mallory.data_party.model(**mallory.batch).loss
-    (mine,) = mallory.model_party.sessions[mallory.data_party.line.session].graphs
+    (mine,) = mallory.model_party.sessions[mallory.data_party.connection.session].graphs
     theft = attrs.evolve(mallory.forged("backward"), exchange=mine)
     with pytest.raises(ProtocolError, match="has no graph"):
         mallory.model_party.handle(theft)

@@ -8,9 +8,9 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from vflair_core import Partition, split
 from vflair_core.communication import codec
+from vflair_core.communication.cache_kinds import cache_argument
 from vflair_core.communication.program import Program
 from vflair_core.errors import ProtocolError
-from vflair_core.parties.model_party.cache import cache_argument
 from vflair_core.testing import tiny_batch, tiny_model
 
 CACHE = cache_argument(GPT2Block)

@@ -150,7 +150,7 @@ def test_no_tensor_of_the_process_holds_the_other_partys_weights(saved, side):
         agreed = load_model_party(folder, partition).fingerprint
         gc.collect()
         party = load_data_party(folder, partition, channel=lambda message: message)
-        assert party.line.fingerprint == agreed
+        assert party.connection.fingerprint == agreed
     else:
         party = load_model_party(folder, partition)
     other = marks["model" if side == "data" else "data"]

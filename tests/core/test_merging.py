@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from vflair_core import Partition, load_data_party, load_model_party, merge, split
 from vflair_core.errors import CheckpointError
-from vflair_core.tasks.collation import train_tokenizer
+from vflair_core.tasks.tokenizer_training import train_tokenizer
 from vflair_core.testing import tiny_batch, tiny_model
 from vflair_core.training.fine_tuning import FineTuning, Train, train_unsplit
 

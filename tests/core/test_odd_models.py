@@ -14,7 +14,8 @@ from vflair_core import load_data_party, load_model_party
 from vflair_core.communication import codec
 from vflair_core.communication.program import Program
 from vflair_core.errors import PartitionError, ProtocolError
-from vflair_core.parties.split import Partition, split
+from vflair_core.parties.split import split
+from vflair_core.partition.partition import Partition
 from vflair_core.testing import SIZES, tiny_batch, tiny_model
 
 XLM = {"emb_dim": 16, "n_layers": 4, "n_heads": 2, "pad_index": 0, "eos_index": 2}

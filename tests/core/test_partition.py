@@ -11,7 +11,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2Model
 
 from vflair_core.errors import PartitionError
-from vflair_core.parties.split import Partition, locate_blocks, split
+from vflair_core.parties.split import locate_blocks, split
+from vflair_core.partition.partition import Partition
 from vflair_core.testing import tiny_batch, tiny_model
 
 MODELS = [

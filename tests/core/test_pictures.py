@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from vflair_core import Example
 from vflair_core.errors import ExperimentError, TaskError
 from vflair_core.experiments.base_model import random_processor
-from vflair_core.tasks.collation import train_tokenizer
 from vflair_core.tasks.preprocessor import Reader
 from vflair_core.tasks.tokenization import Reading
+from vflair_core.tasks.tokenizer_training import train_tokenizer
 from vflair_core.testing import tiny_model
 
 TOKENIZER = train_tokenizer(

@@ -19,7 +19,7 @@ def parties(cut):
 
 
 def graphs_of(parties):
-    return parties.model_party.sessions[parties.data_party.line.session].graphs
+    return parties.model_party.sessions[parties.data_party.connection.session].graphs
 
 
 def gradients_of(*owners):
@@ -145,21 +145,23 @@ def test_caches_over_the_cap_are_refused_by_name(parties):
 def test_a_release_that_travels_with_a_refused_message_is_not_lost(parties):
     parties.model_party.caps.graphs = 1
     first = parties.data_party.model(**parties.batch)
-    parties.data_party.line.step = 9  # the next message is refused before anything in it is read
+    parties.data_party.connection.step = (
+        9  # the next message is refused before anything in it is read
+    )
     del first
     gc.collect()
     with pytest.raises(ProtocolError, match="step 9"):
         parties.data_party.model(**parties.batch)
-    parties.data_party.line.step = 0
+    parties.data_party.connection.step = 0
     gc.collect()
     parties.data_party.model(**parties.batch).loss.backward()
 
 
 def test_a_program_whose_first_message_was_refused_is_spelt_out_again(parties):
-    parties.data_party.line.step = 9
+    parties.data_party.connection.step = 9
     with pytest.raises(ProtocolError, match="step 9"):
         parties.data_party.model(**parties.batch)
-    parties.data_party.line.step = 0
+    parties.data_party.connection.step = 0
     ours = parties.data_party.model(**parties.batch).logits
     assert torch.equal(ours, parties.whole(**parties.batch).logits)
 

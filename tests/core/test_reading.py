@@ -12,11 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vflair_core import Defense, Example, Partition, Task, Transcript, split
 from vflair_core.errors import DefenseError, ExperimentError, TaskError
 from vflair_core.experiments.base_model import check_packing
-from vflair_core.tasks.collation import train_tokenizer
+from vflair_core.experiments.capture import record_victims
+from vflair_core.experiments.grading.truth import truth_of
 from vflair_core.tasks.preprocessor import Reader
-from vflair_core.tasks.tokenization import Reading, reading_of, window_target
+from vflair_core.tasks.token_rows import window_target
+from vflair_core.tasks.tokenization import Reading, reading_of
+from vflair_core.tasks.tokenizer_training import train_tokenizer
 from vflair_core.testing import tiny_model
-from vflair_core.victims import record_victims, truth_of
 
 TEXTS = [
     "Ada Lovelace wrote the first program.",

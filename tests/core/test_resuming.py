@@ -234,18 +234,18 @@ def test_nobody_goes_back_while_another_data_party_trains(start, tmp_path):
     run = start()
     run.step(batch(0))
     run.save(tmp_path / "data")
-    run.model_party.sessions["other"] = type(run.model_party.sessions[run.party.line.session])(
-        run.model_party.caps, trains=True, step=3
-    )
+    run.model_party.sessions["other"] = type(
+        run.model_party.sessions[run.party.connection.session]
+    )(run.model_party.caps, trains=True, step=3)
     with pytest.raises(ProtocolError, match="Another data party trains these weights"):
         run.load(tmp_path / "data")
 
 
 def test_the_name_of_a_session_never_becomes_a_path(start, tmp_path):
     run = start()
-    line = run.party.line
+    line = run.party.connection
     line.session = "../../outside"
-    line.open((), run.options.optimizer_spec())
-    line.request("save", None, (), {})
+    line.open(optimizer=run.options.optimizer_spec())
+    line.request("save")
     assert [path.name[:4] for path in (tmp_path / "model").iterdir()] == ["run-"]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from vflair_core.communication.channel import Transcript
+from vflair_core.communication.transcript import Transcript
 from vflair_core.errors import LeakError
 from vflair_core.testing import tiny_batch, tiny_model
 

@@ -233,7 +233,7 @@ def test_one_optimizer_serves_all_and_another_one_is_refused():
     crowd.parties[0].close()
     crowd.parties[1].close()
     for party in crowd.parties:
-        party.line.open(())
+        party.connection.open(())
     FineTuning(crowd.parties[1], SGD)
 
 

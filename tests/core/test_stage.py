@@ -7,7 +7,7 @@ from itertools import chain, combinations, product
 import pytest
 
 from vflair_core.errors import PartitionError
-from vflair_core.stage import Stage, stage_of
+from vflair_core.partition.stages import Stage, stage_of
 
 STAGE = Stage(("a", "b", "c", "d"), ("norm", "head"), frozenset({"b", "d"}))
 SHARED = Stage(("a", "a", "a"), ("head",))

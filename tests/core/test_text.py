@@ -9,8 +9,8 @@ import torch
 
 from vflair_core import Defense, DefenseError, Example, Partition, Transcript, split
 from vflair_core.errors import TaskError
-from vflair_core.tasks.collation import train_tokenizer
 from vflair_core.tasks.preprocessor import Reader
+from vflair_core.tasks.tokenizer_training import train_tokenizer
 from vflair_core.testing import tiny_model
 
 TEXTS = ["Ada Lovelace wrote the first program.", "Please call me at noon, said Ada."]

@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from vflair_core import Partition, split
 from vflair_core.errors import ExperimentError
+from vflair_core.partition.adapters import plain_state
 from vflair_core.testing import tiny_batch, tiny_model
 from vflair_core.training.fine_tuning import FineTuning, Train, train_unsplit
-from vflair_core.training.tuning import Lora, plain_state, tune
+from vflair_core.training.tuning import Lora, tune
 
 SHAPES = [("gpt2", "causal-lm"), ("llama", "causal-lm"), ("bert", "classification")]
 CUTS = [Partition(1, 1), Partition(1, 0)]

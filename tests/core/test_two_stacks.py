@@ -8,9 +8,9 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from vflair_core import Example, Partition, split
 from vflair_core.attacks.observables import Observables
 from vflair_core.defenses.defense import Defense
-from vflair_core.tasks.collation import train_tokenizer
+from vflair_core.experiments.capture import record_victims
 from vflair_core.tasks.tokenization import Reading
-from vflair_core.victims import record_victims
+from vflair_core.tasks.tokenizer_training import train_tokenizer
 
 TOKENIZER = train_tokenizer(["Ada wrote the first program.", "Where is she?"] * 3, 320)
 

@@ -14,7 +14,7 @@ import attrs
 import pytest
 
 from vflair_core import Result
-from vflair_core.cli.main import app
+from vflair_core.cli.app import app
 from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.run import run
 from vflair_core.plugins import PROJECT, plugin_manager

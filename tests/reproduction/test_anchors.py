@@ -17,7 +17,7 @@ from vflair_attacks.vmi import ModelInversion
 from vflair_attacks.vocabulary_search import GreedySearch, VocabularySearch
 from vflair_core import Partition
 from vflair_core.attacks.attack import launch
-from vflair_core.defenses.defense import Mechanism
+from vflair_core.defenses.mechanism import Mechanism
 from vflair_core.testing import crossed, numbers_as_texts, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.slow

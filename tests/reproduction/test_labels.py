@@ -14,8 +14,8 @@ from vflair_core import Partition, Transcript, split
 from vflair_core.attacks.attack import launch
 from vflair_core.attacks.halves import halves
 from vflair_core.attacks.observables import Observables
+from vflair_core.experiments.grading.scores import dcs
 from vflair_core.experiments.grading.statistics import auc
-from vflair_core.tasks.metrics import dcs
 from vflair_core.testing import tiny_model
 from vflair_core.training.fine_tuning import FineTuning, Train
 

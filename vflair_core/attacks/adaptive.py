@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch
-from attrs import define
 from torch import Tensor
 
 from vflair_core.attacks.attack import Launch, wants
-from vflair_core.defenses.defense import Defense, Mechanism, Replacement
+from vflair_core.defenses.defense import Defense
+from vflair_core.defenses.mechanism import Chain, Mechanism, Replacement
 from vflair_core.errors import AttackError
-from vflair_core.plugins import load_target
+from vflair_core.offers import load_target
 
 Side = Literal[
     "mechanism", "gradient_mechanism", "replacement"
@@ -73,36 +72,3 @@ def check_one_replaces(defenses: Sequence[Defense], launches: Sequence[Launch]) 
 
 def _rebuilt(specs: Sequence[Spec]) -> list[Defense]:
     return [load_target(spec["target"])(**spec["options"]) for spec in specs]
-
-
-@define
-class Chain(Mechanism):
-    """Several mechanisms, one after the other; the last one's noise is the one that is seen."""
-
-    parts: list[Mechanism]
-
-    @property
-    def in_nats(self) -> bool:  # type: ignore[override]
-        """Whether the noise that is seen has a likelihood."""
-        return bool(self.parts) and self.parts[-1].in_nats
-
-    def expected(self, hidden: Tensor) -> Tensor:
-        for part in self.parts:
-            hidden = part.expected(hidden)
-        return hidden
-
-    def log_likelihood(self, observed: Tensor, hidden: Tensor) -> Tensor:
-        for part in self.parts[:-1]:
-            hidden = part.expected(hidden)
-        last = self.parts[-1] if self.parts else Mechanism()
-        return last.log_likelihood(observed, hidden)
-
-    def sample(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
-        for part in self.parts:
-            hidden = part.sample(hidden, generator)
-        return hidden
-
-    def sample_embeddings(self, embeddings: Tensor, generator: torch.Generator) -> Tensor:
-        for part in self.parts:
-            embeddings = part.sample_embeddings(embeddings, generator)
-        return embeddings

@@ -6,75 +6,56 @@ frame: a request and its honest reply go in, the reply that the data party gets 
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import IO, Any
 
 import torch
+from attrs import frozen
 from safetensors.torch import load, save
 from torch import Tensor
 
 from vflair_core.attacks.adversary import Adversary, Tampered, honestly
 from vflair_core.attacks.attack import Launch, call
-from vflair_core.attacks.evidence import Evidence, furnish, needed, save_evidence
-from vflair_core.attacks.isolation import attack_device
-from vflair_core.attacks.worker import Granted, Room
-from vflair_core.auxiliary import auxiliary_of
-from vflair_core.communication.channel import Transcript
+from vflair_core.attacks.evidence import Evidence, needed, save_evidence
+from vflair_core.attacks.isolation import Isolation, failure_in, reporting, started
+from vflair_core.attacks.workspace import Granted, Room, furnish
 from vflair_core.communication.codec import decode, encode
 from vflair_core.communication.message import Message
 from vflair_core.errors import AttackError
-from vflair_core.plugins import load_target
-from vflair_core.processes import environment
-from vflair_core.victims import Crossed
-
-if TYPE_CHECKING:
-    from vflair_core.experiments.context import Setting
-    from vflair_core.parties.data_party.party import DataParty
-    from vflair_core.parties.model_party.party import ModelParty
+from vflair_core.offers import load_target
 
 
 @contextmanager
-def acting(
-    opening: Launch | None, party: DataParty, model_party: ModelParty, setting: Setting
+def hosted_adversary(
+    evidence: Evidence,
+    opening: Launch,
+    *,
+    isolation: Isolation,
+    threads: int,
+    device: torch.device,
 ) -> Iterator[Callable[[], dict[str, Tensor]]]:
-    """Put the adversary of `opening`, if there is one, in the model party's place; yield what tells its state.
+    """Put the adversary of `opening` in the model party's place; yield what tells its state.
+
+    `evidence` holds what there is before anything crosses; of it the adversary gets what it is granted.
 
     Raises:
         AttackError: It asks for more than it is granted, fails, or answers what is no answer.
     """
-    if opening is None:
-        yield dict
-        return
-    e = setting.experiment
-    evidence = Evidence(
-        party=party,
-        model_party=model_party,
-        pretrained=setting.pretrained,
-        main=Crossed(Transcript(), [], []),
-        bypassed=None,
-        releases=1,
-        task_kind=setting.task.kind,
-        victims={"main": 0},
-        seed=e.seed,
-        auxiliary=auxiliary_of(setting.task, e.victims, e.seed),
-    )
+    party = evidence.party
     with tempfile.TemporaryDirectory(prefix="vflair-") as name:
         store, folder = Path(name, "store"), Path(name, "granted")
         folder.mkdir()
         save_evidence(store, evidence, needed([opening]))
-        threads = e.threads or torch.get_num_threads()
-        furnish(folder, store, [opening], threads, attack_device(e.attack_device))
-        with (_Inline if e.isolation == "inline" else _Process)(folder) as host:
-            channel = Tampered(party.line.channel, host.tamper)
-            party.channel = party.line.channel = channel
+        furnish(folder, store, [opening], threads, device)
+        with (_inline if isolation == "inline" else _in_process)(folder) as host:
+            channel = Tampered(party.connection.channel, host.tamper)
+            party.channel = party.connection.channel = channel
             try:
                 yield host.state
             finally:
@@ -101,18 +82,11 @@ def _kept(adversary: Adversary) -> dict[str, Tensor]:
     return {name: value.cpu().contiguous() for name, value in adversary.state().items()}
 
 
+@frozen(eq=False)
 class _Inline:
     """The adversary in this process: for notebooks and objects that cannot be imported."""
 
-    def __init__(self, folder: Path) -> None:
-        with torch.random.fork_rng():
-            self.adversary = _build(folder)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
+    adversary: Adversary
 
     def state(self) -> dict[str, Tensor]:
         return _kept(self.adversary)
@@ -122,27 +96,19 @@ class _Inline:
             return self.adversary.tamper(request, reply)
 
 
+@contextmanager
+def _inline(folder: Path) -> Iterator[_Inline]:
+    with torch.random.fork_rng():
+        adversary = _build(folder)
+    yield _Inline(adversary)
+
+
+@frozen(eq=False)
 class _Process:
     """The adversary in a process that holds its folder and sees the messages."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> Self:
-        self.errors = (self.folder / "stderr.txt").open("w")
-        self.process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "vflair_core.attacks.adversary_host", str(self.folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            cwd=self.folder,
-            env=environment(),
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self.process:  # closes its pipes, at which it ends, and waits for it
-            self.errors.close()
+    folder: Path
+    process: subprocess.Popen[bytes]
 
     def tamper(self, request: Message, reply: Message) -> Message:
         return decode(self._ask(encode(request), encode(reply)))
@@ -161,16 +127,17 @@ class _Process:
         except BrokenPipeError:
             answer = None
         if answer is None:
-            raise AttackError(self._why())
+            failure = failure_in(self.folder, self.process.wait())
+            raise AttackError(f"The adversary failed: {failure.error}\n{failure.traceback or ''}")
         return answer
 
-    def _why(self) -> str:
-        code, report = self.process.wait(), self.folder / "error.json"
-        if report.exists():
-            facts = json.loads(report.read_text())
-            return f"The adversary failed: {facts['error']}\n{facts['traceback']}"
-        said = (self.folder / "stderr.txt").read_text()[-2000:]
-        return f"The process of the adversary ended with code {code}: {said}"
+
+@contextmanager
+def _in_process(folder: Path) -> Iterator[_Process]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    # Its pipes are closed on the way out, at which it ends.
+    with started("vflair_core.attacks.adversary_host", folder, **pipes) as process:
+        yield _Process(folder, process)
 
 
 def _write(pipe: IO[bytes], frame: bytes) -> None:
@@ -201,20 +168,12 @@ def _serve(adversary: Adversary, requests: IO[bytes], replies: IO[bytes]) -> Non
         _write(replies, encode(adversary.tamper(decode(frame), decode(honest))))
 
 
-def main(folder: str) -> int:
+def main(folder: Path) -> int:
     """Entry point of the process."""
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a plugin prints must not end up among the frames
-    place = Path(folder)
-    torch.set_num_threads(json.loads((place / "job.json").read_text())["threads"])
-    try:
-        _serve(_build(place), sys.stdin.buffer, replies)
-    except Exception as error:  # noqa: BLE001 - the parent raises it by name
-        report = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        (place / "error.json").write_text(json.dumps(report))
-        return 1
-    return 0
+    return reporting(folder, lambda: _serve(_build(folder), sys.stdin.buffer, replies))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(Path(sys.argv[1])))

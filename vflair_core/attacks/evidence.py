@@ -8,30 +8,25 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
 from attrs import field, frozen
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vflair_core.attacks.attack import Launch, wants
 from vflair_core.attacks.knowledge import AUXILIARY, DEFENSE
-from vflair_core.attacks.worker import stream_seed
+from vflair_core.attacks.observables import Crossed
 from vflair_core.errors import AttackError
+from vflair_core.offers import target_of
 from vflair_core.parties.data_party.party import DataParty
 from vflair_core.parties.model_party.party import ModelParty
-from vflair_core.plugins import target_of
-from vflair_core.training.tuning import plain_state
-from vflair_core.victims import Crossed
+from vflair_core.partition.adapters import plain_state
 
 FACTS = "facts.json"
-ALWAYS = ("config.json", "main.safetensors", "bypassed.safetensors")
 HALVES = {"head", "tail", "pretrained_head", "pretrained_tail", "current_head", "current_tail"}
 FILES = {  # what else there is, and the knowledge that asks for it
     "tokenizer": {"tokenizer", "replacement"},
@@ -160,41 +155,6 @@ def read_facts(store: Path) -> dict[str, Any]:
     return facts
 
 
-def furnish(
-    folder: Path, store: Path, launches: Sequence[Launch], threads: int, device: torch.device
-) -> None:
-    """Put into the worker's `folder` what is granted of the store, and the job; nothing else.
-
-    Raises:
-        AttackError: A defense cannot be told to an attack that asks for it.
-    """
-    facts, asked = read_facts(store), _asked(launches)
-    texts = {"public_texts"} if "replacement" in asked else set()  # which defenses calibrate on
-    for file in (*ALWAYS, *sorted(needed(launches))):
-        source = store / file
-        if source.is_dir():  # the tokenizer, which is loaded with the config beside it
-            shutil.copytree(source, folder, dirs_exist_ok=True)
-        elif source.exists():
-            _link(source, folder / file)
-    tells = bool(asked & set(DEFENSE))
-    same = (
-        *("releases", "victims", "spots", "update_batch"),
-        *("partition", "task_kind", "model_class"),
-    )
-    passes = list(facts["victims"])
-    job = {
-        "attacks": [_describe(n, launch, passes) for n, launch in enumerate(launches)],
-        **{name: facts[name] for name in same},
-        "defenses": [_checked(spec) if tells else {} for spec in facts["defenses"]],
-        "auxiliary": {
-            name: rows for name, rows in facts["auxiliary"].items() if name in asked | texts
-        },
-        "threads": threads,
-        "device": str(device),
-    }
-    (folder / "job.json").write_text(json.dumps(job))
-
-
 def check_held(store: Path, launch: Launch) -> None:
     """See that the store holds what an attack cannot do without.
 
@@ -216,19 +176,6 @@ def check_held(store: Path, launch: Launch) -> None:
             )
 
 
-def _describe(number: int, launch: Launch, passes: list[str]) -> dict[str, Any]:
-    attack: Any = launch.attack
-    return {
-        "number": number,
-        "name": launch.name,
-        "target": target_of(attack),
-        "options": attrs.asdict(attack) if attrs.has(type(attack)) else {},
-        "granted": sorted(launch.granted),
-        "seed": stream_seed(launch.seed, f"attack {launch.name}"),
-        "passes": passes,
-    }
-
-
 def _told(defense: Any) -> dict[str, Any]:
     """A defense as an adaptive attacker builds it again; without options if it has no fields to read them from."""
     if not attrs.has(type(defense)):
@@ -236,23 +183,6 @@ def _told(defense: Any) -> dict[str, Any]:
     fields = [f.name for f in attrs.fields(type(defense)) if f.init]
     options = {name.lstrip("_"): getattr(defense, name) for name in fields}
     return {"target": target_of(defense), "options": options}
-
-
-def _checked(spec: dict[str, Any]) -> dict[str, Any]:
-    if spec["options"] is None:
-        raise AttackError(
-            f"{spec['target']} cannot be told to an adaptive attacker: make it an attrs class whose fields are its "
-            "options."
-        )
-    return spec
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file under another name; a copy where the file system cannot do that."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _embedding_name(model: nn.Module) -> str:

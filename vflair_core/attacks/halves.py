@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from vflair_core.communication.cache_kinds import cache_argument
 from vflair_core.errors import AttackError
 from vflair_core.parties.data_party.party import DataParty
-from vflair_core.parties.model_party.cache import cache_argument
-from vflair_core.parties.split import Partition, split
+from vflair_core.parties.split import split
+from vflair_core.partition.partition import Partition
 
 
 @define(eq=False)

@@ -1,12 +1,23 @@
-"""Where attacks compute: the name that was asked for, and the device that is there for it."""
+"""The process that holds what an attack is granted: its device, its environment, and why it failed."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from attrs import frozen
 
 from vflair_core.errors import ExperimentError
+
+Isolation = Literal["process", "inline"]
 
 
 def attack_device(asked: str) -> torch.device:
@@ -46,3 +57,67 @@ def _count(kind: str) -> int:
 def _there() -> list[str]:
     kinds = [kind for kind in ("cuda", "xpu", "mps") if _count(kind)]
     return ["cpu", *(f"{kind}:{n}" for kind in kinds for n in range(_count(kind)))]
+
+
+KEPT = (
+    "PATH",
+    "PYTHONPATH",
+    "VIRTUAL_ENV",
+    "HOME",
+    "TMPDIR",
+    "LD_LIBRARY_PATH",
+    "HF_HUB_OFFLINE",
+    "CUDA_VISIBLE_DEVICES",  # a device has the same number here and there
+    "CUDA_DEVICE_ORDER",
+)
+
+
+def environment() -> dict[str, str]:
+    """What such a process needs of this one's environment, and nothing else of it."""
+    here = os.pathsep.join(path for path in sys.path if path)
+    return {name: os.environ[name] for name in KEPT if name in os.environ} | {"PYTHONPATH": here}
+
+
+@contextmanager
+def started(module: str, folder: Path, **pipes: Any) -> Iterator[subprocess.Popen[Any]]:
+    """Run ``python -m module FOLDER`` in that folder, with a bare environment; wait for its end on the way out."""
+    with (
+        (folder / "stderr.txt").open("w") as errors,
+        subprocess.Popen(  # noqa: S603 - our own module
+            [sys.executable, "-m", module, str(folder)],
+            stderr=errors,
+            cwd=folder,
+            env=environment(),
+            **pipes,
+        ) as process,
+    ):
+        yield process
+
+
+@frozen
+class Failure:
+    """Why such a process ended: the error, and its traceback if it was raised in Python."""
+
+    error: str
+    traceback: str | None
+
+
+def failure_in(folder: Path, code: int) -> Failure:
+    """Read what a process that ended with `code` left in its folder."""
+    report = folder / "error.json"
+    if report.exists():
+        return Failure(**json.loads(report.read_text()))
+    said = (folder / "stderr.txt").read_text()[-2000:]
+    return Failure(f"it ended with code {code}: {said}", None)
+
+
+def reporting(folder: Path, body: Callable[[], None]) -> int:
+    """Run the body of such a process with the threads of its job; return its code, and leave the error for the parent."""
+    torch.set_num_threads(json.loads((folder / "job.json").read_text())["threads"])
+    try:
+        body()
+    except Exception as error:  # noqa: BLE001 - the parent raises it by name
+        report = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        (folder / "error.json").write_text(json.dumps(report))
+        return 1
+    return 0

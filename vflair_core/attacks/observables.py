@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from attrs import define, frozen
+from attrs import define, field, frozen
 from torch import Tensor
 
-from vflair_core.communication.channel import Record
+from vflair_core.communication.transcript import Record, Transcript
+from vflair_core.tasks.token_rows import Row
 
 
 @frozen
@@ -111,3 +112,17 @@ def _pad(rows: list[Tensor]) -> Tensor:
     if rows[0].dim() < 2:
         return torch.stack(rows)
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+@frozen(eq=False)
+class Crossed:
+    """What crossed of the victims, and the row of each as it was sent (the first time).
+
+    `spots` has where each is in its messages, release after release. `updates` are the gradients of the data party's
+    weights, by name, for each victim or each batch of victims.
+    """
+
+    transcript: Transcript
+    rows: list[Row]
+    spots: list[Spot]
+    updates: list[dict[str, Tensor]] = field(factory=list)

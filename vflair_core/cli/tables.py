@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 PIPED = 240  # columns of a table that goes into a file or another program
@@ -40,24 +39,3 @@ def table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
 def say(text: str) -> None:
     """Print a line."""
     sys.stdout.write(text + "\n")
-
-
-def list_tasks(found: Mapping[str, Any], *, json_: bool) -> None:
-    """A task's card says what there is to know without its data; what has none is listed without."""
-    from vflair_core.showing import card_of, size_of
-
-    loaded = {name: (offered, offered.load()) for name, offered in found.items()}
-    if json_:
-        facts = [
-            {"name": name, "from": offered.source, "summary": summary(thing), **card_of(thing)}
-            for name, (offered, thing) in loaded.items()
-        ]
-        say(json.dumps(facts, indent=2))
-        return
-    rows = []
-    for name, (_, thing) in loaded.items():
-        card = card_of(thing)
-        told = (card.get("kind", ""), size_of(card), card.get("metric", ""), card.get("source", ""))
-        rows.append((name, *told, card.get("licence", ""), summary(thing)))
-    columns = ("name", "kind", "size", "metric", "source", "licence", "what it does")
-    table(columns, rows)

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from vflair_core.experiments.attack_phase import REFERENCES
 from vflair_core.experiments.cut_sweep import Recovery
+from vflair_core.experiments.grading.grades import Grade
 from vflair_core.experiments.grading.ranking import NOT_EVALUATED
-from vflair_core.experiments.grading.tokens import Grade
 from vflair_core.experiments.result import Result
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from typing import Any
 
-from transformers.cache_utils import Cache
+from torch import nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from vflair_core.errors import ProtocolError
+from vflair_core.errors import PartitionError, ProtocolError
 
 _COMMON = "transformers.cache_utils"
 # Kind of layer -> where its class lies, and the options it is made with.
@@ -67,3 +69,39 @@ def _found(place: str, kind: str) -> type[Any]:
     except (ImportError, AttributeError) as error:
         raise ProtocolError(f"The installed transformers has no {kind}: {error}.") from error
     return found
+
+
+def cache_argument(model: nn.Module | type[nn.Module]) -> str:
+    """Return the name by which `model` takes its cache: ``"cache"`` since transformers 5.24, else ``"past_key_values"``."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def layers_of(block: nn.Module) -> frozenset[int]:
+    """Numbers of the cache layers that `block` fills, as its parts give them."""
+    found = [_numbers(part) for part in block.modules()]
+    # Where one block has several layers, its own number counts blocks and theirs count layers.
+    return frozenset().union(*found[1:]) or found[0]
+
+
+def _numbers(part: nn.Module) -> frozenset[int]:
+    numbers = (getattr(part, name, None) for name in ("layer_idx", "layer_id"))
+    # A part that several blocks share has -1, and is told in the call which layer it fills.
+    return frozenset(number for number in numbers if type(number) is int and number >= 0)
+
+
+def parts_of(cache: Cache) -> list[Cache]:
+    """Return the plain caches that `cache` consists of.
+
+    Raises:
+        PartitionError: It is of a class that keeps more than layers.
+    """
+    parts: list[Cache] = [cache]
+    if type(cache) is EncoderDecoderCache:
+        parts = [cache.self_attention_cache, cache.cross_attention_cache]
+    for part in parts:
+        if type(part).__name__ not in (*PLAIN, *GROWING):
+            raise PartitionError(
+                f"A {type(part).__name__} cannot be kept in two halves. Possible: {POSSIBLE}, and "
+                'EncoderDecoderCache of two of them. Generate with cache_implementation="dynamic" or use_cache=False.'
+            )
+    return parts

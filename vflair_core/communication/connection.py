@@ -1,23 +1,19 @@
-"""The data party's end of a session: numbers its messages and passes on what was let go of."""
+"""The data party's end of a session: it numbers messages, and says in the next one what is no longer needed."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import Any
 
 from vflair_core.communication.channel import Channel
-from vflair_core.communication.counterparts import describe
 from vflair_core.communication.locks import Lock
-from vflair_core.communication.message import Crossing, Kind, Message
+from vflair_core.communication.message import Crossing, Kind, Message, Phase
 from vflair_core.communication.program import Program
-from vflair_core.defenses.defense import Defense
-
-if TYPE_CHECKING:
-    from vflair_core.defenses.defense import Exchange
 
 
-class Line:
+class Connection:
     """One session with the model party. `step` counts optimizer steps and travels in every message."""
 
     def __init__(self, channel: Channel, fingerprint: str) -> None:
@@ -33,23 +29,24 @@ class Line:
 
     def open(
         self,
-        defenses: Sequence[Defense],
+        counterparts: Sequence[Mapping[str, Any]] = (),
+        weights: Sequence[Crossing] = (),
         optimizer: Mapping[str, Any] | None = None,
         resume: Sequence[int] | None = None,
     ) -> Mapping[str, Any]:
         """Start the session, and return the facts of the reply.
 
+        `counterparts` describe modules that the model party builds for defenses, of `weights` (`counterparts.describe`);
         `optimizer` asks the model party to make one of its allow-list; `resume`, to go back to the last
         of these steps that it has a checkpoint of.
         """
         self._registered.clear()
-        counterparts, weights = describe(defenses)
-        meta: dict[str, Any] = {"fingerprint": self.fingerprint, "counterparts": counterparts}
+        meta: dict[str, Any] = {"fingerprint": self.fingerprint, "counterparts": list(counterparts)}
         if optimizer is not None:
             meta["optimizer"] = dict(optimizer)
         if resume is not None:
             meta["resume"] = list(resume)
-        return self.request("open", None, weights, meta).meta
+        return self.request("open", weights, meta).meta
 
     def commit(
         self, *, scale: float | None, rate: float, skip: bool, sharing: str | None = None
@@ -59,12 +56,12 @@ class Line:
         In a chain of model parties, `sharing` is the rule for shared weights that all must have.
         """
         meta = {"scale": scale, "lr": rate, "skip": skip}
-        self.request("commit", None, (), meta if sharing is None else {**meta, "sharing": sharing})
+        self.request("commit", (), meta if sharing is None else {**meta, "sharing": sharing})
         self.step += 1
 
     def close(self) -> None:
         """End the session: the model party forgets it, with its graphs, caches and gradients."""
-        self.request("close", None, (), {})
+        self.request("close")
 
     def program(self, program: Program) -> dict[str, Any]:
         """Name a program; it is spelt out once per session."""
@@ -74,26 +71,25 @@ class Line:
     def request(
         self,
         kind: Kind,
-        exchange: Exchange | None,
-        crossings: Sequence[Crossing],
-        meta: Mapping[str, Any],
+        crossings: Sequence[Crossing] = (),
+        meta: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        exchange: int = 0,
+        phase: Phase = "control",
     ) -> Message:
         """Send one message of this session and return the reply."""
         with self._lock:
-            return self._request(kind, exchange, crossings, meta)
+            return self._request(kind, crossings, meta, exchange, phase)
 
     def _request(
         self,
         kind: Kind,
-        exchange: Exchange | None,
         crossings: Sequence[Crossing],
         meta: Mapping[str, Any],
+        exchange: int,
+        phase: Phase,
     ) -> Message:
-        graphs, gone, copies = (
-            self.graphs[:],
-            self.caches[:],
-            self.copies[:],
-        )
+        graphs, gone, copies = self.graphs[:], self.caches[:], self.copies[:]
         never = {new for _, new in copies} & set(gone)  # copied and dropped between two messages
         news = {
             "released_graphs": graphs,
@@ -106,9 +102,9 @@ class Line:
                 kind,
                 self.session,
                 self.step,
-                exchange.number if exchange else 0,
+                exchange,
                 self._seq,
-                exchange.phase if exchange else "control",
+                phase,
                 tuple(crossings),
                 {**meta, **{key: value for key, value in news.items() if value}},
             )

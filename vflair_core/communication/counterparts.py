@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from vflair_core.communication.message import Crossing
-from vflair_core.defenses.defense import Defense
 from vflair_core.errors import DefenseError, ProtocolError
 
 KINDS: dict[str, type[nn.Module]] = {"linear": nn.Linear, "layer_norm": nn.LayerNorm}
 
 
-def describe(defenses: Sequence[Defense]) -> tuple[list[dict[str, Any]], list[Crossing]]:
-    """Return the descriptions of all counterparts, in order, and their weights.
+def describe(
+    modules: Sequence[tuple[str, nn.Module]],
+) -> tuple[list[dict[str, Any]], list[Crossing]]:
+    """Return the descriptions of the modules that defenses, by name, ask for, in order, and their weights.
 
     Raises:
         DefenseError: A counterpart is of a kind the model party does not build.
     """
-    modules = [(d, module) for d in defenses if (module := d.counterpart()) is not None]
     descriptions, weights = [], []
-    for number, (defense, module) in enumerate(modules):
+    for number, (name, module) in enumerate(modules):
         match module:
             case nn.Linear():
                 options: dict[str, Any] = {
@@ -37,7 +37,7 @@ def describe(defenses: Sequence[Defense]) -> tuple[list[dict[str, Any]], list[Cr
                 kind = "layer_norm"
             case _:
                 raise DefenseError(
-                    f"{type(defense).__name__} asks the model party for a {type(module).__name__}. "
+                    f"{name} asks the model party for a {type(module).__name__}. "
                     "It builds nn.Linear and nn.LayerNorm."
                 )
         descriptions.append({"kind": kind, "options": options})

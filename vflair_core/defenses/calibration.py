@@ -18,8 +18,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vflair_core.errors import CheckpointError
+from vflair_core.offers import target_of
 from vflair_core.partition.fingerprint import sample_digest
-from vflair_core.plugins import target_of
 
 if TYPE_CHECKING:
     from vflair_core.defenses.defense import Defense
@@ -84,7 +84,7 @@ def _facts(defense: Any, public_texts: Sequence[str], party: DataParty) -> dict[
         "version": _version(type(defense).__module__.partition(".")[0]),
         "other defenses": json.dumps(others),
         "model": sample_digest(party.model),
-        "fingerprint": party.line.fingerprint,
+        "fingerprint": party.connection.fingerprint,
         "tied": ",".join(party.untied),
         "tokenizer": _digest(json.dumps(vocabulary, sort_keys=True)),
         "public text": _digest("\0".join(public_texts)),

@@ -14,8 +14,9 @@ from vflair_core.defenses.guarantee import EMPIRICAL, Guarantee
 
 if TYPE_CHECKING:
     from vflair_core.parties.data_party.party import DataParty
+from vflair_core.defenses.mechanism import Mechanism, Replacement
+from vflair_core.tasks.collation import Batch
 
-Batch = dict[str, Tensor]
 COVERABLE = ("prompt", "response", "labels", "gradients")
 
 
@@ -39,51 +40,6 @@ class Exchange:
     batch: Mapping[str, Any] = field(factory=dict)
     generator: torch.Generator | None = None
     memo: dict[str, Any] = field(factory=dict)
-
-
-class Mechanism:
-    """What an adaptive attacker may know of a defense: all but its randomness.
-
-    `expected` is the deterministic part (clip, mapping); `log_likelihood` scores an observation, up to a
-    constant, given the undefended hidden state. `in_nats` says that it really is one: an attack then adds it
-    to other log-likelihoods as it is, and otherwise estimates the scale of the noise. `sample` draws noise of the
-    same kind, so that an attacker can train on what the defense would have sent; `sample_embeddings` does so for what
-    the defense does to token embeddings, before the head.
-
-    Hidden states are where the attacker's head computes, perhaps a GPU: what a mechanism holds follows them there. A
-    `generator` is always the CPU's, so that its numbers are the same everywhere.
-    """
-
-    in_nats: bool = False
-
-    def expected(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., D)
-        """Return what would be sent for `hidden` if the noise were at its most likely value."""
-        return hidden
-
-    def log_likelihood(self, observed: Tensor, hidden: Tensor) -> Tensor:  # (..., D) -> (...)
-        """Score `observed` given `hidden`; by default minus the squared distance to `expected`."""
-        return -(observed - self.expected(hidden)).square().sum(-1)
-
-    def sample(self, hidden: Tensor, generator: torch.Generator) -> Tensor:  # (..., D) -> (..., D)
-        """Draw what could be sent for `hidden`, with fresh randomness; by default there is none."""
-        return self.expected(hidden)
-
-    def sample_embeddings(self, embeddings: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw what could go into the head for token embeddings (..., D); by default they go as they are."""
-        return embeddings
-
-
-class Replacement:
-    """What an adaptive attacker may know of a defense that replaces words: with which probability, by which.
-
-    `words` are the V words that it knows. One that it does not know stays as it is, or nobody can say what it was.
-    """
-
-    words: Sequence[str] = ()
-
-    def log_probabilities(self, numbers: Tensor) -> Tensor:  # (B,) -> (B, V)
-        """Return, for words by their `numbers`, the log-probability that each of `words` is sent instead."""
-        raise NotImplementedError
 
 
 class Defense:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import attrs
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from vflair_core.communication.message import Phase, Role
-from vflair_core.defenses.defense import COVERABLE, Batch, Defense, Exchange
+from vflair_core.defenses.defense import COVERABLE, Defense, Exchange
 from vflair_core.errors import DefenseError, did_you_mean
+from vflair_core.randomness import _generator
+from vflair_core.tasks.collation import Batch
 from vflair_core.tasks.spans import Replaced
 
 
@@ -195,17 +195,6 @@ def _traced(text: str, before: str) -> str:
     if text == before:
         return before
     return text.after(before) if isinstance(text, Replaced) else text
-
-
-def _generator(seed: int | str | None, index: int) -> torch.Generator:
-    """A stream whose whole state comes from a digest: `manual_seed` would keep 32 bits of it."""
-    material = os.urandom(32) if seed is None else f"defense {index} {seed}".encode()
-    generator = torch.Generator().manual_seed(0)
-    state = generator.get_state()  # a header of 24 bytes, then 624 words of 32 bits in 64
-    words = np.frombuffer(hashlib.shake_256(material).digest(624 * 4), "<u4").astype("<u8")
-    state[24 : 24 + 624 * 8] = torch.from_numpy(words.view("u1").copy())
-    generator.set_state(state)
-    return generator
 
 
 def _mask_of(tensor: Tensor, name: str, exchange: Exchange) -> Tensor | None:

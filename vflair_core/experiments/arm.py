@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -10,27 +10,30 @@ import attrs
 import structlog
 import torch
 from attrs import define
+from torch import Tensor
 
-from vflair_core.attacks.adversary_host import acting
+from vflair_core.attacks.adversary_host import hosted_adversary
+from vflair_core.attacks.evidence import Evidence
 from vflair_core.attacks.isolation import attack_device
-from vflair_core.attacks.worker import stream_seed
-from vflair_core.communication.channel import Transcript
+from vflair_core.attacks.observables import Crossed
 from vflair_core.communication.message import Message
+from vflair_core.communication.transcript import Transcript
 from vflair_core.defenses.calibration import Preparing
 from vflair_core.defenses.defense import Defense
 from vflair_core.errors import ExperimentError
 from vflair_core.experiments.attack_phase import attack_arm, references_of
-from vflair_core.experiments.build import opening_of
+from vflair_core.experiments.build import choose_partition, opening_of
 from vflair_core.experiments.capture import let_cross
-from vflair_core.experiments.context import Clock, Setting, choose_partition, noise_seed
+from vflair_core.experiments.context import Clock, Setting, noise_seed
 from vflair_core.experiments.experiment import Experiment
-from vflair_core.experiments.grading.grades import Reference
-from vflair_core.experiments.grading.tokens import Grade
+from vflair_core.experiments.grading.grades import Grade, Reference
 from vflair_core.experiments.grading.truth import Truth
 from vflair_core.experiments.releases import Releases, releases_per_example
+from vflair_core.experiments.victims import auxiliary_of
 from vflair_core.parties.data_party.text import reader_of
 from vflair_core.parties.split import split
 from vflair_core.partition.slices import Slices
+from vflair_core.randomness import stream_seed
 from vflair_core.training.evaluation import Evaluation, evaluate_party
 from vflair_core.training.fine_tuning import FineTuning
 from vflair_core.training.tuning import tune
@@ -73,8 +76,9 @@ def run_arm(
     party.preparing = Preparing(
         setting.cache, lambda what, done, total: setting.report(f"{name}: {what}", done, total)
     )
-    opening = opening_of(setting.adversary) if active and setting.adversary else None
-    with acting(opening, party, model_party, setting) as kept:
+    with (
+        _adversary(party, model_party, setting) if active else nullcontext(dict) as adversary_state
+    ):
         with clock("preparing"):
             for defense in defenses:
                 defense.prepare(setting.task.public, party)
@@ -85,7 +89,7 @@ def run_arm(
                 _save(name, party, model_party, setting)
             with clock("victims"):
                 crossed = let_cross(party, setting, defended=bool(defenses))
-        state = kept() if active else None
+        state = adversary_state() if active else None
     with clock("attacks"):
         grades, truth = attack_arm(
             name, party, model_party, setting, crossed, references, adversary=state
@@ -113,6 +117,34 @@ def run_arm(
     samples = _samples(grades, truth)
     return Arm(
         numbers, cost, crossed[0].transcript, grades, samples, references_of(grades), party.slices
+    )
+
+
+def _adversary(
+    party: DataParty, model_party: ModelParty, setting: Setting
+) -> AbstractContextManager[Callable[[], dict[str, Tensor]]]:
+    """The adversary of the experiment in the model party's place; it yields what tells its state."""
+    e = setting.experiment
+    if setting.adversary is None:
+        return nullcontext(dict)
+    evidence = Evidence(
+        party=party,
+        model_party=model_party,
+        pretrained=setting.pretrained,
+        main=Crossed(Transcript(), [], []),
+        bypassed=None,
+        releases=1,
+        task_kind=setting.task.kind,
+        victims={"main": 0},
+        seed=e.seed,
+        auxiliary=auxiliary_of(setting.task, e.victims, e.seed),
+    )
+    return hosted_adversary(
+        evidence,
+        opening_of(setting.adversary),
+        isolation=e.isolation,
+        threads=e.threads or torch.get_num_threads(),
+        device=attack_device(e.attack_device),
     )
 
 

@@ -19,20 +19,19 @@ from vflair_core.attacks.evidence import (
     read_facts,
     save_evidence,
 )
-from vflair_core.attacks.isolation import attack_device
-from vflair_core.auxiliary import auxiliary_of, candidates_of
+from vflair_core.attacks.isolation import Isolation, attack_device
+from vflair_core.attacks.observables import Crossed
 from vflair_core.errors import AttackError, ExperimentError
 from vflair_core.experiments.build import make_launches
 from vflair_core.experiments.capture import crossing_again
 from vflair_core.experiments.context import Reporter, Setting
 from vflair_core.experiments.experiment import AttackSpec
 from vflair_core.experiments.grading.answer_key import AnswerKey
-from vflair_core.experiments.grading.grader import Isolation, attack_and_grade
-from vflair_core.experiments.grading.grades import Reference
-from vflair_core.experiments.grading.tokens import Grade
-from vflair_core.experiments.grading.truth import Truth
+from vflair_core.experiments.grading.grader import attack_and_grade
+from vflair_core.experiments.grading.grades import Grade, Reference
+from vflair_core.experiments.grading.truth import Truth, truth_of
+from vflair_core.experiments.victims import auxiliary_of, candidates_of
 from vflair_core.plugins import plugin_manager
-from vflair_core.victims import Crossed, truth_of
 
 if TYPE_CHECKING:
     import pluggy

@@ -9,7 +9,11 @@ from typing import Any
 import torch
 
 from vflair_core.errors import ExperimentError
+from vflair_core.experiments.experiment import Experiment
+from vflair_core.experiments.pretraining import Report, _pretrain
+from vflair_core.randomness import stream_seed
 from vflair_core.tasks.task import Task
+from vflair_core.tasks.tokenizer_training import train_tokenizer
 
 
 def random_model(
@@ -103,3 +107,64 @@ def _sees_across(model: Any) -> bool:
         )
     model.train(training)
     return not torch.equal(first, second)
+
+
+AUTO = {
+    "causal-lm": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "image-text": "AutoModelForImageTextToText",
+}
+
+
+READ_AS_PAIRS = ("classification", "regression", "question-answering")
+
+
+IMAGE = "<image>"
+
+
+def prepare_model(experiment: Experiment, task: Task, report: Report) -> tuple[Any, Any, Any]:
+    """Return the model as the public knows it, its tokenizer, and for ``image-text`` its processor, else None.
+
+    Raises:
+        ExperimentError: The config is not one of transformers or has no model for the task's kind, or texts cannot
+            be packed.
+    """
+    import transformers
+
+    spec, auto = experiment.model, getattr(transformers, AUTO[task.kind])
+    heads = (
+        {"num_labels": max(len(task.labels), 1)}
+        if task.kind in ("classification", "regression")
+        else {}
+    )
+    processor = None
+    if spec.name:
+        if task.kind == "image-text":
+            processor = transformers.AutoProcessor.from_pretrained(spec.name)
+            tokenizer: Any = processor.tokenizer
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(spec.name)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model = auto.from_pretrained(spec.name, **heads)
+        text_config = model.config.get_text_config()
+        if text_config.pad_token_id is None:
+            text_config.pad_token_id = tokenizer.pad_token_id
+    else:
+        image_token = IMAGE if task.kind == "image-text" else ""
+        pairs = task.train[0].pair is not None and task.kind in READ_AS_PAIRS
+        tokenizer = train_tokenizer(
+            task.public, spec.vocab_size, pairs=pairs, image_token=image_token
+        )
+        torch.manual_seed(stream_seed(experiment.seed, "weights"))
+        model = random_model(auto, spec.config, tokenizer, heads)
+        if task.kind == "image-text":
+            processor = random_processor(model, tokenizer)
+    if experiment.train.packing:
+        check_packing(model, task)
+    if experiment.pretrain.steps:
+        _pretrain(model, tokenizer, task.public, experiment, report)
+    return model, tokenizer, processor

@@ -14,16 +14,25 @@ from vflair_core.attacks.isolation import attack_device
 from vflair_core.attacks.knowledge import BEFORE
 from vflair_core.defenses.defense import Defense
 from vflair_core.errors import ExperimentError
+from vflair_core.experiments.base_model import prepare_model
 from vflair_core.experiments.context import Clock, Reporter, Setting
 from vflair_core.experiments.experiment import AttackSpec, Experiment, Victims
-from vflair_core.experiments.pretraining import prepare_model, prior_guess
+from vflair_core.experiments.pretraining import prior_guess
 from vflair_core.experiments.victims import companions_of
+from vflair_core.offers import build, find
 from vflair_core.parties.data_party.scored_positions import SCORED
-from vflair_core.plugins import build, find
 from vflair_core.tasks.task import Task
 
 if TYPE_CHECKING:
     import pluggy
+
+from typing import TYPE_CHECKING
+
+from vflair_core.partition.partition import Partition
+
+if TYPE_CHECKING:
+    import pluggy
+from vflair_core.experiments.victims import _victims
 
 
 def set_up(
@@ -179,18 +188,26 @@ def make_defenses(e: Experiment, plugins: pluggy.PluginManager) -> list[Defense]
     return made
 
 
-def _victims(e: Experiment, task: Task) -> list[Any]:
-    there = len(task.train if e.victims.split == "train" else task.test)
-    if there < e.victims.count:
-        raise ExperimentError(
-            f"victims.count is {e.victims.count}, and task {task.name!r} has {there} "
-            f"{e.victims.split} examples."
-        )
-    return [task.row(e.victims.split, n) for n in range(e.victims.count)]
-
-
 def _prior(e: Experiment, task: Task, model: Any, tokenizer: Any) -> torch.Tensor | None:
     if task.kind != "causal-lm":
         return None
     length = e.victims.max_length or e.train.max_length
     return prior_guess(model, tokenizer, task.public, length)
+
+
+def choose_partition(model: Any, e: Experiment, plugins: pluggy.PluginManager) -> Partition:
+    """The cut of the experiment, or the one that the plugin it names chooses.
+
+    Raises:
+        ExperimentError: The plugin it names does not answer.
+    """
+    if not e.cut:
+        return e.partition
+    answers = plugins.hook.vflair_partition.get_hookimpls()
+    chosen = [i for i in answers if i.plugin_name == e.cut]
+    if not chosen:
+        there = ", ".join(i.plugin_name for i in answers) or "none"
+        raise ExperimentError(f"No plugin {e.cut!r} answers vflair_partition. Possible: {there}.")
+    given: dict[str, Any] = {"model": model, "partition": e.partition}
+    answer: Any = chosen[0].function(**{n: given[n] for n in chosen[0].argnames})
+    return e.partition if answer is None else answer

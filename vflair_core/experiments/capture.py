@@ -7,15 +7,27 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from vflair_core.attacks.attack import wants
+from vflair_core.attacks.observables import Crossed
 from vflair_core.experiments.context import Setting
 from vflair_core.experiments.releases import crosses_again
 from vflair_core.experiments.victims import companions_of
-from vflair_core.standins import public_examples
-from vflair_core.tasks.task import Example
-from vflair_core.victims import Crossed, record_updates, record_victims
+from vflair_core.tasks.task import Example, public_examples
 
 if TYPE_CHECKING:
     from vflair_core.parties.data_party.party import DataParty
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vflair_core.attacks.observables import Spot
+from vflair_core.communication.transcript import Transcript
+from vflair_core.errors import ExperimentError
+from vflair_core.parties.data_party.party import DataParty
+from vflair_core.parties.data_party.text import reader_of
+from vflair_core.tasks.collation import Batch
+from vflair_core.tasks.token_rows import Row
 
 
 def let_cross(
@@ -78,3 +90,98 @@ def _asked(setting: Setting, name: str) -> bool:
     return setting.keep or any(
         name in names for launch in setting.launches for names in wants(launch.attack)
     )
+
+
+def record_victims(
+    party: DataParty,
+    examples: Sequence[Example],
+    *,
+    max_length: int,
+    companions: Sequence[Sequence[Example]] = (),
+    releases: int = 1,
+    gradients: bool,
+    bypass: bool = False,
+    in_prompt: bool = True,
+    updates: bool = False,
+) -> Crossed:
+    """Send each example across in a batch of its own, `releases` times over, and return what crossed.
+
+    An example crosses as one row: of a passage in several windows the first crosses; its `companions`, if any, fill the
+    batch. With `gradients` each batch is a training round whose step is skipped on both sides; without, an inference. Without `in_prompt` texts cross as
+    they are, not in the task's prompt. With `updates` the gradients of the data party's weights are kept.
+    """
+    party.defenses.bypassed, was_training = bypass, party.model.training
+    party.model.train(gradients)
+    reader, rows, spots = reader_of(party, max_length), list[Row](), list[Spot]()
+    others = companions or [()] * len(examples)
+    kept: list[dict[str, Tensor]] = []
+    if not in_prompt:
+        reader = attrs.evolve(reader, reading=attrs.evolve(reader.reading, render=None))
+    try:
+        with party.channel.tap(Transcript()) as transcript:
+            for _ in range(releases):
+                for example, beside in zip(examples, others, strict=True):
+                    encoded = reader.batch([example, *beside], first_only=True)
+                    _send(party, encoded.batch, gradients=gradients, keep=kept if updates else None)
+                    rows.append(encoded.rows[0])
+                    spots.append(_spot(party, encoded.rows, transcript))
+    finally:
+        party.defenses.bypassed = False
+        party.model.train(was_training)
+        party.model.zero_grad(set_to_none=True)
+    return Crossed(transcript, rows[: len(examples)], spots, kept[: len(examples)])
+
+
+def _spot(party: DataParty, rows: Sequence[Row], transcript: Transcript) -> Spot:
+    """Where the first row of the batch that was sent last is in its messages."""
+    sent = party.sent
+    assert sent is not None  # the batch was sent
+    if len(rows) > 1:
+        smashed = next(r.tensor for r in reversed(transcript.messages) if r.role == "smashed")
+        if len(smashed) != len(sent.learnt):
+            raise ExperimentError(
+                f"{type(party.model).__name__} sends {len(sent.learnt)} rows in a tensor of shape {tuple(smashed.shape)}, "
+                "so a victim's own row is not known. Set victims.companions = 0."
+            )
+    padding = max(len(row.ids) for row in rows) - len(rows[0].ids)
+    # Who has no label has no gradient either, and no share that could be told.
+    return Spot(int(sent.places[0]), padding, float(sent.shares[0]) or 1.0)
+
+
+def record_updates(
+    party: DataParty, rows: Sequence[Row], size: int, *, max_length: int, bypass: bool = False
+) -> list[dict[str, Tensor]]:
+    """Send the victims' rows once more, `size` in a batch, and return the gradients of the data party's weights.
+
+    Each batch is a training round as in fine-tuning, padded, its loss the one that the model gives for a batch, whose
+    step is skipped. The texts are those that crossed before, as text defenses left them then; what other defenses draw
+    is drawn anew. The messages of these rounds are nobody's to attack: the same rows crossed alone.
+    """
+    reader, kept = reader_of(party, max_length), list[dict[str, Tensor]]()
+    party.defenses.bypassed, was_training = bypass, party.model.training
+    party.model.train()
+    try:
+        for first in range(0, len(rows), size):
+            batch = reader.together(rows[first : first + size]).batch
+            _send(party, batch, gradients=True, keep=kept)
+    finally:
+        party.defenses.bypassed = False
+        party.model.train(was_training)
+        party.model.zero_grad(set_to_none=True)
+    return kept
+
+
+def _send(
+    party: DataParty, batch: Batch, *, gradients: bool, keep: list[dict[str, Tensor]] | None
+) -> None:
+    if not gradients:
+        with torch.no_grad():
+            party.model(**batch, use_cache=False)
+        return
+    party.model.zero_grad(set_to_none=True)
+    party.model(**batch, use_cache=False).loss.backward()
+    if keep is not None:
+        weights = party.model.named_parameters()
+        keep.append({n: w.grad.clone() for n, w in weights if w.grad is not None})
+    # A round whose step is skipped: both parties drop its gradients.
+    party.connection.commit(scale=None, rate=0.0, skip=True)

@@ -15,11 +15,9 @@ from attrs import define, field, frozen
 from torch import Tensor
 
 from vflair_core.attacks.attack import Launch
-from vflair_core.attacks.worker import stream_seed
-from vflair_core.errors import ExperimentError
 from vflair_core.experiments.experiment import Experiment
-from vflair_core.parties.split import Partition
 from vflair_core.plugins import observe
+from vflair_core.randomness import stream_seed
 from vflair_core.tasks.collation import shuffled
 from vflair_core.tasks.task import Example, Task
 from vflair_core.tasks.tokenization import Reading, reading_of
@@ -113,21 +111,3 @@ def noise_seed(seed: int, task: Task) -> int:
 
 def _spread(count: int, most: int) -> Iterable[int]:
     return range(count) if count <= most else (row * count // most for row in range(most))
-
-
-def choose_partition(model: Any, e: Experiment, plugins: pluggy.PluginManager) -> Partition:
-    """The cut of the experiment, or the one that the plugin it names chooses.
-
-    Raises:
-        ExperimentError: The plugin it names does not answer.
-    """
-    if not e.cut:
-        return e.partition
-    answers = plugins.hook.vflair_partition.get_hookimpls()
-    chosen = [i for i in answers if i.plugin_name == e.cut]
-    if not chosen:
-        there = ", ".join(i.plugin_name for i in answers) or "none"
-        raise ExperimentError(f"No plugin {e.cut!r} answers vflair_partition. Possible: {there}.")
-    given: dict[str, Any] = {"model": model, "partition": e.partition}
-    answer: Any = chosen[0].function(**{n: given[n] for n in chosen[0].argnames})
-    return e.partition if answer is None else answer

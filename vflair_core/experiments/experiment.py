@@ -14,7 +14,7 @@ import attrs
 from attrs import field, frozen, validators
 
 from vflair_core.errors import ExperimentError
-from vflair_core.parties.split import Partition
+from vflair_core.partition.partition import Partition
 from vflair_core.training.fine_tuning import Train
 
 

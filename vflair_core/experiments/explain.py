@@ -6,16 +6,16 @@ from typing import Any
 
 import attrs
 
-from vflair_core.attacks.worker import stream_seed
-from vflair_core.communication.channel import Transcript
-from vflair_core.experiments.context import choose_partition
+from vflair_core.communication.transcript import Transcript
+from vflair_core.experiments.base_model import prepare_model
+from vflair_core.experiments.build import choose_partition
 from vflair_core.experiments.experiment import Experiment
-from vflair_core.experiments.pretraining import prepare_model
+from vflair_core.offers import build, find
 from vflair_core.parties.data_party.party import DataParty
 from vflair_core.parties.split import split
-from vflair_core.plugins import PluginManager, build, find
-from vflair_core.standins import public_examples
-from vflair_core.tasks.task import Task
+from vflair_core.plugins import PluginManager
+from vflair_core.randomness import stream_seed
+from vflair_core.tasks.task import Task, public_examples
 from vflair_core.tasks.tokenization import reading_of
 
 TEXTS_ARE_LABELS = ("causal-lm", "seq2seq", "image-text")

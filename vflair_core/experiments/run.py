@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
-from vflair_core.attacks.worker import stream_seed
-from vflair_core.communication.channel import Transcript
+from vflair_core.communication.transcript import Transcript
 from vflair_core.experiments.arm import Arm, choose, run_arm
 from vflair_core.experiments.build import make_defenses, set_up
 from vflair_core.experiments.context import Clock, Reporter, Setting
 from vflair_core.experiments.experiment import Experiment
-from vflair_core.experiments.grading.ranking import evaluated, over_seeds, strongest
+from vflair_core.experiments.grading.ranking import evaluated, strongest
+from vflair_core.experiments.grading.scores import dcs, normalised_dcs
 from vflair_core.experiments.result import Result
+from vflair_core.experiments.seeds import over_seeds
 from vflair_core.plugins import observe, plugin_manager
-from vflair_core.tasks.metrics import dcs, normalised_dcs
+from vflair_core.randomness import stream_seed
 from vflair_core.tasks.preprocessor import Reader
 from vflair_core.training.fine_tuning import train_unsplit
 

@@ -14,8 +14,8 @@ from vflair_core.parties.data_party.recorder import Recorder
 from vflair_core.parties.data_party.scored_positions import SCORED
 from vflair_core.parties.data_party.stubs import Absent, call_here_and_there
 from vflair_core.partition.slices import Slices
+from vflair_core.partition.stages import Stage
 from vflair_core.plugins import decide
-from vflair_core.stage import Stage
 
 if TYPE_CHECKING:
     import pluggy
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from vflair_core.communication.channel import Handler
     from vflair_core.defenses.defense import Defense
-    from vflair_core.parties.split import Partition
+    from vflair_core.partition.partition import Partition
 
 
 def assemble(
@@ -83,7 +83,7 @@ def assemble(
         else:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, recorder.absent[name])
-    data_party.line.open(defenses)
+    data_party.open()
     return data_party
 
 

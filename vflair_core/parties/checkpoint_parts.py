@@ -11,9 +11,8 @@ from attrs import frozen
 from torch import Tensor
 
 from vflair_core.errors import CheckpointError
-from vflair_core.partition.checkpoint import read_facts, read_part
+from vflair_core.partition.checkpoint import DATA_FILE, MODEL_FILE, read_facts, read_part, steps_in
 from vflair_core.partition.fingerprint import differences
-from vflair_core.training.checkpoint import DATA_FILE, MODEL_FILE, steps_in
 
 
 @frozen(eq=False)

@@ -7,7 +7,7 @@ conversion of old keys are its business. What is ours is found on a model withou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,21 +21,20 @@ from vflair_core.errors import CheckpointError, PartitionError
 from vflair_core.parties.assembly import assemble, open_channel
 from vflair_core.parties.checkpoint_source import Source, find_source
 from vflair_core.parties.data_party.party import DataParty
-from vflair_core.parties.data_party.stubs import on_meta
 from vflair_core.parties.model_party.party import ModelParty
-from vflair_core.parties.split import Partition, _take, called_here
 from vflair_core.partition.block_discovery import locate_blocks
 from vflair_core.partition.fingerprint import fingerprint
-from vflair_core.partition.module_tree import outside, vacate
+from vflair_core.partition.module_tree import _take, on_meta, outside, vacate
+from vflair_core.partition.partition import Partition, called_here
 from vflair_core.partition.slices import Slices
-from vflair_core.partition.stages import stages
-from vflair_core.stage import Stage
+from vflair_core.partition.stages import Stage, names_in, stages
 
 if TYPE_CHECKING:
     import pluggy
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from vflair_core.defenses.defense import Defense
+from vflair_core.partition.module_tree import _hollow, _inside, _owners, _replace
 
 
 def load_data_party(
@@ -134,7 +133,7 @@ def load_model_party(
     """
     plan = _plan(name, partition, auto, plugins, options)
     cut = plan.cut if share is None else _shared_out(plan.cut, *share, last=onward is None)
-    ours = tuple(dict.fromkeys(name for stage in cut for name in stage.names))
+    ours = names_in(cut)
     untied = {mine: tied for mine, tied in plan.untied.items() if _inside(mine, ours)}
     twins = _owners(twin for tied in untied.values() for twin in tied)
 
@@ -147,7 +146,7 @@ def load_model_party(
             _replace(
                 model, twin, nn.Module()
             )  # the tied weight has been read; it is ours alone now
-    held, _ = _take(model, cut, frozenset(plan.local))
+    held, _ = _take(model, ours, frozenset(plan.local))
     model_party = ModelParty(held, cut, plan.fingerprint(model))
     model_party.slices = plan.slices
     if onward is not None:
@@ -190,7 +189,7 @@ class Plan:
     @property
     def absent(self) -> tuple[str, ...]:
         """The modules that the model party holds."""
-        return tuple(dict.fromkeys(name for stage in self.cut for name in stage.names))
+        return names_in(self.cut)
 
     @property
     def remote(self) -> tuple[str, ...]:
@@ -228,19 +227,6 @@ def _plan(
     slices = Slices.find(shadow, stacks, cut, partition)
     plan = Plan(source, partition, type(shadow), cut, local, order, slices, {})
     return attrs.evolve(plan, untied=_tied_across(shadow, plan))
-
-
-def _hollow(model: nn.Module) -> None:
-    """Give every weight the value 0 and the memory of one number, so that the model runs where meta cannot."""
-    made: dict[int, Any] = {}
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is not None and id(tensor) not in made:
-                    zeros = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-                    made[id(tensor)] = nn.Parameter(zeros) if held is module._parameters else zeros
-                if tensor is not None:
-                    held[name] = made[id(tensor)]
 
 
 def _tied_across(model: nn.Module, plan: Plan) -> dict[str, tuple[str, ...]]:
@@ -288,16 +274,3 @@ def _load(plan: Plan, keep_ours: Any, new: Sequence[str], *, owned: Any) -> PreT
             f"should start at random, pass new={sorted({key.split('.')[0] for key in missing})!r}."
         )
     return model  # type: ignore[no-any-return]
-
-
-def _owners(weights: Iterable[str]) -> set[str]:
-    return {name.rpartition(".")[0] for name in weights}
-
-
-def _inside(name: str, modules: Sequence[str]) -> bool:
-    return any(name == module or name.startswith(module + ".") for module in modules)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

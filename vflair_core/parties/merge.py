@@ -23,8 +23,8 @@ from vflair_core.parties.joined_adapter import (
     plain_name,
     write_adapter,
 )
+from vflair_core.partition.checkpoint import TOKENIZER
 from vflair_core.partition.fingerprint import files_digest, sample_digest
-from vflair_core.training.checkpoint import TOKENIZER
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -7,25 +7,20 @@ blocks; the last `tail` blocks, the final norm and the task head stay with the d
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from attrs import field, frozen
 from torch import nn
 
-from vflair_core.communication.channel import LocalChannel
-from vflair_core.errors import PartitionError, ProtocolError
+from vflair_core.errors import PartitionError
 from vflair_core.parties.assembly import assemble, open_channel
 from vflair_core.parties.data_party.party import DataParty
 from vflair_core.parties.model_party.party import ModelParty
 from vflair_core.partition.block_discovery import locate_blocks
 from vflair_core.partition.fingerprint import fingerprint, sample_digest, weights_in
 from vflair_core.partition.slices import Slices
-from vflair_core.partition.stages import Blocks, stages
+from vflair_core.partition.stages import names_in, stages
 from vflair_core.plugins import decide, observe
-from vflair_core.stage import Stage
-from vflair_core.wrapping import refuse_wrapped
 
 if TYPE_CHECKING:
     import pluggy
@@ -33,34 +28,8 @@ if TYPE_CHECKING:
 
     from vflair_core.defenses.defense import Defense
 
-
-def _not_negative(_instance: object, attribute: Any, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise PartitionError(
-            f"{attribute.name} must be a whole number of blocks >= 0, not {value!r}; "
-            "try Partition(head=2, tail=2)."
-        )
-
-
-@frozen
-class Partition:
-    """How many blocks the data party keeps at either end.
-
-    Args:
-        head: Blocks after the embeddings.
-        tail: Blocks before the final norm; 0 gives norm and task head to the model party (HT).
-        disclose: Names of tensors that depend on the text and may cross all the same, although they are
-            not hidden states. Everything of that sort is refused unless named here, and the name is recorded.
-    """
-
-    head: int = field(default=2, validator=_not_negative)
-    tail: int = field(default=2, validator=_not_negative)
-    disclose: tuple[str, ...] = field(default=(), converter=tuple)
-
-    @property
-    def kind(self) -> Literal["HT", "HBT"]:
-        """HT when the model party holds the end of the model, HBT when it holds only the middle."""
-        return "HBT" if self.tail else "HT"
+from vflair_core.partition.module_tree import _take
+from vflair_core.partition.partition import Partition, called_here
 
 
 def split(
@@ -105,7 +74,7 @@ def split(
     # Who joins an existing model party uses its weights, whatever `model` has in their place.
     weights = weights_in(model_party.fingerprint) if model_party else sample_digest(model)
     agreed = fingerprint(type(model).__name__, model.config, partition, weights, dtype=model.dtype)
-    held, untied = _take(model, cut, frozenset(local))
+    held, untied = _take(model, names_in(cut), frozenset(local))
     if model_party is None:
         model_party = ModelParty(held, cut, agreed)
         model_party.slices = slices
@@ -115,7 +84,7 @@ def split(
         partition,
         open_channel(channel, plugins, wire=wire, handle=model_party.handle),
         cut,
-        {name: held.get_submodule(name) for stage in cut for name in stage.names},
+        {name: held.get_submodule(name) for name in names_in(cut)},
         agreed,
         order=order,
         local=local,
@@ -135,63 +104,6 @@ def split(
     return data_party, model_party
 
 
-def divide(model_party: ModelParty, blocks: int, *, wire: bool = False) -> ModelParty:
-    """Make a chain of a model party: it keeps its first `blocks` blocks (of each stack), a new one gets the rest.
-
-    The data party goes on talking to the first, which talks to the new one. Each has its own weights, optimizer,
-    caches and checkpoints; set `sharing` and `checkpoints` at both.
-
-    Args:
-        model_party: Before it trains. It may be divided again, and so may the new one.
-        blocks: How many it keeps.
-        wire: Pass every message between the two through the codec.
-
-    Returns:
-        The new model party.
-
-    Raises:
-        PartitionError: One of the two would have no block, or they would share weights.
-        ProtocolError: A session trains already.
-    """
-    stages = [chain.stage for chain in model_party.chains]
-    shortest = min(len(stage.blocks) for stage in stages)
-    if not 1 <= blocks < shortest:
-        raise PartitionError(
-            f"Cannot keep {blocks} of {shortest} blocks: both parties of a chain need one. "
-            + (
-                f"Possible: 1 to {shortest - 1}."
-                if shortest > 1
-                else "Nothing can be divided here."
-            )
-        )
-    if model_party.onward is not None:
-        raise PartitionError("This party passes on already: divide the last one of the chain.")
-    if any(session.trains or session.graphs for session in model_party.sessions.values()):
-        raise ProtocolError("A data party trains already: divide the model party before.")
-    kept = [Stage(s.blocks[:blocks], (), s.optional) for s in stages]
-    given = [Stage(s.blocks[blocks:], s.rest, s.optional) for s in stages]
-    mine, theirs = (
-        dict.fromkeys(n for stage in part for n in stage.names) for part in (kept, given)
-    )
-    ours = {id(p) for n in mine for p in model_party.model.get_submodule(n).parameters()}
-    tree = nn.Module()
-    tree.training = model_party.model.training
-    for name in theirs:
-        module = model_party.model.get_submodule(name)
-        if name in mine or any(id(p) in ours for p in module.parameters()):
-            raise PartitionError(
-                f"{name} shares weights with blocks of the first party, and no weight has two owners."
-            )
-    for name in theirs:
-        _plant(tree, name, model_party.model.get_submodule(name))
-        parent, _, leaf = name.rpartition(".")
-        delattr(model_party.model.get_submodule(parent), leaf)
-    other = ModelParty(tree, given, model_party.fingerprint)
-    other.slices = model_party.slices
-    model_party.pass_on(kept, LocalChannel(other.handle, wire=wire))
-    return other
-
-
 def _place(
     model_party: ModelParty, devices: Sequence[str], plugins: pluggy.PluginManager | None
 ) -> None:
@@ -206,56 +118,35 @@ def _place(
             )
 
 
-def called_here(
-    model: nn.Module, stacks: Sequence[Blocks], partition: Partition
-) -> dict[str, tuple[bool, ...]]:
-    """Blocks that both parties need (ALBERT's share weights): for each call, whether it is made here."""
-    here: dict[str, list[bool]] = {}
-    for stack in stacks:
-        calls = stack.called(model)
-        for number, block in enumerate(calls):
-            middle = partition.head <= number < len(calls) - partition.tail
-            for name in block:
-                here.setdefault(name, []).append(not middle)
-    return {name: tuple(made) for name, made in here.items() if len(set(made)) > 1}
+# Named rather than imported: torch builds without torch.distributed lack most of them.
+WRAPPERS = {
+    "DataParallel": "split(model.module, ...)",
+    "DistributedDataParallel": "split(model.module, ...)",
+    "FullyShardedDataParallel": "split the model before it is sharded",
+    "FSDPModule": "split the model before it is sharded",
+    "DeepSpeedEngine": "split(engine.module, ...)",
+    "OptimizedModule": "split the model before torch.compile",
+}
 
 
-def _take(
-    model: nn.Module, cut: Sequence[Stage], local: frozenset[str]
-) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return a tree with the modules of `cut` under their own names, and the weights that had to be untied.
+def refuse_wrapped(model: nn.Module) -> None:
+    """See that `model` is a transformers model as `from_pretrained` returns it, unwrapped and unquantised.
 
-    A weight that both sides use gets a copy at the model party: no weight has two owners.
+    Raises:
+        PartitionError: It is not; the message names what holds it and what to do.
     """
-    names = tuple(dict.fromkeys(name for stage in cut for name in stage.names))
-    inside = {id(p) for name in names for p in model.get_submodule(name).parameters()}
-    prefixes = tuple(name + "." for name in names if name not in local)
-    outside = {
-        id(p)
-        for name, p in model.named_parameters(remove_duplicate=False)
-        if not name.startswith(prefixes)
-    }
-    shared = inside & outside
-    held, untied = nn.Module(), []
-    held.training = model.training  # what `ModelParty` compares a request with
-    for name in names:
-        module = model.get_submodule(name)
-        if name in local:
-            module = copy.deepcopy(module)
-            untied += [f"{name}.{key}" for key, _ in module.named_parameters()]
-        for key, parameter in list(module.named_parameters(remove_duplicate=False)):
-            if id(parameter) in shared:
-                parent, _, leaf = key.rpartition(".")
-                setattr(module.get_submodule(parent), leaf, copy.deepcopy(parameter))
-                untied.append(f"{name}.{key}")
-        _plant(held, name, module)
-    return held, tuple(untied)
-
-
-def _plant(tree: nn.Module, name: str, module: nn.Module) -> None:
-    *path, leaf = name.split(".")
-    for part in path:
-        if part not in tree._modules:
-            tree.add_module(part, nn.Module())
-        tree = tree._modules[part]  # type: ignore[assignment]
-    tree.add_module(leaf, module)
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in WRAPPERS:
+                raise PartitionError(
+                    f"Cannot cut a model inside {kind.__name__}: its weights are not the model's own any "
+                    f"more. Instead: {WRAPPERS[kind.__name__]}."
+                )
+    quantiser = getattr(model, "hf_quantizer", None)
+    if quantiser is not None:
+        method = quantiser.quantization_config.quant_method
+        raise PartitionError(
+            f"Cannot cut a model that {getattr(method, 'value', method)} has quantised: packed weights have "
+            "no stand-in. Instead: load_model_party(name, partition, quantization_config=...) quantises the "
+            "model party's half as it is loaded."
+        )

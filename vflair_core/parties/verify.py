@@ -10,7 +10,8 @@ from attrs import frozen
 from torch import Tensor
 
 from vflair_core.errors import PartitionError
-from vflair_core.parties.split import Partition, split
+from vflair_core.parties.split import split
+from vflair_core.partition.partition import Partition
 
 CONTENTS = 3  # texts tried
 BATCH, LENGTH = 2, 9

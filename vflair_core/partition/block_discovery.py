@@ -10,7 +10,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vflair_core.errors import PartitionError
-from vflair_core.partition.stages import Blocks
+from vflair_core.partition.partition import Blocks
 from vflair_core.partition.tracing import has_two_stacks, text_config, trace
 from vflair_core.plugins import decide
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vflair_core.errors import CheckpointError
+from vflair_core.partition.adapters import _of_adapter, adapters_of
 
 Side = Literal["data_party", "model_party"]
 KEY = "vflair_checkpoint"
@@ -123,49 +125,88 @@ def restore(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None
             tensor.copy_(weights[name])
 
 
-def adapters_of(model: nn.Module) -> dict[str, Any]:
-    """The configs of peft in `model`, by adapter."""
-    return getattr(model, "peft_config", None) or {}
+DATA_FILE, MODEL_FILE, TOKENIZER = "data_party.safetensors", "model_party.safetensors", "tokenizer"
 
 
-def _of_adapter(model: nn.Module, name: str) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    parts = name.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        if isinstance(model.get_submodule(".".join(parts[:end])), BaseTunerLayer):
-            return parts[end] != "base_layer"
-    return False
+Tensors = dict[str, Tensor]
 
 
-def adapter_facts(model: nn.Module) -> dict[str, Any] | None:
-    """What a joined adapter needs to know: the config, and rank and scale of each adapted module.
+def check_part(facts: dict[str, Any], fingerprint: str, optimizer: Any, path: Path) -> None:
+    """See that a part belongs to this model, cut and optimizer.
 
     Raises:
-        CheckpointError: There is more than one adapter.
+        CheckpointError: It does not.
     """
-    configs = adapters_of(model)
-    if not configs:
-        return None
-    if len(configs) > 1:
+    from vflair_core.partition.fingerprint import differences
+
+    if facts["fingerprint"] != fingerprint:
         raise CheckpointError(
-            f"There are {len(configs)} adapters ({', '.join(configs)}), and a part holds one. Save with one."
+            f"{path} is of another model or cut: it has {differences(facts['fingerprint'], fingerprint)} now. "
+            "Load the model, revision and partition it was trained with."
         )
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    now = type(optimizer).__name__
+    if facts.get("optimizer") != now:
+        raise CheckpointError(
+            f"{path} was saved with the optimizer {facts.get('optimizer')}, and now it is {now}. Go on with "
+            "the same Train(optimizer=...)."
+        )
 
-    ((name, config),) = configs.items()
-    adapted = {
-        path: {key: getattr(module, key, {}).get(name) for key in ("r", "lora_alpha")}
-        for path, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-    }
-    plain = {key: value for key, value in config.to_dict().items() if key != "runtime_config"}
+
+def steps_in(folder: Path, file: str = DATA_FILE) -> dict[int, Path]:
+    """The parts in a folder by step; unfinished ones have another name."""
+    found = {}
+    for path in folder.glob(f"step-*/{file}"):
+        if number := re.fullmatch(r"step-(\d+)", path.parent.name):
+            found[int(number[1])] = path
+    return found
+
+
+def _step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _listed(steps: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(steps))) or "none"
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer | None) -> Tensors:
+    state = optimizer.state_dict()["state"] if optimizer else {}
     return {
-        "name": name,
-        "config": json.loads(json.dumps(plain, default=_plain)),
-        "adapted": adapted,
+        f"optimizer/{index}/{key}": value
+        for index, entries in state.items()
+        for key, value in entries.items()
+        if isinstance(value, Tensor)
     }
 
 
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+def _restore_optimizer(optimizer: torch.optim.Optimizer | None, tensors: Tensors) -> None:
+    if optimizer is None:
+        return
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in _under(tensors, "optimizer/").items():
+        index, _, key = name.partition("/")
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _random_state() -> Tensors:
+    states = {"random/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        cards = enumerate(torch.cuda.get_rng_state_all())
+        states |= {f"random/cuda.{n}": state for n, state in cards}
+    return states
+
+
+def _restore_random(tensors: Tensors) -> None:
+    torch.set_rng_state(tensors["random/cpu"])
+    for name, state in _under(tensors, "random/cuda.").items():
+        if int(name) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, int(name))
+
+
+def _under(tensors: Tensors, prefix: str) -> Tensors:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _plain_names(tensors: Tensors) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if "/" not in name}

@@ -20,7 +20,7 @@ from vflair_core.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from vflair_core.parties.split import Partition
+    from vflair_core.partition.partition import Partition
 
 SAMPLE = 1024  # values of each weight: another training run changes nearly all of them
 # Facts of the folder or of one party's way of loading, not of the architecture.

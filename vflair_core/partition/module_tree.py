@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -50,3 +53,84 @@ def outside(model: nn.Module, absent: tuple[str, ...]) -> set[str]:
 
     walk(model, "")
     return found
+
+
+def _take(
+    model: nn.Module, names: Sequence[str], local: frozenset[str]
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return a tree with the modules `names` under their own names, and the weights that had to be untied.
+
+    A weight that both sides use gets a copy at the model party: no weight has two owners.
+    """
+    inside = {id(p) for name in names for p in model.get_submodule(name).parameters()}
+    prefixes = tuple(name + "." for name in names if name not in local)
+    outside = {
+        id(p)
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if not name.startswith(prefixes)
+    }
+    shared = inside & outside
+    held, untied = nn.Module(), []
+    held.training = model.training  # what `ModelParty` compares a request with
+    for name in names:
+        module = model.get_submodule(name)
+        if name in local:
+            module = copy.deepcopy(module)
+            untied += [f"{name}.{key}" for key, _ in module.named_parameters()]
+        for key, parameter in list(module.named_parameters(remove_duplicate=False)):
+            if id(parameter) in shared:
+                parent, _, leaf = key.rpartition(".")
+                setattr(module.get_submodule(parent), leaf, copy.deepcopy(parameter))
+                untied.append(f"{name}.{key}")
+        _plant(held, name, module)
+    return held, tuple(untied)
+
+
+def _plant(tree: nn.Module, name: str, module: nn.Module) -> None:
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in tree._modules:
+            tree.add_module(part, nn.Module())
+        tree = tree._modules[part]  # type: ignore[assignment]
+    tree.add_module(leaf, module)
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """Copy a module without its data: same structure and attributes, weights on the meta device."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    twin = copy.deepcopy(module, memo).requires_grad_(False)
+    for part in twin.modules():
+        # Experts by grouped matrix products need bfloat16 on the meta device; batched ones have its shapes.
+        if getattr(getattr(part, "config", None), "_experts_implementation", None) == "grouped_mm":
+            part.config._experts_implementation = "batched_mm"  # type: ignore[union-attr]
+    return twin
+
+
+def _hollow(model: nn.Module) -> None:
+    """Give every weight the value 0 and the memory of one number, so that the model runs where meta cannot."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and id(tensor) not in made:
+                    zeros = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+                    made[id(tensor)] = nn.Parameter(zeros) if held is module._parameters else zeros
+                if tensor is not None:
+                    held[name] = made[id(tensor)]
+
+
+def _owners(weights: Iterable[str]) -> set[str]:
+    return {name.rpartition(".")[0] for name in weights}
+
+
+def _inside(name: str, modules: Sequence[str]) -> bool:
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -10,11 +10,11 @@ from attrs import frozen
 from torch import nn
 
 from vflair_core.errors import ExperimentError, did_you_mean
-from vflair_core.partition.stages import Blocks, units_around
-from vflair_core.stage import Stage
+from vflair_core.partition.partition import Blocks, units_around
+from vflair_core.partition.stages import Stage
 
 if TYPE_CHECKING:
-    from vflair_core.parties.split import Partition
+    from vflair_core.partition.partition import Partition
 
 SLICES = ("data_party", "model_party", "head", "body", "tail", "embeddings", "task_head")
 

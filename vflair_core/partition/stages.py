@@ -15,38 +15,12 @@ from transformers import PreTrainedModel
 
 from vflair_core.errors import PartitionError
 from vflair_core.partition.tracing import Trace, trace
-from vflair_core.stage import Stage
 
 if TYPE_CHECKING:
-    from vflair_core.parties.split import Partition
+    from vflair_core.partition.partition import Partition
+from collections.abc import Iterable
 
-
-@frozen
-class Blocks:
-    """A stack of blocks.
-
-    Args:
-        name: Dotted name of the list, e.g. ``"transformer.h"``.
-        calls: Names of the blocks in the order of their calls; a shared block is named once for each call.
-            A block whose modules lie in several lists is a tuple of their names, in the order of their calls.
-            Left out, each entry of the list is called once, in order.
-    """
-
-    name: str
-    calls: tuple[str | tuple[str, ...], ...] = ()
-
-    def called(self, model: nn.Module) -> tuple[tuple[str, ...], ...]:
-        """Names of the modules of each block, in the order in which `model` calls them; most blocks are one."""
-        depth = len(model.get_submodule(self.name))  # type: ignore[arg-type]
-        calls = self.calls or tuple(f"{self.name}.{n}" for n in range(depth))
-        return tuple((call,) if isinstance(call, str) else call for call in calls)
-
-    def lists(self) -> frozenset[str]:
-        """Names of the lists that the blocks lie in."""
-        flat = [
-            name for call in self.calls for name in ((call,) if isinstance(call, str) else call)
-        ]
-        return frozenset([self.name, *(name.rpartition(".")[0] for name in flat)])
+from vflair_core.partition.partition import Blocks, units_around
 
 
 def stages(model: nn.Module, stacks: Sequence[Blocks], partition: Partition) -> tuple[Stage, ...]:
@@ -74,6 +48,11 @@ def stages(model: nn.Module, stacks: Sequence[Blocks], partition: Partition) -> 
         pauses = found.lasting.intersection((*middle[-1:], *rest))
         cut.append(Stage(middle, tuple(rest), left_out[n], frozenset(pauses)))
     return tuple(cut)
+
+
+def names_in(cut: Sequence[Stage]) -> tuple[str, ...]:
+    """Names of the modules that the model party holds, in call order, each once."""
+    return tuple(dict.fromkeys(name for stage in cut for name in stage.names))
 
 
 def _middle(calls: tuple[tuple[str, ...], ...], partition: Partition) -> tuple[str, ...]:
@@ -140,20 +119,74 @@ def _roots(stacks: Sequence[Blocks]) -> list[str]:
     return roots
 
 
-def units_around(model: nn.Module, stacks: Sequence[Blocks]) -> list[str]:
-    """Largest modules with weights that are not around the blocks."""
-    units = []
-    lists = frozenset().union(*(stack.lists() for stack in stacks))
+@frozen
+class Stage:
+    """What the model party runs in one exchange.
 
-    def walk(module: nn.Module, prefix: str) -> None:
-        for name, child in module.named_children():
-            full = f"{prefix}{name}"
-            if full in lists:
-                continue
-            if any(name.startswith(full + ".") for name in lists):
-                walk(child, full + ".")
-            elif any(True for _ in child.parameters()):
-                units.append(full)
+    Args:
+        blocks: Names of the blocks in the order of their calls.
+        rest: Names of the modules it holds after them (HT): norm, pooler, head.
+        optional: Blocks that the model leaves out of some calls, as those for pictures where there is none. Which
+            they are is settled when the cut is made; no message adds one.
+        pauses: Those of the last block and `rest` whose output the data party needs besides that of the next one.
+    """
 
-    walk(model, "")
-    return units
+    blocks: tuple[str, ...]
+    rest: tuple[str, ...] = ()
+    optional: frozenset[str] = frozenset()
+    pauses: frozenset[str] = frozenset()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Everything in the order of the calls."""
+        return self.blocks + self.rest
+
+    def ends_with(self, called: tuple[str, ...]) -> bool:
+        """Whether `called` is the whole stage, the last of `rest` after what went before, or comes to a pause."""
+        if not called:
+            return False
+        if called[-1] in self.pauses and self.allows(called):
+            return True
+        return called == self.rest[-len(called) :] or self._reached(called) == len(self.names)
+
+    def allows(self, called: tuple[str, ...]) -> bool:
+        """Whether `called` may be asked for at once: all blocks and what follows, or a piece of `rest`.
+
+        The data party may need a value between two modules of `rest`, to pick the last token for example.
+        """
+        reached = self._reached(called)
+        if called and reached is not None and called[0] in self.blocks:
+            return self.optional.issuperset(self.blocks[reached:])
+        starts = [n for n, name in enumerate(self.rest) if called and name == called[0]]
+        return any(called == self.rest[n : n + len(called)] for n in starts)
+
+    def goes_on_after(self, called: tuple[str, ...]) -> bool:
+        """Whether a block that cannot be left out follows `called`."""
+        reached = self._reached(called)
+        return bool(called) and reached is not None and not self.allows(called)
+
+    def _reached(self, called: tuple[str, ...]) -> int | None:
+        """How many of the names lie behind after `called`; None if it is not their beginning."""
+        position = 0
+        for name in called:
+            while self.names[position : position + 1] != (name,):
+                if position >= len(self.names) or self.names[position] not in self.optional:
+                    return None
+                position += 1
+            position += 1
+        return position
+
+
+def stage_of(called: tuple[str, ...], stages: Iterable[Stage]) -> Stage:
+    """Return the stage that `called` is a run of.
+
+    Raises:
+        PartitionError: There is none: the model needs a value from among the blocks of the model party.
+    """
+    for stage in stages:
+        if stage.allows(called):
+            return stage
+    raise PartitionError(
+        f"The model needs a value after {called[-1] if called else 'nothing'}, and the model party gives none from "
+        "among its blocks. Choose a cut after that layer; `verify` says which cuts work."
+    )

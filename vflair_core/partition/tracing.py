@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vflair_core.communication.program import tensors_of
 from vflair_core.errors import PartitionError
-from vflair_core.parties.data_party.stubs import on_meta
+from vflair_core.partition.module_tree import on_meta
 
 
 def has_two_stacks(model: nn.Module) -> bool:

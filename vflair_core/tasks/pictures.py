@@ -8,7 +8,7 @@ import attrs
 
 from vflair_core.errors import TaskError
 from vflair_core.tasks.task import Example
-from vflair_core.tasks.tokenization import Row
+from vflair_core.tasks.token_rows import Row
 
 
 def with_places(example: Example, token: str) -> Example:

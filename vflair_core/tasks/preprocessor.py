@@ -12,7 +12,8 @@ from vflair_core.errors import TaskError
 from vflair_core.tasks.collation import Encoded, collate, pack
 from vflair_core.tasks.spans import changed, rendered
 from vflair_core.tasks.task import Example
-from vflair_core.tasks.tokenization import Reading, Row, read, read_prompt
+from vflair_core.tasks.token_rows import Row
+from vflair_core.tasks.tokenization import Reading, read, read_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vflair_core.tasks.spans import Replaced
 from vflair_core.tasks.task import Span
-from vflair_core.tasks.tokenization import Row
+from vflair_core.tasks.token_rows import Row
 
 N_BEST = 20
 LONGEST = 30  # tokens

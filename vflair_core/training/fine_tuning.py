@@ -12,9 +12,9 @@ from attrs import field, frozen, validators
 from torch import nn
 
 from vflair_core.communication.optimizers import make_optimizer
-from vflair_core.defenses.defense import Batch
 from vflair_core.parties.data_party.party import DataParty
 from vflair_core.partition.slices import check_names
+from vflair_core.tasks.collation import Batch
 from vflair_core.training.checkpoint import load_run, save_run
 from vflair_core.training.tuning import EVERYTHING, Lora
 from vflair_core.training.two_phase_commit import agree
@@ -96,7 +96,7 @@ class FineTuning:
         own += [p for defense in party.defenses.each for p in defense.parameters()]
         self.optimizer = make_optimizer(own, options.optimizer_spec())
         self._scaling = Scaling(scaler) if scaler is not None else None
-        party.line.open(party.defenses.each, options.optimizer_spec())
+        party.open(options.optimizer_spec())
 
     def step(self, *batches: Batch, rate: float | None = None) -> float:
         """Take one optimizer step over `batches` (gradient accumulation) and return the mean loss in nats.

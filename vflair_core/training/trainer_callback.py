@@ -39,7 +39,7 @@ class SplitCallback(TrainerCallback):  # type: ignore[misc]
                 "The Trainer's fp16 scales the loss where vflair cannot see it. Use bf16=True, or FineTuning with "
                 "scaler=torch.amp.GradScaler()."
             )
-        self.party.line.open(self.party.defenses.each, _spec_of(parts["optimizer"]))
+        self.party.open(_spec_of(parts["optimizer"]))
         if self._clip is None:  # else the last run broke off and left 0 behind
             self._clip = args.max_grad_norm or 0.0
         args.max_grad_norm = 0.0

@@ -10,13 +10,12 @@ starts equal in a whole model and in its halves, in whatever order they are made
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from attrs import field, frozen, validators
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from vflair_core.errors import ExperimentError, did_you_mean
@@ -24,6 +23,7 @@ from vflair_core.partition.slices import Slices, check_names
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+from vflair_core.randomness import _seed_of
 
 EVERYTHING = ("data_party", "model_party")
 
@@ -201,26 +201,3 @@ def _inject(model: nn.Module, config: PeftConfig | None, seed: int) -> None:
             )
 
     type(tuner.__name__, (tuner,), {"_create_and_replace": create})(model, config, "default")
-
-
-def _seed_of(seed: int, name: str) -> int:
-    digest = hashlib.sha256(f"adapter {seed} {name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict of `model` with its adapters merged, under the names it has without them."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    adapted = {name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
-    state = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if not any(name.startswith(f"{outer}.") for outer in adapted)
-    }
-    for outer in adapted:
-        layer: Any = copy.deepcopy(model.get_submodule(outer))
-        layer.merge()
-        plain = layer.get_base_layer().state_dict()
-        state.update({f"{outer}.{name}": tensor for name, tensor in plain.items()})
-    return state

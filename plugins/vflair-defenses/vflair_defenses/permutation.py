@@ -40,7 +40,7 @@ class Permutation(Defense):
         """Draw the permutation for the width of the model's hidden states, and send it to the model party."""
         generator = torch.Generator().manual_seed(self.seed)
         self._order = torch.randperm(width_of(data_party), generator=generator)
-        data_party.line.open(data_party.defenses.each)
+        data_party.open()
 
     def on_smashed(self, smashed: Tensor, exchange: Exchange) -> Tensor:  # (..., D)
         return smashed[..., self._ready().to(smashed.device)]

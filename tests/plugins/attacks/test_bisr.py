@@ -10,7 +10,7 @@ from vflair_attacks.learning import Inverter
 from vflair_attacks.noise_experts import Experts
 from vflair_core import Partition
 from vflair_core.attacks.attack import launch
-from vflair_core.defenses.defense import Mechanism
+from vflair_core.defenses.mechanism import Mechanism
 from vflair_core.testing import crossed, numbers_as_texts, tiny_model, tiny_tokenizer
 
 VOCABULARY, LENGTH, PROMPT = 200, 8, 3

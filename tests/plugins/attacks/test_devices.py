@@ -13,8 +13,8 @@ from vflair_core import Partition
 from vflair_core.attacks.attack import call, launch
 from vflair_core.attacks.halves import halves
 from vflair_core.communication.message import Crossing, Message
-from vflair_core.defenses.defense import Mechanism, Replacement
-from vflair_core.plugins import load_target
+from vflair_core.defenses.mechanism import Mechanism, Replacement
+from vflair_core.offers import load_target
 from vflair_core.tasks.task import Example
 from vflair_core.testing import crossed, numbers_as_texts, tiny_model, tiny_tokenizer
 

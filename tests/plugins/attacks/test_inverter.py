@@ -8,7 +8,7 @@ import torch
 from vflair_attacks.inverter import LearnedInverter
 from vflair_core import AttackError, Partition
 from vflair_core.attacks.attack import launch
-from vflair_core.defenses.defense import Mechanism
+from vflair_core.defenses.mechanism import Mechanism
 from vflair_core.testing import crossed, numbers_as_texts, tiny_model, tiny_tokenizer
 
 VOCABULARY, LENGTH = 200, 8

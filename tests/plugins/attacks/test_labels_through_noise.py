@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot
 from vflair_attacks.gradient_sign import GradientSign
 from vflair_attacks.label_enumeration import LabelEnumeration
 from vflair_core import Partition
-from vflair_core.defenses.defense import Mechanism
+from vflair_core.defenses.mechanism import Mechanism
 
 NOISES = (0.01, 0.05, 0.2, 1.0)
 EXAMPLES, LENGTH, WIDTH, VOCABULARY = 30, 12, 16, 100

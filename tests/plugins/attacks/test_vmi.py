@@ -9,7 +9,7 @@ from vflair_attacks.patch_inversion import PatchInversion
 from vflair_attacks.vmi import ModelInversion
 from vflair_core import AttackError, Partition
 from vflair_core.attacks.attack import launch
-from vflair_core.defenses.defense import Mechanism
+from vflair_core.defenses.mechanism import Mechanism
 from vflair_core.testing import crossed, tiny_model
 
 VOCABULARY = 500

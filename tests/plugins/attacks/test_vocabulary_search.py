@@ -11,7 +11,7 @@ from vflair_core import AttackError, Guess, Partition, Transcript, split
 from vflair_core.attacks.attack import launch
 from vflair_core.attacks.halves import halves
 from vflair_core.attacks.observables import Observables
-from vflair_core.defenses.defense import Mechanism
+from vflair_core.defenses.mechanism import Mechanism
 from vflair_core.testing import tiny_model
 
 VOCABULARY = 1000

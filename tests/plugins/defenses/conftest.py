@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from vflair_core import Partition, split
 from vflair_core.defenses.defense import Exchange
-from vflair_core.tasks.collation import train_tokenizer
+from vflair_core.tasks.tokenizer_training import train_tokenizer
 from vflair_core.testing import tiny_model
 
 PUBLIC = [

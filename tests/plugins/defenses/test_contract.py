@@ -10,7 +10,7 @@ import torch
 from attrs import define, field
 
 from vflair_core import Defense, DefenseError, Transcript
-from vflair_core.plugins import load_target
+from vflair_core.offers import load_target
 from vflair_defenses import OFFERED, vflair_defenses
 
 # of each defense: options that defend, and options that switch it off (None: there are none)

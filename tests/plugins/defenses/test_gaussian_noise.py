@@ -10,7 +10,7 @@ import torch
 
 from vflair_core import DefenseError, Partition, Transcript, split
 from vflair_core.defenses.defense import Exchange
-from vflair_core.tasks.collation import train_tokenizer
+from vflair_core.tasks.tokenizer_training import train_tokenizer
 from vflair_core.testing import tiny_model
 from vflair_defenses.gaussian_noise import GaussianMechanism, GaussianNoise
 from vflair_defenses.rows import clip_rows

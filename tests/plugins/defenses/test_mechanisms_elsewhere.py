@@ -8,7 +8,7 @@ import torch
 from foreign_device import DEVICES, device_called
 from vflair_core.attacks.adaptive import told
 from vflair_core.defenses.defense import Defense
-from vflair_core.plugins import load_target, target_of
+from vflair_core.offers import load_target, target_of
 from vflair_defenses import vflair_defenses
 
 WIDTH = 16

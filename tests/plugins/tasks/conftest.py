@@ -7,7 +7,7 @@ import json
 import datasets
 import pytest
 
-from vflair_core.tasks.collation import train_tokenizer
+from vflair_core.tasks.tokenizer_training import train_tokenizer
 
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"

@@ -9,7 +9,7 @@ from PIL import Image as Pictures
 from vflair_core import plugin_manager
 from vflair_core.errors import TaskError
 from vflair_core.experiments.config import experiment_from
-from vflair_core.plugins import build, find
+from vflair_core.offers import build, find
 from vflair_tasks import own as own_module
 from vflair_tasks.own import own
 from vflair_tasks.tables import Opened
@@ -55,7 +55,7 @@ def test_three_lines_of_toml_make_a_task_of_any_file(ending, tmp_path, monkeypat
 
 
 def find_own(manager):
-    from vflair_core.plugins import offers
+    from vflair_core.offers import offers
 
     return "own" in offers(manager, "tasks")
 

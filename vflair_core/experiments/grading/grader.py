@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import structlog
 import torch
+from torch import Tensor
 
 from vflair_core.attacks.adaptive import Side, has_mechanism
 from vflair_core.attacks.attack import Guess, Launch, wants
-from vflair_core.attacks.evidence import furnish, read_facts
+from vflair_core.attacks.evidence import read_facts
 from vflair_core.attacks.guess_files import Found, read_guess, take_so_far
-from vflair_core.attacks.isolation import attack_device, hint_of
-from vflair_core.attacks.worker import MARK, Progress, work
+from vflair_core.attacks.isolation import Isolation, attack_device
+from vflair_core.attacks.worker import Progress, run_worker
+from vflair_core.attacks.workspace import furnish
 from vflair_core.errors import AttackError
 from vflair_core.experiments.grading.answer_key import AnswerKey
-from vflair_core.experiments.grading.grades import Reference, grade, judge, performance
-from vflair_core.experiments.grading.tokens import Grade
-from vflair_core.processes import environment
-
-log = structlog.get_logger()
-Isolation = Literal["process", "inline"]
+from vflair_core.experiments.grading.grades import Grade, Reference, judge
+from vflair_core.experiments.grading.labels import (
+    grade_answers,
+    grade_labels,
+    grade_members,
+    performance_apart,
+)
+from vflair_core.experiments.grading.statistics import pooled
+from vflair_core.experiments.grading.tokens import checked_tokens, grade_tokens, token_hits
+from vflair_core.experiments.grading.truth import Truth
 
 
 def attack_and_grade(
@@ -71,7 +73,7 @@ def attack_and_grade(
         def told(label: str, done: int, total: int) -> None:
             progress(label + _recovered(folder, keys), done, total)
 
-        _run(folder, isolation, told)
+        run_worker(folder, isolation, told)
         grades: list[Grade] = []
         for number, launch in enumerate(launches):
             for target, about in _targets(folder, number, keys[number]):
@@ -169,34 +171,26 @@ def _accuracy_of(guess: Any, key: AnswerKey) -> float:
     return performance(guess, key.control, range(len(key.subset)))
 
 
-def _run(folder: Path, isolation: Isolation, progress: Progress) -> None:
-    if isolation == "inline":
-        work(folder, progress)
-        return
-    command = [sys.executable, "-m", "vflair_core.attacks.worker", str(folder)]
-    with (
-        (folder / "stderr.txt").open("w") as errors,
-        subprocess.Popen(  # noqa: S603
-            command,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            cwd=folder,
-            env=environment(),
-        ) as process,
-    ):
-        assert process.stdout is not None  # PIPE was asked for
-        for line in process.stdout:
-            if line.startswith(MARK):
-                progress(*json.loads(line.removeprefix(MARK)))
-    code = process.returncode
-    if code:
-        report = folder / "error.json"
-        if report.exists():
-            facts = json.loads(report.read_text())
-            log.error("attack_failed", traceback=facts["traceback"])
-            device = json.loads((folder / "job.json").read_text())["device"]
-            hint = hint_of(device, facts["error"])
-            raise AttackError(f"An attack failed: {facts['error']}{hint}")
-        said = (folder / "stderr.txt").read_text()[-2000:]
-        raise AttackError(f"The attack worker ended with code {code}: {said}")
+def grade(
+    guess: Guess, truth: Truth, prior: Tensor | None, decode: Any, *, name: str, knowledge: str
+) -> Grade:
+    """Grade a guess of whatever kind; `prior` and `decode` are for tokens.
+
+    Raises:
+        AttackError: The guess does not fit the victims, or there is no such truth.
+    """
+    if guess.tokens is not None:
+        return grade_tokens(guess, truth, prior, decode, name=name, knowledge=knowledge)
+    if guess.answers is not None:
+        return grade_answers(guess, truth, name=name, knowledge=knowledge)
+    if guess.members is not None:
+        return grade_members(guess, truth, name=name, knowledge=knowledge)
+    return grade_labels(guess, truth, name=name, knowledge=knowledge)
+
+
+def performance(guess: Guess, truth: Truth, rows: Sequence[int]) -> float:
+    """Attack performance on some victims only; `guess` has one row per chosen victim."""
+    if guess.tokens is None:
+        return performance_apart(guess, truth, rows)
+    chosen = truth.of(rows)
+    return pooled(token_hits(checked_tokens(guess, chosen), chosen))

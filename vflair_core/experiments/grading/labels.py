@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vflair_core.attacks.attack import Guess
 from vflair_core.errors import AttackError
+from vflair_core.experiments.grading.grades import Grade
 from vflair_core.experiments.grading.matching import matched, together
 from vflair_core.experiments.grading.statistics import (
     Hits,
@@ -19,7 +20,6 @@ from vflair_core.experiments.grading.statistics import (
     mean_over_shifts,
     pooled,
 )
-from vflair_core.experiments.grading.tokens import Grade
 from vflair_core.experiments.grading.truth import Truth
 
 

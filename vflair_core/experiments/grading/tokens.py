@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import attrs
 import torch
-from attrs import define, field
 from torch import Tensor
 
 from vflair_core.attacks.attack import Guess
 from vflair_core.errors import AttackError
+from vflair_core.experiments.grading.grades import Grade
 from vflair_core.experiments.grading.matching import matched, together
 from vflair_core.experiments.grading.statistics import (
     bag,
@@ -22,48 +21,6 @@ from vflair_core.experiments.grading.statistics import (
     rouge_l,
 )
 from vflair_core.experiments.grading.truth import Truth
-
-
-@define
-class Grade:
-    """How much an attack recovered: the rate of right answers about its `target`.
-
-    `attack_performance` (AP) is what tables show. `floor` is the best of the guesses that use no message of the
-    example. `verdict` is ``"ok"`` or says which control failed or that the attack was uninformative.
-    """
-
-    attack: str
-    knowledge: str
-    target: str  # "tokens" (of prompts), "response" (tokens), "labels", "answers", "members"
-    attack_performance: float
-    interval: tuple[float, float]
-    floor: float
-    floors: dict[str, float]
-    details: dict[str, float]
-    positive_control: float | None = None
-    negative_control: float | None = None
-    verdict: str = "ok"
-    budget: dict[str, float] = field(factory=dict)
-    course: list[dict[str, float]] = field(factory=list)  # AP after some forwards and seconds
-    reference: float = 0.0  # performance on the victims that also cross with the defense bypassed
-    seconds: float = 0.0
-    informative: bool = True  # above its floor where nothing defends
-    adaptive: bool = False  # it knows the defense, or learned from what came through it
-    development: float | None = None  # performance on the victims that only choose among attacks
-    recovered: list[str] = field(factory=list)  # the guesses as text; not among the numbers
-    hits: list[tuple[int, int]] = field(factory=list)  # by victim or update; not in the numbers
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values for a result file, without what is kept of each victim."""
-        return attrs.asdict(self, filter=lambda a, _: a.name not in ("recovered", "hits"))
-
-    def numbers(self) -> dict[str, Any]:
-        """The same without seconds: what equal seeds reproduce."""
-        plain = self.to_dict()
-        del plain["seconds"]
-        for point in plain["course"]:
-            del point["seconds"]
-        return plain
 
 
 def grade_tokens(

@@ -9,6 +9,12 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
+from vflair_core.parties.data_party.party import DataParty
+from vflair_core.parties.data_party.text import reader_of
+from vflair_core.tasks.preprocessor import Reader
+from vflair_core.tasks.task import Example
+from vflair_core.tasks.token_rows import Row, Tally
+
 
 @frozen(eq=False)
 class Truth:
@@ -77,3 +83,80 @@ class Truth:
             self.update_batch,
             [self.places[n] for n in rows] if self.places else [],
         )
+
+
+def truth_of(
+    party: DataParty,
+    examples: Sequence[Example],
+    rows: Sequence[Row],
+    max_length: int,
+    *,
+    known: int = 0,
+    members: Tensor | None = None,
+) -> Truth:
+    """Return what really was there, for grading only; it never leaves this process.
+
+    Positions are those of the rows that were sent. The secrets are the original ones, as they would have been sent
+    if no defense had changed the text: who blanks a name must not have it count as never there.
+    """
+    reading = attrs.evolve(reader_of(party, max_length).reading, tally=Tally())
+    plain = Reader(party.tokenizer, reading, max_length)  # type: ignore[arg-type]
+    untouched = [plain.batch([example], first_only=True).rows[0] for example in examples]
+    labels = [example.label for example in examples]
+    whole = all(isinstance(label, int) for label in labels)
+    return Truth(
+        [torch.tensor(row.ids) for row in rows],
+        [torch.tensor(row.private) for row in rows],
+        [_text(example) for example in examples],
+        [_kept_secrets(row) for row in untouched],
+        torch.tensor(labels) if whole else None,
+        answers=[_answer(row) for row in rows],
+        known=frozenset(range(known)),
+        members=members,
+        originals=_originals(rows, untouched),
+    )
+
+
+def _originals(rows: Sequence[Row], untouched: Sequence[Row]) -> list[Tensor]:
+    """The private tokens before any defense changed the text; none if no text was changed."""
+    if all(sent.ids == plain.ids for sent, plain in zip(rows, untouched, strict=True)):
+        return []
+    return [torch.tensor(row.ids)[torch.tensor(row.private)] for row in untouched]
+
+
+def _answer(row: Row) -> Tensor:
+    """Which positions of a row hold the answer that it continues with: its last ones, or none."""
+    continues = bool(row.target) and row.ids[-len(row.target) :] == row.target
+    there = torch.zeros(len(row.ids), dtype=torch.bool)
+    there[len(row.ids) - len(row.target) * continues :] = True
+    return there
+
+
+def _text(example: Example) -> str:
+    return example.text if example.pair is None else f"{example.text}\n{example.pair}"
+
+
+def _kept_secrets(row: Row) -> tuple[str, ...]:
+    """The secrets that the row holds whole: nobody can recover what did not cross."""
+    kept = []
+    texts = (row.example.text, row.example.pair or "")
+    for sequence, spans in enumerate((row.example.private, row.example.private_pair)):
+        there = [
+            offset
+            for offset, own in zip(row.offsets, row.sequences, strict=True)
+            if own == sequence
+        ]
+        for left, right in spans or ():
+            if _covers(there, left, right, texts[sequence]):
+                kept.append(texts[sequence][left:right])
+    return tuple(kept)
+
+
+def _covers(offsets: Sequence[tuple[int, int]], left: int, right: int, text: str) -> bool:
+    reached = left
+    for start, end in sorted(offsets):
+        if start <= reached or not text[reached:start].strip():  # tokenizers may leave spaces out
+            reached = max(reached, end)
+        if reached >= right:
+            return True
+    return False

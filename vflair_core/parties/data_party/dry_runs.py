@@ -17,9 +17,10 @@ from vflair_core.communication.execution import Execution
 from vflair_core.communication.message import Role
 from vflair_core.communication.program import Program
 from vflair_core.errors import PartitionError
+from vflair_core.parties.data_party import remote_cache
 from vflair_core.parties.data_party.inputs import all_ones, cache_in
-from vflair_core.parties.data_party.roles import Call, Captured, Given, Probe, find_roles
-from vflair_core.parties.model_party import cache as caches
+from vflair_core.parties.data_party.probes import Captured, Given, Probe
+from vflair_core.parties.data_party.roles import Call, find_roles
 
 if TYPE_CHECKING:
     from vflair_core.parties.data_party.party import DataParty
@@ -53,14 +54,14 @@ class Rehearsals:
         """Run the head alone and return what it would send."""
         cache, layers = cache_in(inputs), self.party.layers(self.party.stages[-1].names)
         if cache is not None:
-            caches.attach(cache, layers, lambda _id: None)
+            remote_cache.attach(cache, layers, lambda _id: None)
         try:
             with self.probing(Probe()):
                 self.party.model(**inputs)
         except Captured as captured:
             hidden = captured.first_argument()
             if cache is not None:
-                caches.advance(cache, hidden.shape[1], layers)
+                remote_cache.advance(cache, hidden.shape[1], layers)
             return hidden
         raise PartitionError("The model was run without reaching the model party.")
 
@@ -87,7 +88,7 @@ class Rehearsals:
         cache = cache_in(inputs)
         if cache is None:
             return None
-        length, ids = caches.length_of(cache), inputs.get("input_ids")
+        length, ids = remote_cache.length_of(cache), inputs.get("input_ids")
         given = tuple(key for key, value in inputs.items() if value is not None)
         positions = None if ids is None else ids.shape[-1]
         path = (given, length == 0, positions == 1, self.party.model.training, all_ones(inputs))
@@ -125,6 +126,6 @@ class Rehearsals:
             past = copy.deepcopy(cache)
             ids = inputs.get("input_ids")
             new = ids.shape[-1] if ids is not None else inputs["inputs_embeds"].shape[1]
-            caches.advance(past, new, self.party.layers(modules))
+            remote_cache.advance(past, new, self.party.layers(modules))
             past.crop(-new)
         return past

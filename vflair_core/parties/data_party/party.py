@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +12,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from vflair_core.communication import counterparts
 from vflair_core.communication.channel import Channel
-from vflair_core.communication.connection import Line
+from vflair_core.communication.connection import Connection
 from vflair_core.communication.locks import Lock
 from vflair_core.communication.message import Phase, Role
 from vflair_core.communication.program import Program
 from vflair_core.defenses.calibration import Preparing
-from vflair_core.defenses.defense import Batch, Defense, Exchange
+from vflair_core.defenses.defense import Defense, Exchange
 from vflair_core.defenses.pipeline import Defenses
 from vflair_core.errors import DefenseError, PartitionError
-from vflair_core.parties.data_party import round as protocol
+from vflair_core.parties.data_party import remote_cache
 from vflair_core.parties.data_party import text as asking
+from vflair_core.parties.data_party.checkpoint import save_data_party, save_tokenizer
 from vflair_core.parties.data_party.dry_runs import Rehearsals
 from vflair_core.parties.data_party.inputs import (
     Sent,
@@ -39,18 +41,19 @@ from vflair_core.parties.data_party.interception import (
     hand_over_parts,
     token_tables,
 )
-from vflair_core.parties.data_party.roles import Call, random_states
+from vflair_core.parties.data_party.roles import Call
+from vflair_core.parties.data_party.round import LossScale, round_trip
 from vflair_core.parties.data_party.scored_positions import only_scored
-from vflair_core.parties.model_party import cache as caches
 from vflair_core.partition.slices import Slices
-from vflair_core.stage import Stage, stage_of
-from vflair_core.training.checkpoint import save_data_party, save_tokenizer
+from vflair_core.partition.stages import Stage, names_in, stage_of
+from vflair_core.randomness import random_states
+from vflair_core.tasks.collation import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from vflair_core.parties.data_party.recorder import Recorder
-    from vflair_core.parties.split import Partition
+    from vflair_core.partition.partition import Partition
     from vflair_core.tasks.task import Example
     from vflair_core.tasks.tokenization import Reading
 
@@ -94,15 +97,12 @@ class DataParty:
         untied: tuple[str, ...] = (),
     ) -> None:
         self.partition, self.channel, self.stages, self.untied = partition, channel, stages, untied
-        self.line = Line(channel, fingerprint)
+        self.connection = Connection(channel, fingerprint)
         self.tokenizer = tokenizer
         self.defenses = Defenses(defenses, partition.kind, seed)
         self.preparing = Preparing()
         self.rehearsals = Rehearsals(self)
-        self.loss_scale = 1.0
-        self.overflowed = (
-            False  # a gradient that was not finite came to the defenses since the last step
-        )
+        self.loss_scaling = LossScale()
         self._lock = Lock()
         self._exchanges = 0
         self._call: Call | None = None
@@ -131,12 +131,21 @@ class DataParty:
     @property
     def absent(self) -> tuple[str, ...]:
         """Names of the modules the model party holds, in call order."""
-        return tuple(dict.fromkeys(name for stage in self.stages for name in stage.names))
+        return names_in(self.stages)
 
     @property
     def step(self) -> int:
         """Optimizer steps taken so far."""
-        return self.line.step
+        return self.connection.step
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied with before its backward; 1 without a `GradScaler`."""
+        return self.loss_scaling.factor
+
+    @loss_scale.setter
+    def loss_scale(self, factor: float) -> None:
+        self.loss_scaling.factor = factor
 
     @property
     def roles(self) -> dict[str, tuple[Role, ...]]:
@@ -149,9 +158,21 @@ class DataParty:
         crossing = any("disclosed" in roles for roles in self.roles.values())
         return set(self.partition.disclose) if crossing else set()
 
+    def open(
+        self, optimizer: Mapping[str, Any] | None = None, resume: Sequence[int] | None = None
+    ) -> Mapping[str, Any]:
+        """Start the session anew with the modules that defenses put behind the channel; see `Connection.open`.
+
+        Raises:
+            DefenseError: A defense asks for a module that the model party does not build.
+        """
+        each = [(type(d).__name__, d.counterpart()) for d in self.defenses.each]
+        wanted = [(name, module) for name, module in each if module is not None]
+        return self.connection.open(*counterparts.describe(wanted), optimizer, resume)
+
     def close(self) -> None:
         """End the session: the model party forgets this party's graphs, caches and gradients."""
-        self.line.close()
+        self.connection.close()
 
     def save(self, folder: str | Path) -> Path:
         """Write what this party owns, and nothing else, to ``data_party.safetensors``; `merge` reads it."""
@@ -170,7 +191,7 @@ class DataParty:
             return forward(**inputs)
         self.defenses.check(self._phase(cache_in(inputs)))
         self._refuse_raw_text(inputs)
-        around = Exchange(self._exchanges + 1, self.line.step, self._phase(cache_in(inputs)))
+        around = Exchange(self._exchanges + 1, self.connection.step, self._phase(cache_in(inputs)))
         inputs = self.defenses.expand(inputs, around)
         self.sent = self._how_sent(inputs, around)
         trains = self.model.training and torch.is_grad_enabled()
@@ -263,20 +284,30 @@ class DataParty:
         self._done.append(exchange)
         spec = None
         if cache is not None:
-            remote = caches.attach(
+            remote = remote_cache.attach(
                 cache,
                 self.layers(stage_of(program.modules, self.stages).names),
-                self.line.caches.append,
-                lambda old, new: self.line.copies.append((old, new)),
+                self.connection.caches.append,
+                lambda old, new: self.connection.copies.append((old, new)),
             )
             spec = {"id": remote.id, "deeds": list(remote.deeds)}
             if not remote.known:
                 spec["parts"] = remote.parts
-        returned = protocol.cross(self, exchange, program, leaves, roles, spec)
+        returned = round_trip(
+            self.connection,
+            self.defenses,
+            self.loss_scaling,
+            exchange,
+            program,
+            leaves,
+            roles,
+            cache=spec,
+            training=self.model.training,
+        )
         if cache is not None:
             remote.deeds.clear()
             remote.known = True
-            caches.advance(cache, positions, self.layers(program.modules))
+            remote_cache.advance(cache, positions, self.layers(program.modules))
         return returned
 
     def _begin(self, positions: int) -> Exchange:
@@ -288,7 +319,7 @@ class DataParty:
         second = self._last is not None or inputs.get("encoder_outputs") is not None
         of_answer = second and bool(self.model.config.is_encoder_decoder)
         mask = answer_mask(inputs, positions) if of_answer else mask_of(inputs, positions)
-        return Exchange(self._exchanges, self.line.step, phase, mask=mask, batch=inputs)
+        return Exchange(self._exchanges, self.connection.step, phase, mask=mask, batch=inputs)
 
     def layers(self, names: Sequence[str]) -> list[int]:
         """Numbers of the cache layers that the modules `names` fill."""

@@ -32,7 +32,7 @@ from vflair_core.errors import LeakError, PartitionError, ProtocolError
 from vflair_core.parties.data_party.deferred import Deferred
 from vflair_core.parties.data_party.shape_inference import Shapes, first_tensor, rebuilt
 from vflair_core.parties.data_party.shared_states import coming_back, fill, open_store
-from vflair_core.stage import Stage, stage_of
+from vflair_core.partition.stages import Stage, stage_of
 
 if TYPE_CHECKING:
     from vflair_core.parties.data_party.stubs import Absent

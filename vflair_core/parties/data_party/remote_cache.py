@@ -1,19 +1,29 @@
-"""The data party's handles on what the model party keeps of a cache: how long it is, and what was done to it."""
+"""The data party's handles on what the model party keeps of a cache: how long it is, and what was done to it.
+
+The data party's cache stays the one that transformers made. Its absent layers are replaced by layers that hold a
+length and pass on what is done to them (beam reordering, cropping, …); these operations travel with the next exchange.
+"""
 
 from __future__ import annotations
 
 import functools
 import uuid
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from attrs import define, field
 from torch import Tensor
+from transformers.cache_utils import Cache
 
-from vflair_core.communication.cache_kinds import layer_class
-from vflair_core.errors import ProtocolError
+from vflair_core.communication.cache_kinds import (
+    GROWING,
+    LAYERS,
+    layer_class,
+    parts_of,
+)
+from vflair_core.errors import PartitionError, ProtocolError
 
 # [part, "reorder", [2, 0]] | [part, "crop", -3] | [part, "repeat", 4] | [part, "select", [0]] | …
 Deed = list[Any]
@@ -132,3 +142,74 @@ def stand_in(
 def _remote_kind(kind: str) -> type:
     # Without a type of its own: transformers would use the class for all new caches of that type.
     return type(f"Remote{kind}", (RemoteLayer, layer_class(kind)), {"_layer_type": None})
+
+
+def length_of(cache: Cache) -> int:
+    """Positions in the cache; for layers that keep none, 1 once there is a state."""
+    if all(parts_of(cache)[0].is_linear) and cache.layers:
+        return int(cache.has_previous_state())
+    return cache.get_seq_length()
+
+
+def holds_past(cache: Cache, layers: Iterable[int]) -> bool:
+    """Whether the absent `layers` of the cache hold positions already."""
+    own = parts_of(cache)[0].layers
+    there = (own[index] for index in layers if index < len(own))
+    return any(isinstance(layer, RemoteLayer) and layer.length > 0 for layer in there)
+
+
+def attach(
+    cache: Cache,
+    absent_layers: Iterable[int],
+    released: Callable[[str], None],
+    copied: Callable[[str, str], None] = lambda _old, _new: None,
+) -> RemoteCache:
+    """Make `cache` ready for the cut, once: absent layers become `RemoteLayer`s.
+
+    `released` is called with the cache's id when it is no longer used.
+
+    Raises:
+        PartitionError: A layer is of a kind whose state the model party cannot keep.
+    """
+    remote: RemoteCache | None = getattr(cache, "vflair_remote", None)
+    if remote is not None:
+        return remote
+    remote, layers = RemoteCache(copied=copied, released=released), sorted(absent_layers)
+    if not layers:
+        raise PartitionError(
+            "The blocks of this model do not say which layer of a cache they fill (layer_idx). Use use_cache=False."
+        )
+    for number, part in enumerate(parts_of(cache)):
+        make = part.layer_class_to_replicate
+        while make is not None and len(part.layers) <= layers[-1]:
+            part.layers.append(make())
+        described = [_described(layer) for layer in part.layers]
+        grows = type(part).__name__ in GROWING  # the other half makes its layers itself
+        remote.parts.append([type(part).__name__, [] if grows else described])
+        leader = True
+        for index in layers:
+            kind, options = described[index]
+            if kind == "DummyLayer":
+                continue
+            layer: Any = stand_in(kind, options, remote, number, leads=leader)
+            part.layers[index] = layer
+            leader = False
+    cache.vflair_remote = remote  # type: ignore[attr-defined]
+    return remote
+
+
+def _described(layer: Any) -> list[Any]:
+    kind = type(layer).__name__
+    if kind not in LAYERS:
+        raise PartitionError(
+            f"A cache of {kind} cannot be kept in two halves. Possible: {', '.join(LAYERS)}. "
+            'Generate with cache_implementation="dynamic" or use_cache=False.'
+        )
+    return [kind, {option: getattr(layer, option) for option in LAYERS[kind][1]}]
+
+
+def advance(cache: Cache, positions: int, numbers: Collection[int]) -> None:
+    """Count `positions` new positions in the absent layers of these `numbers`; cross-attention keeps the encoder's."""
+    for number, layer in enumerate(parts_of(cache)[0].layers):
+        if isinstance(layer, RemoteLayer) and number in numbers:
+            layer.advance(positions)

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from attrs import define, field
+from attrs import define
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
@@ -21,62 +21,11 @@ from transformers.utils.generic import ModelOutput
 from vflair_core.communication.message import Role
 from vflair_core.communication.program import Program, tensors_of
 from vflair_core.errors import LeakError
+from vflair_core.parties.data_party.probes import Captured, Probe
 from vflair_core.parties.data_party.scored_positions import SCORED
+from vflair_core.randomness import _set_random_states
 
 PROBES = 3
-
-
-@define(eq=False)
-class Captured(BaseException):
-    """Stops a probe where the exchange would have happened, with what would have crossed."""
-
-    program: Program
-    tensors: list[Tensor]
-
-    def first_argument(self) -> Tensor:
-        """The tensor that the first call of the program is about: the hidden states."""
-        _, _, args, kwargs = self.program.steps[0]
-        trees = [*args, *(tree for _, tree in kwargs)]
-        return self.tensors[next(tree[1] for tree in trees if tree[0] == "leaf")]
-
-
-@define(eq=False)
-class Probe:
-    """A run of the local part that sends nothing: exchanges before the one of interest get made-up answers.
-
-    `wanted` is the id of the program of interest; None stands for the first.
-    """
-
-    wanted: str | None = None
-    generator: torch.Generator = field(factory=torch.Generator)
-    met: list[Program] = field(factory=list)
-
-    def answer(self, program: Program, tensors: list[Tensor], shapes: list[Tensor]) -> list[Tensor]:
-        """Stop here, or go on with random values of the right shape."""
-        self.met.append(program)
-        if self.wanted is None or program.id == self.wanted:
-            raise Captured(program, tensors)
-        device = tensors[0].device
-        return [_made_up(shape, device, self.generator) for shape in shapes]
-
-
-class Given(Probe):
-    """Answers with what it was given."""
-
-    def __init__(self, returned: Tensor) -> None:
-        super().__init__()
-        self.returned = returned
-
-    def answer(self, *_: Any) -> list[Tensor]:
-        return [self.returned]
-
-
-def _made_up(shape: Tensor, device: torch.device, generator: torch.Generator) -> Tensor:
-    if not shape.is_floating_point():
-        return torch.zeros_like(shape, device=device)
-    values = torch.randn(shape.shape, generator=generator)
-    # Not a leaf: the model may change what it got in place.
-    return values.to(device, shape.dtype).requires_grad_().clone()
 
 
 @define(eq=False)
@@ -177,20 +126,6 @@ def _as_computed(_module: nn.Module, _args: Any, output: Any) -> None:
     for tensor in tensors_of(output):
         if tensor.is_floating_point():
             tensor.requires_grad_()
-
-
-def random_states(device: torch.device) -> Sequence[Tensor]:
-    """Return the global random states that a forward on `device` draws from."""
-    if device.type == "cuda":
-        return torch.get_rng_state(), *torch.cuda.get_rng_state_all()
-    return (torch.get_rng_state(),)
-
-
-def _set_random_states(states: Sequence[Tensor]) -> None:
-    if states:
-        torch.set_rng_state(states[0])
-    if states[1:]:
-        torch.cuda.set_rng_state_all(states[1:])
 
 
 def _copy_cache(cache: Cache | None) -> Cache | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vflair_core.errors import PartitionError
 
 if TYPE_CHECKING:
-    from vflair_core.parties.split import Partition
+    from vflair_core.partition.partition import Partition
 
 SCORED = "scored_positions"
 

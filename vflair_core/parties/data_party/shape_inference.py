@@ -19,8 +19,8 @@ from transformers.cache_utils import Cache
 from vflair_core.communication.program import Tree
 from vflair_core.errors import PartitionError
 from vflair_core.parties.data_party.deferred import Deferred
+from vflair_core.parties.data_party.remote_cache import holds_past
 from vflair_core.parties.data_party.shared_states import shadow_of, written
-from vflair_core.parties.model_party.cache import holds_past
 
 if TYPE_CHECKING:
     from vflair_core.parties.data_party.stubs import Absent

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
+from vflair_core.communication.cache_kinds import layers_of
 from vflair_core.errors import PartitionError
-from vflair_core.parties.model_party.cache import layers_of
 
 if TYPE_CHECKING:
     from vflair_core.parties.data_party.recorder import Recorder
-
+from vflair_core.partition.module_tree import on_meta
 
 # What may be set on a stand-in: its own facts, and what only concerns the party where the block is run.
 _OWN = frozenset({"name", "layers", "parameter_names", "training", "gradient_checkpointing"})
@@ -76,18 +74,3 @@ def call_here_and_there(module: nn.Module, absent: Absent, here: tuple[bool, ...
         return absent(*args, **kwargs)
 
     module.__class__ = type(original.__name__, (original,), {"forward": forward})
-
-
-def on_meta(module: nn.Module) -> nn.Module:
-    """Copy a module without its data: same structure and attributes, weights on the meta device."""
-    memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
-    for buffer in module.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    twin = copy.deepcopy(module, memo).requires_grad_(False)
-    for part in twin.modules():
-        # Experts by grouped matrix products need bfloat16 on the meta device; batched ones have its shapes.
-        if getattr(getattr(part, "config", None), "_experts_implementation", None) == "grouped_mm":
-            part.config._experts_implementation = "batched_mm"  # type: ignore[union-attr]
-    return twin

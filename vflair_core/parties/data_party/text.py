@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vflair_core.defenses.defense import Batch
 from vflair_core.errors import DefenseError
+from vflair_core.tasks.collation import Batch
 from vflair_core.tasks.preprocessor import Reader
 from vflair_core.tasks.tokenization import Reading
 

@@ -1,18 +1,16 @@
-"""Key-value caches on both sides: each party fills its own layers, the other's only count positions.
+"""The model party's half of the caches of a session: it fills its own layers, and what is done to the rest is repeated on it.
 
-The data party's cache stays the one that transformers made. Its absent layers are replaced by layers
-that hold a length and pass on what is done to them (beam reordering, cropping, …); these deeds travel
-with the next exchange. A cache has one part, or two in sequence-to-sequence models: self- and cross-attention.
+A cache has one part, or two in sequence-to-sequence models: self- and cross-attention.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Iterable, Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import cache_utils
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
@@ -23,119 +21,76 @@ from vflair_core.communication.cache_kinds import (
     POSSIBLE,
     growing_cache,
     layer_class,
+    parts_of,
 )
-from vflair_core.errors import PartitionError, ProtocolError
-from vflair_core.parties.data_party.remote_cache import RemoteCache, RemoteLayer, stand_in
+from vflair_core.errors import ProtocolError
 
 MAX_ROWS = 4096  # of a batch, as beams and speculation multiply it
 MAX_LAYERS = 4096
 
 
-def cache_argument(model: nn.Module | type[nn.Module]) -> str:
-    """Return the name by which `model` takes its cache: ``"cache"`` since transformers 5.24, else ``"past_key_values"``."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+class HeldCaches:
+    """The caches of one session, by the names that the data party gave them; at most `most` of them."""
 
+    def __init__(self, most: int) -> None:
+        self._caches: dict[str, Cache] = {}
+        self._most = most
 
-def layers_of(block: nn.Module) -> frozenset[int]:
-    """Numbers of the cache layers that `block` fills, as its parts give them."""
-    found = [_numbers(part) for part in block.modules()]
-    # Where one block has several layers, its own number counts blocks and theirs count layers.
-    return frozenset().union(*found[1:]) or found[0]
+    def __len__(self) -> int:
+        return len(self._caches)
 
+    def __iter__(self) -> Iterator[Cache]:
+        return iter(self._caches.values())
 
-def _numbers(part: nn.Module) -> frozenset[int]:
-    numbers = (getattr(part, name, None) for name in ("layer_idx", "layer_id"))
-    # A part that several blocks share has -1, and is told in the call which layer it fills.
-    return frozenset(number for number in numbers if type(number) is int and number >= 0)
+    @contextmanager
+    def lend(self, spec: Any, layers: Sequence[int]) -> Iterator[Cache | None]:
+        """Bring the cache of `spec` up to date and lend it; if what is done with it fails, it is as it was before.
 
+        One whose states are overwritten in place (linear attention) is dropped instead.
 
-def parts_of(cache: Cache) -> list[Cache]:
-    """Return the plain caches that `cache` consists of.
+        Raises:
+            ProtocolError: There is no such cache, or one too many, or `spec` asks for what no cache does.
+        """
+        if spec is None:
+            yield None
+            return
+        key = spec["id"]
+        known = self._caches.get(key)
+        before = _snapshot(known) if known and not in_place(known) else None
+        try:
+            yield self._prepared(spec, layers)
+        except BaseException:
+            if known and before is not None:
+                for part, layers_before in zip(parts_of(known), before, strict=True):
+                    part.layers[:] = layers_before
+            else:
+                self._caches.pop(key, None)
+            raise
 
-    Raises:
-        PartitionError: It is of a class that keeps more than layers.
-    """
-    parts: list[Cache] = [cache]
-    if type(cache) is EncoderDecoderCache:
-        parts = [cache.self_attention_cache, cache.cross_attention_cache]
-    for part in parts:
-        if type(part).__name__ not in (*PLAIN, *GROWING):
-            raise PartitionError(
-                f"A {type(part).__name__} cannot be kept in two halves. Possible: {POSSIBLE}, and "
-                'EncoderDecoderCache of two of them. Generate with cache_implementation="dynamic" or use_cache=False.'
-            )
-    return parts
+    def copy(self, old: str, new: str) -> None:
+        """Keep a copy of a cache under another name."""
+        self._make_room()
+        self._caches[new] = copy.deepcopy(self._caches[old])
 
+    def drop(self, key: str) -> None:
+        """Forget a cache."""
+        self._caches.pop(key, None)
 
-def length_of(cache: Cache) -> int:
-    """Positions in the cache; for layers that keep none, 1 once there is a state."""
-    if all(parts_of(cache)[0].is_linear) and cache.layers:
-        return int(cache.has_previous_state())
-    return cache.get_seq_length()
+    def _prepared(self, spec: Any, layers: Sequence[int]) -> Cache:
+        key = spec["id"]
+        if key not in self._caches:
+            if "parts" not in spec:
+                raise ProtocolError(
+                    f"There is no cache {key!r} in this session; a failed call may have dropped it."
+                )
+            self._make_room()
+            self._caches[key] = build(spec["parts"], layers)
+        replay(self._caches[key], spec["deeds"], layers)
+        return self._caches[key]
 
-
-def holds_past(cache: Cache, layers: Iterable[int]) -> bool:
-    """Whether the absent `layers` of the cache hold positions already."""
-    own = parts_of(cache)[0].layers
-    there = (own[index] for index in layers if index < len(own))
-    return any(isinstance(layer, RemoteLayer) and layer.length > 0 for layer in there)
-
-
-def attach(
-    cache: Cache,
-    absent_layers: Iterable[int],
-    released: Callable[[str], None],
-    copied: Callable[[str, str], None] = lambda _old, _new: None,
-) -> RemoteCache:
-    """Make `cache` ready for the cut, once: absent layers become `RemoteLayer`s.
-
-    `released` is called with the cache's id when it is no longer used.
-
-    Raises:
-        PartitionError: A layer is of a kind whose state the model party cannot keep.
-    """
-    remote: RemoteCache | None = getattr(cache, "vflair_remote", None)
-    if remote is not None:
-        return remote
-    remote, layers = RemoteCache(copied=copied, released=released), sorted(absent_layers)
-    if not layers:
-        raise PartitionError(
-            "The blocks of this model do not say which layer of a cache they fill (layer_idx). Use use_cache=False."
-        )
-    for number, part in enumerate(parts_of(cache)):
-        make = part.layer_class_to_replicate
-        while make is not None and len(part.layers) <= layers[-1]:
-            part.layers.append(make())
-        described = [_described(layer) for layer in part.layers]
-        grows = type(part).__name__ in GROWING  # the other half makes its layers itself
-        remote.parts.append([type(part).__name__, [] if grows else described])
-        leader = True
-        for index in layers:
-            kind, options = described[index]
-            if kind == "DummyLayer":
-                continue
-            layer: Any = stand_in(kind, options, remote, number, leads=leader)
-            part.layers[index] = layer
-            leader = False
-    cache.vflair_remote = remote  # type: ignore[attr-defined]
-    return remote
-
-
-def _described(layer: Any) -> list[Any]:
-    kind = type(layer).__name__
-    if kind not in LAYERS:
-        raise PartitionError(
-            f"A cache of {kind} cannot be kept in two halves. Possible: {', '.join(LAYERS)}. "
-            'Generate with cache_implementation="dynamic" or use_cache=False.'
-        )
-    return [kind, {option: getattr(layer, option) for option in LAYERS[kind][1]}]
-
-
-def advance(cache: Cache, positions: int, numbers: Collection[int]) -> None:
-    """Count `positions` new positions in the absent layers of these `numbers`; cross-attention keeps the encoder's."""
-    for number, layer in enumerate(parts_of(cache)[0].layers):
-        if isinstance(layer, RemoteLayer) and number in numbers:
-            layer.advance(positions)
+    def _make_room(self) -> None:
+        if len(self._caches) >= self._most:
+            raise ProtocolError(f"A session may keep {self._most} caches; delete unused ones.")
 
 
 def build(parts: Any, held_layers: Sequence[int]) -> Cache:
@@ -179,7 +134,7 @@ def _built(layer: Any) -> Any:
             raise ProtocolError(f"{layer!r} is not a cache layer. Possible: {', '.join(LAYERS)}.")
 
 
-def repeat(cache: Cache, deeds: Any, held_layers: Sequence[int]) -> None:
+def replay(cache: Cache, deeds: Any, held_layers: Sequence[int]) -> None:
     """Do to the model party's half what was done to the data party's."""
     parts = parts_of(cache)
     for deed in deeds:
@@ -221,3 +176,7 @@ def in_place(cache: Cache) -> bool:
         type(part).__name__ in GROWING or any(isinstance(layer, linear) for layer in part.layers)
         for part in parts_of(cache)
     )
+
+
+def _snapshot(cache: Cache) -> list[list[Any]]:
+    return [[copy.copy(layer) for layer in part.layers] for part in parts_of(cache)]

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from vflair_core.communication.cache_kinds import layers_of
 from vflair_core.communication.program import ALLOWED, MIXING, Program, Step, sources
 from vflair_core.errors import ProtocolError
-from vflair_core.parties.model_party.cache import layers_of
-from vflair_core.stage import Stage
+from vflair_core.partition.stages import Stage
 
 
 class Chain:

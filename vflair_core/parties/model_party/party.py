@@ -19,19 +19,20 @@ from vflair_core.communication.locks import Lock
 from vflair_core.communication.message import Crossing, Message, reply
 from vflair_core.errors import PartitionError, ProtocolError
 from vflair_core.parties.model_party import rounds
+from vflair_core.parties.model_party.checkpoint import (
+    load_session,
+    run_folder,
+    save_model_party,
+    save_session,
+    saved_steps,
+)
 from vflair_core.parties.model_party.held_stage import Chain
 from vflair_core.parties.model_party.relay import Relay
 from vflair_core.parties.model_party.session import Caps, Session
 from vflair_core.parties.model_party.shared_weights import Rule, SharedWeights, norms_of
 from vflair_core.partition.fingerprint import differences
 from vflair_core.partition.slices import Slices
-from vflair_core.stage import Stage
-from vflair_core.training.checkpoint import (
-    load_session,
-    save_model_party,
-    save_session,
-    saved_steps,
-)
+from vflair_core.partition.stages import Stage
 
 _WRONG = (AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 
@@ -115,7 +116,7 @@ class ModelParty:
 
     def save(self, folder: str | Path) -> Path:
         """Write what this party owns, and nothing else, to ``model_party.safetensors``; `merge` reads it."""
-        return save_model_party(self, Path(folder), {})
+        return save_model_party(Path(folder), self.model, self.fingerprint, self.steps)
 
     def handle(self, message: Message) -> Message:
         """Answer one message.
@@ -148,21 +149,23 @@ class ModelParty:
             self.shared.await_round(session)
         match message.kind:
             case "forward":
-                return rounds.forward(self, session, message)
+                return rounds.forward(self.model, self.chains, self.device, session, message)
             case "backward":
-                return rounds.backward(self, session, message)
+                return rounds.backward(self.model, self.shared, session, message)
             case "norms":
                 return self._norms(session, message)
             case "commit":
                 return self._commit(session, message)
             case "save":
-                save_session(self, message.session, session.step, self.shared.optimizer)
+                folder = run_folder(self.checkpoints, message.session)
+                what = (self.model, self.fingerprint, self.steps, self.shared.optimizer)
+                save_session(folder, session.step, *what)
             case "close":
                 self.shared.leave(message.session)
             case _:
                 pass  # "release": what was let go of is forgotten by now
         if session.onward is not None:
-            session.onward.line.request(message.kind, None, (), {})
+            session.onward.connection.request(message.kind)
         return reply(message)
 
     def _open(self, message: Message) -> Message:
@@ -186,14 +189,21 @@ class ModelParty:
         if steps is not None:
             self._check_resume(name)
         if self.onward is not None:
-            both = None if steps is None else sorted(saved_steps(self, name) & set(steps))
+            both = (
+                None
+                if steps is None
+                else sorted(saved_steps(run_folder(self.checkpoints, name)) & set(steps))
+            )
             steps = self._open_onward(name, session, meta.get("optimizer"), both)
         if spec := meta.get("optimizer"):
             self.shared.join(session, before, spec)
         if before is not None:
             self.shared.replace(before, session)
         if steps is not None:
-            session.step = load_session(self, name, steps, self.shared.optimizer)
+            folder = run_folder(self.checkpoints, name)
+            what = (self.model, self.fingerprint, self.shared.optimizer)
+            session.step, taken = load_session(folder, steps, *what)
+            self.steps.update(taken)
         self.sessions[name] = session
         return reply(message, meta={"step": session.step})
 
@@ -203,8 +213,8 @@ class ModelParty:
         """Open the session with the next party of a chain too; return the step it went back to, if it did."""
         assert self.onward is not None
         relay = Relay.to(self.onward, self.fingerprint, name, session.step, self.model)
-        step: int = relay.line.open((), optimizer, resume)["step"]
-        session.onward, relay.line.step = relay, step
+        step: int = relay.connection.open(optimizer=optimizer, resume=resume)["step"]
+        session.onward, relay.connection.step = relay, step
         return None if resume is None else [step]
 
     def _check_resume(self, name: str) -> None:
@@ -221,7 +231,7 @@ class ModelParty:
         self.shared.show(session)
         names, norms = norms_of(self.model)
         if session.onward is not None:
-            theirs = session.onward.line.request("norms", None, (), {})
+            theirs = session.onward.connection.request("norms")
             names += theirs.meta["names"]
             norms = torch.cat([norms, theirs.tensors[0].tensor])
         return reply(message, (Crossing("norms", "norms", norms),), {"names": names})
@@ -246,7 +256,9 @@ class ModelParty:
             )
         self.shared.check(session, rate)
         if session.onward is not None:  # it goes first: if it refuses, nothing has changed here
-            session.onward.line.commit(scale=scale, rate=rate, skip=skip, sharing=self.sharing)
+            session.onward.connection.commit(
+                scale=scale, rate=rate, skip=skip, sharing=self.sharing
+            )
         self.shared.commit(session, scale=scale, rate=rate, skip=skip)
         session.step += 1
         self.steps[message.session] = session.step

@@ -10,19 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from attrs import define, field, frozen
 from torch import Tensor, nn
 
+from vflair_core.communication.autograd import Request, cross
 from vflair_core.communication.channel import Channel
 from vflair_core.communication.codec import NAMES
-from vflair_core.communication.connection import Line
+from vflair_core.communication.connection import Connection
 from vflair_core.communication.message import Message, Role
 from vflair_core.communication.program import Leaf, Program, Step, Tree
-from vflair_core.defenses.defense import Exchange
-from vflair_core.defenses.pipeline import Defenses
 from vflair_core.errors import ProtocolError
-from vflair_core.parties.data_party.round import Cut
 
 
 @frozen(eq=False)
@@ -87,21 +84,19 @@ def divide_program(
 
 @define(eq=False)
 class Relay:
-    """One session's way on. To `protocol.Cut` it looks like a data party, without text, labels or defenses."""
+    """One session's way on to the next model party, which takes it for a data party."""
 
-    line: Line
+    connection: Connection
     model: nn.Module  # of the party that passes on; its training mode goes along
-    defenses: Defenses = field(factory=lambda: Defenses((), "HBT", None))
-    loss_scale: float = 1.0
 
     @classmethod
     def to(
         cls, channel: Channel, fingerprint: str, session: str, step: int, model: nn.Module
     ) -> Relay:
-        """Prepare the way on for a session, under its own name; `line.open` opens it."""
-        line = Line(channel, fingerprint)
-        line.session, line.step = session, step
-        return cls(line, model)
+        """Prepare the way on for a session, under its own name; `connection.open` opens it."""
+        connection = Connection(channel, fingerprint)
+        connection.session, connection.step = session, step
+        return cls(connection, model)
 
     def cross(self, message: Message, rest: Rest, values: Sequence[Tensor]) -> list[Tensor]:
         """Let the next party run `rest` on `values`, and return what it answers, with gradients."""
@@ -112,13 +107,20 @@ class Relay:
             roles.append(crossing.role if crossing else "smashed")
             name = crossing.name if crossing else "hidden_states"
             leaves.append((name, NAMES[value.dtype], value.dim()))
-        exchange = Exchange(message.exchange, message.step, message.phase)
-        cache: Any = message.meta.get("cache")
-        grad, anchor = torch.is_grad_enabled(), torch.zeros((), requires_grad=True)
-        program = rest.program(leaves)
-        return list(Cut.apply(self, exchange, program, tuple(roles), cache, grad, anchor, *values))  # type: ignore[no-untyped-call]
+        request = Request(
+            self.connection,
+            message.exchange,
+            message.phase,
+            rest.program(leaves),
+            tuple(roles),
+            message.meta.get("cache"),
+            training=self.model.training,
+            counterparts=True,  # of this session there are none
+            guard=lambda _, gradient: gradient,
+        )
+        return list(cross(request, list(values)))
 
-    def pass_on_what_was_let_go(self, meta: Mapping[str, Any]) -> None:
+    def pass_on_released(self, meta: Mapping[str, Any]) -> None:
         """Caches that the data party dropped or copied: the next party has its half of each."""
-        self.line.copies += [(old, new) for old, new in meta.get("copied_caches", ())]
-        self.line.caches += list(meta.get("released_caches", ()))
+        self.connection.copies += [(old, new) for old, new in meta.get("copied_caches", ())]
+        self.connection.caches += list(meta.get("released_caches", ()))

@@ -1,14 +1,14 @@
 """The model party's side of a round: run a program, and go back through what it left behind.
 
-`protocol.py` is the other side. What lies beyond the modules this party holds, in a chain of model parties,
+`data_party/round.py` is the other side. What lies beyond the modules this party holds, in a chain of model parties,
 is passed on (`relay.py`) and comes back as if it had been computed here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,22 +18,27 @@ from vflair_core.communication.codec import DTYPES
 from vflair_core.communication.message import Crossing, Message, reply
 from vflair_core.communication.program import Program
 from vflair_core.errors import ProtocolError
+from vflair_core.parties.model_party.held_stage import Chain
 from vflair_core.parties.model_party.session import End, Graph, Session
-
-if TYPE_CHECKING:
-    from vflair_core.parties.model_party.party import ModelParty
+from vflair_core.parties.model_party.shared_weights import SharedWeights
 
 
-def forward(party: ModelParty, session: Session, message: Message) -> Message:
+def forward(
+    model: nn.Module,
+    stages: Sequence[Chain],
+    device: torch.device,
+    session: Session,
+    message: Message,
+) -> Message:
     """Run the program that a message names on the tensors it brings.
 
     Raises:
         ProtocolError: Program and tensors do not fit, or the session holds too much.
     """
     meta = message.meta
-    job = session.job(meta, party.chains)
+    job = session.job(meta, stages)
     _check_leaves(job.program, message)
-    leaves = [crossing.tensor.to(party.device) for crossing in message.tensors]
+    leaves = [crossing.tensor.to(device) for crossing in message.tensors]
     grad = bool(meta["grad"])
     if not isinstance(meta["training"], bool) or not all(index >= 0 for index in meta["wants"]):
         raise ProtocolError(
@@ -44,10 +49,10 @@ def forward(party: ModelParty, session: Session, message: Message) -> Message:
         raise ProtocolError(
             f"{session.caps.graphs} forwards wait for their backward. Use torch.no_grad() where none comes."
         )
-    if party.model.training != meta["training"]:
-        party.model.train(meta["training"])
+    if model.training != meta["training"]:
+        model.train(meta["training"])
     with (
-        session.cache(meta.get("cache"), job.layers) as cache,
+        session.caches.lend(meta.get("cache"), job.layers) as cache,
         torch.set_grad_enabled(grad),
         _autocast(meta.get("autocast"), leaves),
     ):
@@ -56,9 +61,9 @@ def forward(party: ModelParty, session: Session, message: Message) -> Message:
             for index, crossing in enumerate(message.tensors):
                 if crossing.role == "smashed":
                     leaves[index] = counterpart(leaves[index])
-        before = None if job.program.id in session.jobs else _own_state(party.model)
+        before = None if job.program.id in session.jobs else _own_state(model)
         outputs = job.run(leaves, cache, message, session.onward)
-        if before is not None and (kept := before ^ _own_state(party.model)):
+        if before is not None and (kept := before ^ _own_state(model)):
             raise ProtocolError(
                 f"{', '.join(sorted({name for name, _ in kept}))} keep what they computed in themselves, where "
                 "the sessions of several data parties would mix. Such a model cannot be held by a model party."
@@ -74,7 +79,9 @@ def forward(party: ModelParty, session: Session, message: Message) -> Message:
     return reply(message, crossings, {"live": live})
 
 
-def backward(party: ModelParty, session: Session, message: Message) -> Message:
+def backward(
+    model: nn.Module, shared: SharedWeights, session: Session, message: Message
+) -> Message:
     """Go back through the graph of an earlier exchange with the gradients a message brings.
 
     Raises:
@@ -104,14 +111,15 @@ def backward(party: ModelParty, session: Session, message: Message) -> Message:
             )
         ends.append(end.edge)
         gradients.append(crossing.tensor.to(end.device))
-    answers = _gradients(party, session, graph, ends, gradients, message.meta)
+    answers = _gradients(model, shared, session, graph, ends, gradients, message.meta)
     if not keep:
         del session.graphs[message.exchange]
     return reply(message, tuple(Crossing("smashed_grad", "smashed_grad", grad) for grad in answers))
 
 
 def _gradients(
-    party: ModelParty,
+    model: nn.Module,
+    shared: SharedWeights,
     session: Session,
     graph: Graph,
     ends: list[GradientEdge],
@@ -120,7 +128,7 @@ def _gradients(
 ) -> list[Tensor]:
     """Go back through a graph. Weights get their gradients unless it is for `autograd.grad`."""
     keep = meta["keep"]
-    party.model.train(graph.training)  # what is computed again must be computed as it was
+    model.train(graph.training)  # what is computed again must be computed as it was
     if not meta["accumulate"]:
         if not graph.inputs:
             return []
@@ -128,7 +136,7 @@ def _gradients(
             ends, graph.inputs, gradients, retain_graph=keep, materialize_grads=True
         )
         return list(found)
-    party.shared.show(session)
+    shared.show(session)
     torch.autograd.backward(ends, gradients, retain_graph=keep)
     answers = []
     for leaf in graph.inputs:

@@ -5,9 +5,7 @@ A request over a cap is refused; nothing that is in use is ever dropped.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from vflair_core.communication.execution import Execution
 from vflair_core.communication.message import Message
 from vflair_core.communication.program import Program
 from vflair_core.errors import ProtocolError
-from vflair_core.parties.model_party import cache as caches
+from vflair_core.parties.model_party.cache import HeldCaches
 from vflair_core.parties.model_party.held_stage import Chain, matching
 from vflair_core.parties.model_party.relay import Relay, Rest, divide_program
 
@@ -95,7 +93,7 @@ class Session:
     caps: Caps
     jobs: dict[str, Job] = field(factory=dict)  # by the program's id
     graphs: dict[int, Graph] = field(factory=dict)
-    caches: dict[str, Cache] = field(factory=dict)
+    caches: HeldCaches = field(init=False)
     counterparts: list[nn.Module] = field(factory=list)
     onward: Relay | None = None  # to the next model party of a chain
     trains: bool = False
@@ -105,20 +103,19 @@ class Session:
     rate: float = 0.0
     skipped: bool = False
 
+    def __attrs_post_init__(self) -> None:
+        self.caches = HeldCaches(self.caps.caches)
+
     def forget(self, meta: Any) -> None:
         """Drop what the data party no longer uses, and copy the caches it copied."""
         for number in meta.get("released_graphs", ()):
             self.graphs.pop(number, None)
         for old, new in meta.get("copied_caches", ()):
-            if len(self.caches) >= self.caps.caches:
-                raise ProtocolError(
-                    f"A session may keep {self.caps.caches} caches; delete unused ones."
-                )
-            self.caches[new] = copy.deepcopy(self.caches[old])
+            self.caches.copy(old, new)
         for key in meta.get("released_caches", ()):
-            self.caches.pop(key, None)
+            self.caches.drop(key)
         if self.onward is not None:
-            self.onward.pass_on_what_was_let_go(meta)
+            self.onward.pass_on_released(meta)
 
     def job(self, meta: Any, chains: Sequence[Chain]) -> Job:
         """Return the program that a forward names, checked when it comes for the first time."""
@@ -143,45 +140,3 @@ class Session:
         if chain is not None and here is not None:
             chain.check(here)
         return Job(program, here, rest, chain)
-
-    @contextmanager
-    def cache(self, spec: Any, layers: Sequence[int]) -> Iterator[Cache | None]:
-        """Lend the session's cache; if what is done with it fails, it is as it was before.
-
-        One whose states are overwritten in place (linear attention) is dropped instead.
-        """
-        if spec is None:
-            yield None
-            return
-        key = spec["id"]
-        known = self.caches.get(key)
-        before = _snapshot(known) if known and not caches.in_place(known) else None
-        try:
-            yield self._prepared_cache(spec, layers)
-        except BaseException:
-            if known and before is not None:
-                for part, kept in zip(caches.parts_of(known), before, strict=True):
-                    part.layers[:] = kept
-            else:
-                self.caches.pop(key, None)
-            raise
-
-    def _prepared_cache(self, spec: Any, layers: Sequence[int]) -> Cache:
-        key = spec["id"]
-        if key not in self.caches:
-            if "parts" not in spec:
-                raise ProtocolError(
-                    f"There is no cache {key!r} in this session; a failed call may have dropped it."
-                )
-            if len(self.caches) >= self.caps.caches:
-                raise ProtocolError(
-                    f"A session may keep {self.caps.caches} caches; delete unused ones."
-                )
-            self.caches[key] = caches.build(spec["parts"], layers)
-        found = self.caches[key]
-        caches.repeat(found, spec["deeds"], layers)
-        return found
-
-
-def _snapshot(cache: Cache) -> list[list[Any]]:
-    return [[copy.copy(layer) for layer in part.layers] for part in caches.parts_of(cache)]

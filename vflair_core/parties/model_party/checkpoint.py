@@ -1,0 +1,109 @@
+"""The model party's part of a checkpoint, and its half of a run that is resumed.
+
+`steps` counts the steps that each session took on the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from vflair_core.errors import ProtocolError
+from vflair_core.partition.adapters import adapter_facts
+from vflair_core.partition.checkpoint import (
+    MODEL_FILE,
+    _listed,
+    _optimizer_state,
+    _plain_names,
+    _random_state,
+    _restore_optimizer,
+    _restore_random,
+    _step_name,
+    check_part,
+    owned,
+    read_part,
+    restore,
+    steps_in,
+    write_part,
+)
+
+
+def save_model_party(
+    folder: Path, model: nn.Module, fingerprint: str, steps: Mapping[str, int]
+) -> Path:
+    """Write the model party's part."""
+    return write_part(folder / MODEL_FILE, owned(model), _facts(model, fingerprint, steps))
+
+
+def save_session(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    fingerprint: str,
+    steps: Mapping[str, int],
+    optimizer: Optimizer | None,
+) -> Path:
+    """Write the model party's part of a run at a step."""
+    tensors = {**owned(model), **_optimizer_state(optimizer), **_random_state()}
+    run = {"step": step, "optimizer": type(optimizer).__name__}
+    facts = _facts(model, fingerprint, steps) | run
+    return write_part(folder / _step_name(step) / MODEL_FILE, tensors, facts)
+
+
+def load_session(
+    folder: Path, asked: list[int], model: nn.Module, fingerprint: str, optimizer: Optimizer | None
+) -> tuple[int, dict[str, int]]:
+    """Put the model party where it was at the last of the `asked` steps that it wrote; return that step and its `steps`.
+
+    Raises:
+        ProtocolError: It wrote none of them.
+        CheckpointError: It was written with another model, cut or optimizer.
+    """
+    written = steps_in(folder, MODEL_FILE)
+    common = set(written) & set(asked)
+    if not common:
+        raise ProtocolError(
+            f"No step has the parts of both parties: the data party has {_listed(asked)}, the model party "
+            f"{_listed(written)}. Give the model party the folder it wrote to (model_party.checkpoints), or "
+            "start anew."
+        )
+    path = written[max(common)]
+    facts, tensors = read_part(path)
+    check_part(facts, fingerprint, optimizer, path)
+    restore(model, _plain_names(tensors), path)
+    _restore_optimizer(optimizer, tensors)
+    _restore_random(tensors)
+    return max(common), facts["steps"]
+
+
+def saved_steps(folder: Path) -> set[int]:
+    """Steps of a session that the model party has a part of."""
+    return set(steps_in(folder, MODEL_FILE))
+
+
+def run_folder(checkpoints: str | Path | None, session: str) -> Path:
+    """Return where the run of a session lies, in the folder that the model party's operator chose.
+
+    Raises:
+        ProtocolError: The operator chose none.
+    """
+    if checkpoints is None:
+        raise ProtocolError(
+            "The model party keeps no checkpoints. Its operator allows it: model_party.checkpoints = folder."
+        )
+    # The session's name came over the wire: it never names a path.
+    return Path(checkpoints) / f"run-{hashlib.sha256(session.encode()).hexdigest()[:16]}"
+
+
+def _facts(model: nn.Module, fingerprint: str, steps: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "party": "model_party",
+        "fingerprint": fingerprint,
+        "steps": dict(steps),
+        "adapter": adapter_facts(model),
+    }

@@ -1,0 +1,77 @@
+"""The adapters of peft in one model: which there are, what they are made of, and the weights without them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+from torch import Tensor, nn
+
+from vflair_core.errors import CheckpointError
+
+
+def adapters_of(model: nn.Module) -> dict[str, Any]:
+    """The configs of peft in `model`, by adapter."""
+    return getattr(model, "peft_config", None) or {}
+
+
+def _of_adapter(model: nn.Module, name: str) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        if isinstance(model.get_submodule(".".join(parts[:end])), BaseTunerLayer):
+            return parts[end] != "base_layer"
+    return False
+
+
+def adapter_facts(model: nn.Module) -> dict[str, Any] | None:
+    """What a joined adapter needs to know: the config, and rank and scale of each adapted module.
+
+    Raises:
+        CheckpointError: There is more than one adapter.
+    """
+    configs = adapters_of(model)
+    if not configs:
+        return None
+    if len(configs) > 1:
+        raise CheckpointError(
+            f"There are {len(configs)} adapters ({', '.join(configs)}), and a part holds one. Save with one."
+        )
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    ((name, config),) = configs.items()
+    adapted = {
+        path: {key: getattr(module, key, {}).get(name) for key in ("r", "lora_alpha")}
+        for path, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
+    plain = {key: value for key, value in config.to_dict().items() if key != "runtime_config"}
+    return {
+        "name": name,
+        "config": json.loads(json.dumps(plain, default=_plain)),
+        "adapted": adapted,
+    }
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of `model` with its adapters merged, under the names it has without them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = {name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not any(name.startswith(f"{outer}.") for outer in adapted)
+    }
+    for outer in adapted:
+        layer: Any = copy.deepcopy(model.get_submodule(outer))
+        layer.merge()
+        plain = layer.get_base_layer().state_dict()
+        state.update({f"{outer}.{name}": tensor for name, tensor in plain.items()})
+    return state

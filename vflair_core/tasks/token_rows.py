@@ -1,0 +1,77 @@
+"""One row of tokens that remembers which characters of its example they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from attrs import define, field, frozen
+from torch import Tensor
+
+from vflair_core.tasks.spans import private_tokens
+from vflair_core.tasks.task import Example, Span
+
+NOWHERE = (0, 0)
+
+
+@define
+class Tally:
+    """What happened while examples were read.
+
+    Attributes:
+        examples: How many were read.
+        cut: How many lost tokens because they were longer than `max_length`.
+        most_rows: Rows of the example that took most of them: windows of a passage, or choices.
+    """
+
+    examples: int = 0
+    cut: int = 0
+    most_rows: int = 1
+
+    def count(self, rows: Sequence[Row]) -> None:
+        """Take note of the rows of one example."""
+        self.examples += 1
+        self.cut += any(row.cut for row in rows)
+        self.most_rows = max(self.most_rows, len(rows))
+
+
+@frozen(eq=False)
+class Row:
+    """One row of tokens, and what each of them is.
+
+    Args:
+        example: What was sent: after defenses and rendering.
+        ids: Token ids (T,).
+        types: 1 for tokens of the second text where the tokenizer says so, else 0.
+        offsets: Characters of each token in its own text.
+        sequences: 0 for tokens of `text`, 1 for tokens of `pair`, None for special ones, pictures and answers.
+        target: Ids of the answer and the end token; in a row that continues they also end `ids`.
+        cut: Tokens that did not fit.
+        pixels: What the processor made of the pictures.
+        number: Which it is of the examples that were read together.
+    """
+
+    example: Example
+    ids: list[int]
+    types: list[int]
+    offsets: list[Span]
+    sequences: list[int | None]
+    target: list[int] = field(factory=list)
+    cut: int = 0
+    pixels: Mapping[str, Tensor] = field(factory=dict)
+    number: int = 0
+
+    @property
+    def private(self) -> list[bool]:
+        """Which tokens are private: they touch a private span, and are no special ones."""
+        return private_tokens(self.example, self.offsets, self.sequences)
+
+
+def window_target(row: Row, start_of_row: int) -> tuple[int, int]:
+    """Return first and last position of the answer in a window, or `start_of_row` twice if it is not all there."""
+    span = row.example.span
+    inside = [n for n, sequence in enumerate(row.sequences) if sequence == 1]
+    if span is None or not inside:
+        return start_of_row, start_of_row
+    touched = [n for n in inside if row.offsets[n][0] < span[1] and span[0] < row.offsets[n][1]]
+    reaches = row.offsets[inside[0]][0] <= span[0] and span[1] <= row.offsets[inside[-1]][1]
+    return (touched[0], touched[-1]) if touched and reaches else (start_of_row, start_of_row)

@@ -29,9 +29,9 @@ import torch
 from attrs import field, frozen
 
 from vflair_core.experiments.arm import Arm, run_arm
-from vflair_core.experiments.build import make_defenses, set_up
+from vflair_core.experiments.build import build_run, make_defenses
 from vflair_core.experiments.config import experiment_from
-from vflair_core.experiments.context import Setting
+from vflair_core.experiments.context import RunContext
 from vflair_core.experiments.experiment import Experiment, Named
 from vflair_core.experiments.grading.ranking import strongest
 from vflair_core.plugins import plugin_manager
@@ -211,7 +211,7 @@ KNOBS = {
 class Study:
     """One setting, its undefended arm, and a folder of what was found so far."""
 
-    setting: Setting
+    setting: RunContext
     model: Any
     undefended: Arm
     folder: Path
@@ -257,7 +257,7 @@ def begin(name: str, folder: Path) -> Study:
     folder.mkdir(parents=True, exist_ok=True)
     e = experiment_from(SETTINGS[name])
     torch.set_num_threads(e.threads)
-    setting, model = set_up(e, plugin_manager())
+    setting, model = build_run(e, plugin_manager())
     undefended = run_arm("undefended", copy.deepcopy(model), [], setting, [])
     (folder / "undefended.json").write_text(json.dumps(facts_of(undefended), indent=1))
     return Study(setting, model, undefended, folder)

@@ -14,7 +14,7 @@ import torch
 from matched_utility import SETTINGS
 
 from vflair_attacks.replaced_words import ReplacementInversion
-from vflair_core.experiments.build import set_up
+from vflair_core.experiments.build import build_run
 from vflair_core.experiments.config import experiment_from
 from vflair_core.parties.split import split
 from vflair_core.partition.partition import Partition
@@ -41,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     e = experiment_from(SETTINGS["words"])
     torch.set_num_threads(e.threads)
-    setting, model = set_up(e, plugin_manager())
+    setting, model = build_run(e, plugin_manager())
     task, table = setting.task, model.get_input_embeddings().weight.detach()
     count = min(options.texts, len(task.train))
     texts = [" ".join(task.row("train", n).text.split()[:WORDS]) for n in range(count)]

@@ -16,7 +16,7 @@ def stream_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "little")
 
 
-def _generator(seed: int | str | None, index: int) -> torch.Generator:
+def generator_from(seed: int | str | None, index: int) -> torch.Generator:
     """A stream whose whole state comes from a digest: `manual_seed` would keep 32 bits of it."""
     material = os.urandom(32) if seed is None else f"defense {index} {seed}".encode()
     generator = torch.Generator().manual_seed(0)
@@ -27,19 +27,21 @@ def _generator(seed: int | str | None, index: int) -> torch.Generator:
     return generator
 
 
-def _seed_of(seed: int, name: str) -> int:
+def adapter_seed(seed: int, name: str) -> int:
+    """Seed of the adapter of one module, whichever party holds it."""
     digest = hashlib.sha256(f"adapter {seed} {name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def random_states(device: torch.device) -> Sequence[Tensor]:
+def states(device: torch.device) -> Sequence[Tensor]:
     """Return the global random states that a forward on `device` draws from."""
     if device.type == "cuda":
         return torch.get_rng_state(), *torch.cuda.get_rng_state_all()
     return (torch.get_rng_state(),)
 
 
-def _set_random_states(states: Sequence[Tensor]) -> None:
+def set_states(states: Sequence[Tensor]) -> None:
+    """Take up the states that `states` returned."""
     if states:
         torch.set_rng_state(states[0])
     if states[1:]:

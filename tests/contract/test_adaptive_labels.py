@@ -13,7 +13,7 @@ from vflair_attacks.label_enumeration import LabelEnumeration
 from vflair_attacks.label_reconstruction import BatchLabelReconstruction
 from vflair_core import Defense, Partition
 from vflair_core.attacks.attack import launch, wants
-from vflair_core.defenses.mechanism import Chain, Mechanism
+from vflair_core.defenses.mechanism import ComposedMechanism, Mechanism
 from vflair_core.offers import load_target
 from vflair_core.testing import crossed, tiny_model
 from vflair_defenses.gaussian_noise import GaussianNoise
@@ -189,7 +189,7 @@ def test_a_likelihood_of_gradients_is_the_logarithm_of_the_density():
     norms = guesses.flatten(1).norm(dim=1).clamp_min(2.0)[:, None, None]
     normal = torch.distributions.Normal(2.0 * guesses / norms, 1.4)
     density = normal.log_prob(seen).sum((1, 2))
-    ours = Chain([gauss.gradient_mechanism()]).log_likelihood(seen, guesses).sum(-1)
+    ours = ComposedMechanism([gauss.gradient_mechanism()]).log_likelihood(seen, guesses).sum(-1)
     assert torch.allclose(ours - ours[0], density - density[0], atol=1e-4)
     laplace = LaplaceNoise(clip=1.0, gradient_epsilon=3.0, gradient_clip=2.0)
     norms = guesses.flatten(1).norm(p=1, dim=1).clamp_min(2.0)[:, None, None]

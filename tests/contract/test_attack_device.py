@@ -15,7 +15,7 @@ from vflair_attacks import vflair_attacks as offered
 from vflair_core import hookimpl, plugin_manager, run
 from vflair_core.attacks import isolation as devices
 from vflair_core.attacks.attack import Guess
-from vflair_core.attacks.guess_files import Course, Found, read_guess, write_guess
+from vflair_core.attacks.guess_files import Progression, TimedGuess, read_guess, write_guess
 from vflair_core.attacks.isolation import attack_device, hint_of
 from vflair_core.errors import ExperimentError
 from vflair_core.experiments.attack_phase import attack_again
@@ -128,7 +128,7 @@ def test_an_adversary_computes_there_too_and_the_result_says_where(pm, there):
 
 def test_guesses_are_written_from_wherever_they_are(there, tmp_path):
     tokens = torch.arange(6).view(2, 3)
-    found = Found(Guess(tokens=tokens.to(there)), 1.0, Course())
+    found = TimedGuess(Guess(tokens=tokens.to(there)), 1.0, Progression())
     write_guess(tmp_path / "guess", found)
     assert torch.equal(read_guess(tmp_path / "guess").guess.tokens, tokens)
 

@@ -24,7 +24,7 @@ from vflair_core.experiments.capture import record_victims
 from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.releases import releases_per_example
 from vflair_core.experiments.victims import companions_of
-from vflair_core.tasks.tokenization import Reading
+from vflair_core.tasks.tokenization import InputFormat
 from vflair_core.testing import numbers_as_texts, tiny_model, tiny_tokenizer
 from vflair_core.training.fine_tuning import FineTuning, Train
 from vflair_defenses.decoy_rows import DecoyRows
@@ -186,7 +186,7 @@ def test_guarantees_count_the_rounds_of_a_companion():
     """Of 4 companions that go round 8 victims, 3 at a time, each crosses 6 times; a victim once, a training not at all."""
     e, task, rows = chosen(labels=(0, 1) * 6, kind="causal-lm")
     assert Counter(row for some in rows for row in some) == dict.fromkeys((8, 9, 10, 11), 6)
-    found = releases_per_example(e, task, Reading(kind="causal-lm"), evaluations=0)
+    found = releases_per_example(e, task, InputFormat(kind="causal-lm"), evaluations=0)
     assert found.gradients == 6
 
 

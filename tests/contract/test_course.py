@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import vflair_attacks
 from small import LLAMA
 from vflair_core import plugin_manager, run
-from vflair_core.attacks.guess_files import Course
+from vflair_core.attacks.guess_files import Progression
 from vflair_core.cli.terminal import show_result
 from vflair_core.experiments.config import experiment_from
 
@@ -85,7 +85,7 @@ def test_the_report_tells_the_course(pm, tmp_path, capsys):
 
 @given(st.integers(1, 200), st.integers(2, 16).map(lambda n: 2 * n))
 def test_a_course_keeps_points_at_even_distances(calls, most):
-    course = Course(most=most)
+    course = Progression(most=most)
     for n in range(1, calls + 1):
         course.add(n, 0.0, torch.tensor([[n]]))
     kept = [forwards for forwards, _, _ in course.points]

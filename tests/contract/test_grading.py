@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vflair_core import AttackError, Guess
-from vflair_core.experiments.grading.grades import Reference, judge
+from vflair_core.experiments.grading.grades import Reference, with_verdict
 from vflair_core.experiments.grading.labels import grade_labels
 from vflair_core.experiments.grading.scores import dcs, normalised_dcs
 from vflair_core.experiments.grading.statistics import auc, interval, rouge_l
@@ -122,7 +122,7 @@ def test_a_changed_text_is_graded_by_what_the_guess_says_of_the_original_in_its_
 def test_a_changed_text_has_floors_of_its_own():
     same = [torch.tensor([1, 2, 3])] * 3
     there = Truth(same, [torch.ones(3).bool()] * 3, originals=[torch.tensor([1, 8, 3])] * 3)
-    grade = judge(graded(torch.stack(same), there), None, None)
+    grade = with_verdict(graded(torch.stack(same), there), None, None)
     assert grade.floors["others"] == pytest.approx(2 / 3)  # any other text says as much
     assert "uninformative" in grade.verdict
 
@@ -194,7 +194,7 @@ def test_the_all_vocabulary_bag_has_full_bag_recall_and_no_performance():
 def test_constant_tokens_stay_at_the_floor_and_are_called_uninformative():
     there = truth(vocabulary=5)
     constant = torch.full((8, 6), int(torch.cat(there.tokens).mode().values))
-    grade = judge(graded(constant, there), None, None)
+    grade = with_verdict(graded(constant, there), None, None)
     assert "uninformative" in grade.verdict
 
 
@@ -202,7 +202,7 @@ def test_a_guess_that_fits_other_examples_fails_the_negative_control():
     """All victims share a template: a guess of it is right everywhere, with or without the message."""
     shared = torch.tensor([3, 1, 4, 1, 5, 9])
     there = Truth([shared] * 6, [torch.ones(6).bool()] * 6)
-    grade = judge(graded(shared.expand(6, 6), there), None, None)
+    grade = with_verdict(graded(shared.expand(6, 6), there), None, None)
     assert grade.negative_control == 1.0
     assert "negative control failed" in grade.verdict
 
@@ -210,9 +210,9 @@ def test_a_guess_that_fits_other_examples_fails_the_negative_control():
 def test_an_attack_that_cannot_read_bypassed_messages_fails_the_positive_control():
     there = truth()
     whole = Reference(1.0, informative=True)
-    grade = judge(graded(torch.stack(there.tokens), there), whole, 0.5)
+    grade = with_verdict(graded(torch.stack(there.tokens), there), whole, 0.5)
     assert "positive control failed" in grade.verdict
-    assert judge(graded(torch.stack(there.tokens), there), whole, 0.97).verdict == "ok"
+    assert with_verdict(graded(torch.stack(there.tokens), there), whole, 0.97).verdict == "ok"
 
 
 def test_a_guess_for_too_few_victims_is_refused():
@@ -240,5 +240,7 @@ def test_the_normalised_score_is_one_for_a_perfect_defense_and_the_same_at_every
 
 def test_an_attack_that_found_nothing_undefended_says_nothing_about_a_defense():
     there = truth()
-    grade = judge(graded(torch.stack(there.tokens), there), Reference(0.3, informative=False), 0.9)
+    grade = with_verdict(
+        graded(torch.stack(there.tokens), there), Reference(0.3, informative=False), 0.9
+    )
     assert "uninformative" in grade.verdict

@@ -7,7 +7,7 @@ import torch
 
 from vflair_core import AttackError, Guess
 from vflair_core.experiments.grading.grader import grade, performance
-from vflair_core.experiments.grading.grades import judge
+from vflair_core.experiments.grading.grades import with_verdict
 from vflair_core.experiments.grading.labels import grade_answers, grade_labels, grade_members
 from vflair_core.experiments.grading.statistics import auc_either
 from vflair_core.experiments.grading.tokens import grade_tokens
@@ -111,7 +111,9 @@ def test_an_answer_written_where_answers_end_is_no_recovery():
         guesses.append(guess)
     truth = Truth(rows, [~there for there in places], answers=places).of_responses()
     guess = Guess(tokens=torch.stack(guesses))
-    found = judge(grade_tokens(guess, truth, None, str, name="a", knowledge="K0"), None, None)
+    found = with_verdict(
+        grade_tokens(guess, truth, None, str, name="a", knowledge="K0"), None, None
+    )
     assert found.attack_performance == 0.5
     assert found.floors["constant"] == 0.5  # the better of the two answers
     # Of each answer half of the 39 others have the same: 19.
@@ -129,7 +131,7 @@ def test_members_are_candidates_scored_above_zero():
     assert found.details["auc"] == pytest.approx(
         3 / 4
     )  # of four pairs, (-.2, .1) is the wrong way round
-    assert judge(found, None, None).informative is False
+    assert with_verdict(found, None, None).informative is False
 
 
 def test_of_some_victims_only_those_candidates_count_that_could_be_among_them():

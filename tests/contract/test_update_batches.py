@@ -23,7 +23,7 @@ from vflair_core.experiments.grading.statistics import interval
 from vflair_core.experiments.grading.tokens import checked_tokens, grade_tokens
 from vflair_core.experiments.grading.truth import Truth
 from vflair_core.experiments.releases import releases_per_example
-from vflair_core.tasks.tokenization import Reading
+from vflair_core.tasks.tokenization import InputFormat
 from vflair_core.testing import numbers_as_texts, tiny_model, tiny_tokenizer
 from vflair_core.training.fine_tuning import FineTuning, Train
 
@@ -219,7 +219,7 @@ def test_a_guarantee_counts_the_round_in_which_a_batch_crosses():
     found = [
         releases_per_example(
             experiment_from({**SHORTEST, "train": {"steps": 0, "max_length": 16}, "victims": {**victims, **more}}),
-            task, Reading(kind="causal-lm"), evaluations=0,
+            task, InputFormat(kind="causal-lm"), evaluations=0,
         )
         for more in ({}, {"update_batch": 4})
     ]  # fmt: skip

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from vflair_core import Example, Task
 from vflair_core.errors import TaskError
 from vflair_core.tasks.metrics import chance_of, exact_match, standard_score, token_f1
-from vflair_core.tasks.preprocessor import Reader
+from vflair_core.tasks.preprocessor import Preprocessor
 from vflair_core.tasks.question_answering import LONGEST, N_BEST, best_answers
-from vflair_core.tasks.tokenization import Reading, reading_of
+from vflair_core.tasks.tokenization import InputFormat, reading_of
 from vflair_core.tasks.tokenizer_training import train_tokenizer
 from vflair_core.testing import tiny_model
 from vflair_core.training.evaluation import evaluate
@@ -32,8 +32,8 @@ PASSAGE = "Ada was at home. Then she went to the old harbour, and there she stay
 
 def windows(max_length=24):
     questions = [Example("Where?", pair=PASSAGE), Example("Who?", pair="Bob said noon.")]
-    reading = Reading("question-answering", stride=4)
-    return Reader(PAIRED, reading, max_length).batch(questions).rows
+    reading = InputFormat("question-answering", stride=4)
+    return Preprocessor(PAIRED, reading, max_length).batch(questions).rows
 
 
 @settings(max_examples=40, deadline=None)
@@ -115,7 +115,7 @@ def test_choices_are_ranked_by_the_log_likelihood_of_their_tokens():
         "t", kind="causal-lm", train=examples, test=examples,
         score=lambda predictions, _: said.extend(predictions) or {"x": 0.0},
     )  # fmt: skip
-    found = evaluate(model, task, Reader(TOKENIZER, reading_of(task, model)), batch_size=2)
+    found = evaluate(model, task, Preprocessor(TOKENIZER, reading_of(task, model)), batch_size=2)
     with torch.no_grad():
         scores = [[by_hand(model, prompt, option) for option in options] for prompt in prompts]
     sums = [max(range(4), key=lambda n: row[n][0]) for row in scores]
@@ -133,7 +133,7 @@ def test_answers_are_what_greedy_decoding_writes_and_perplexity_is_of_the_answer
         "t", kind="causal-lm", train=examples, test=examples, generation={"max_new_tokens": 5},
         score=lambda predictions, rows: said.extend(predictions) or {"x": 0.5},
     )  # fmt: skip
-    found = evaluate(model, task, Reader(TOKENIZER, reading_of(task, model)), batch_size=2)
+    found = evaluate(model, task, Preprocessor(TOKENIZER, reading_of(task, model)), batch_size=2)
     total = count = 0.0
     for example, text in zip(examples, said, strict=False):
         ids = TOKENIZER(example.text)["input_ids"]
@@ -248,7 +248,7 @@ def test_a_bad_row_of_a_table_is_found_when_it_is_used_with_split_and_row():
 
 
 def test_a_run_reads_the_rows_it_trains_on_and_a_sample_for_the_noise_seed():
-    from vflair_core.experiments.context import HASHED, Setting, noise_seed
+    from vflair_core.experiments.context import HASHED, RunContext, noise_seed
     from vflair_core.experiments.experiment import Experiment, Model, Named
     from vflair_core.training.fine_tuning import Train
 
@@ -256,7 +256,7 @@ def test_a_run_reads_the_rows_it_trains_on_and_a_sample_for_the_noise_seed():
     made = lazy_task(train, Lazy(4))
     experiment = Experiment(Named("big"), Model("m"), train=Train(steps=3, batch_size=2))
     setting = SimpleNamespace(experiment=experiment, task=made)
-    batches = list(Setting.batches(setting))
+    batches = list(RunContext.batches(setting))
     assert [len(batch) for batch in batches] == [2, 2, 2]
     assert len(set(train.read)) == 6
     train.read.clear()

@@ -7,7 +7,7 @@ import torch
 
 from vflair_core import Partition
 from vflair_core.attacks.halves import halves
-from vflair_core.defenses.mechanism import Chain, Mechanism
+from vflair_core.defenses.mechanism import ComposedMechanism, Mechanism
 from vflair_core.testing import crossed, numbers_as_texts, tiny_model, tiny_tokenizer
 
 
@@ -53,7 +53,7 @@ def test_a_mechanism_without_noise_draws_what_it_expects():
 
 def test_defenses_in_a_row_draw_in_their_order_with_the_noise_of_each():
     hidden, seeds = torch.zeros(4), [torch.Generator().manual_seed(7) for _ in range(2)]
-    drawn = Chain([Noisy(), Shifted(), Noisy()]).sample(hidden, seeds[0])
+    drawn = ComposedMechanism([Noisy(), Shifted(), Noisy()]).sample(hidden, seeds[0])
     expected = torch.randn(4, generator=seeds[1]) + 1
     assert torch.equal(drawn, expected + torch.randn(4, generator=seeds[1]))
 

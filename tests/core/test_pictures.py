@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from vflair_core import Example
 from vflair_core.errors import ExperimentError, TaskError
 from vflair_core.experiments.base_model import random_processor
-from vflair_core.tasks.preprocessor import Reader
-from vflair_core.tasks.tokenization import Reading
+from vflair_core.tasks.preprocessor import Preprocessor
+from vflair_core.tasks.tokenization import InputFormat
 from vflair_core.tasks.tokenizer_training import train_tokenizer
 from vflair_core.testing import tiny_model
 
@@ -47,8 +47,8 @@ def model():
 
 
 def reader(model, **more):
-    reading = Reading("image-text", processor=random_processor(model, TOKENIZER))
-    return Reader(TOKENIZER, reading, **more)
+    reading = InputFormat("image-text", processor=random_processor(model, TOKENIZER))
+    return Preprocessor(TOKENIZER, reading, **more)
 
 
 def test_a_picture_takes_as_many_positions_as_the_model_gives_it_and_words_keep_their_place(model):
@@ -93,7 +93,7 @@ def test_a_processor_that_says_more_of_each_token_than_its_id_is_refused(model):
             made = dict(inner(**inputs))
             return {**made, "mm_token_type_ids": torch.zeros_like(made["input_ids"])}
 
-    talkative = Reader(TOKENIZER, Reading("image-text", processor=Talkative()))
+    talkative = Preprocessor(TOKENIZER, InputFormat("image-text", processor=Talkative()))
     with pytest.raises(TaskError, match="'mm_token_type_ids' of every token"):
         talkative.batch([Example("Ada", answer="red", images=(RED,))])
 

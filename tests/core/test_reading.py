@@ -14,9 +14,9 @@ from vflair_core.errors import DefenseError, ExperimentError, TaskError
 from vflair_core.experiments.base_model import check_packing
 from vflair_core.experiments.capture import record_victims
 from vflair_core.experiments.grading.truth import truth_of
-from vflair_core.tasks.preprocessor import Reader
+from vflair_core.tasks.preprocessor import Preprocessor
 from vflair_core.tasks.token_rows import window_target
-from vflair_core.tasks.tokenization import Reading, reading_of
+from vflair_core.tasks.tokenization import InputFormat, reading_of
 from vflair_core.tasks.tokenizer_training import train_tokenizer
 from vflair_core.testing import tiny_model
 
@@ -35,7 +35,9 @@ QUESTION = Example(
 
 
 def qa(max_length, stride=6, example=QUESTION):
-    return Reader(PAIRED, Reading("question-answering", stride=stride), max_length).batch([example])
+    return Preprocessor(PAIRED, InputFormat("question-answering", stride=stride), max_length).batch(
+        [example]
+    )
 
 
 # -- windows -----------------------------------------------------------------------------------------------
@@ -85,7 +87,10 @@ def test_a_question_that_leaves_no_room_is_refused_with_the_length_it_takes():
 def test_a_victim_with_a_long_passage_crosses_in_one_row():
     model = tiny_model("bert", "question-answering", vocab_size=len(PAIRED))
     party, _ = split(model, Partition(1, 1), tokenizer=PAIRED)
-    party.task_kind, party.reading = "question-answering", Reading("question-answering", stride=6)
+    party.task_kind, party.reading = (
+        "question-answering",
+        InputFormat("question-answering", stride=6),
+    )
     crossed = record_victims(party, [QUESTION, QUESTION], max_length=36, gradients=False)
     smashed = [r.tensor for r in crossed.transcript.messages if r.role == "smashed"]
     assert [tuple(tensor.shape[:2]) for tensor in smashed] == [(1, 36), (1, 36)]
@@ -95,9 +100,9 @@ def test_a_victim_with_a_long_passage_crosses_in_one_row():
 
 
 def test_a_pair_is_read_as_begin_first_separator_second_with_token_types():
-    reading = Reading("classification", token_types=True)
+    reading = InputFormat("classification", token_types=True)
     rows = [Example("Ada", pair="is here", label=1), Example("Ada", label=0)]
-    batch = Reader(PAIRED, reading).batch(rows).batch
+    batch = Preprocessor(PAIRED, reading).batch(rows).batch
     first, second = (PAIRED(t, add_special_tokens=False)["input_ids"] for t in ("Ada", "is here"))
     expected = [PAIRED.bos_token_id, *first, PAIRED.sep_token_id, *second]
     assert batch["input_ids"][0].tolist() == expected
@@ -108,14 +113,14 @@ def test_a_pair_is_read_as_begin_first_separator_second_with_token_types():
 @pytest.mark.parametrize("kind", ["classification", "regression"])
 def test_a_missing_label_is_an_error_that_names_the_row(kind):
     with pytest.raises(TaskError, match="row-7"):
-        Reader(TOKENIZER, Reading(kind)).batch([Example("Ada", id="row-7")])
+        Preprocessor(TOKENIZER, InputFormat(kind)).batch([Example("Ada", id="row-7")])
 
 
 # -- a prompt and its answer -----------------------------------------------------------------------------------
 
 
 def test_an_answer_follows_its_prompt_and_only_it_and_the_end_token_are_learnt():
-    encoded = Reader(TOKENIZER).batch(
+    encoded = Preprocessor(TOKENIZER).batch(
         [Example("Who wrote?", answer="Ada"), Example("Who?", answer="Ada")]
     )
     answer = [*TOKENIZER(" Ada", add_special_tokens=False)["input_ids"], TOKENIZER.eos_token_id]
@@ -127,7 +132,7 @@ def test_an_answer_follows_its_prompt_and_only_it_and_the_end_token_are_learnt()
 
 
 def test_a_long_prompt_loses_its_first_words_and_never_its_answer_and_is_counted():
-    reader = Reader(TOKENIZER, max_length=12)
+    reader = Preprocessor(TOKENIZER, max_length=12)
     (row,) = reader.batch([Example(TEXTS[0] + " " + TEXTS[1], answer="Ada")]).rows
     whole = TOKENIZER(TEXTS[0] + " " + TEXTS[1])["input_ids"]
     room = 12 - len(row.target) - 1
@@ -137,12 +142,12 @@ def test_a_long_prompt_loses_its_first_words_and_never_its_answer_and_is_counted
 
 def test_an_answer_that_does_not_fit_is_refused():
     with pytest.raises(TaskError, match="max_length higher"):
-        Reader(TOKENIZER, max_length=6).batch([Example("Who?", answer=TEXTS[0])])
+        Preprocessor(TOKENIZER, max_length=6).batch([Example("Who?", answer=TEXTS[0])])
 
 
 def test_prompts_are_what_training_rows_begin_with_padded_left():
     reader, examples = (
-        Reader(TOKENIZER),
+        Preprocessor(TOKENIZER),
         [Example("Who wrote?", answer="Ada"), Example("Who?", answer="x")],
     )
     trained, asked = reader.batch(examples), reader.prompts(examples)
@@ -155,14 +160,14 @@ def test_prompts_are_what_training_rows_begin_with_padded_left():
 def test_of_choices_the_right_one_is_learnt():
     choice = Example("Who?", choices=("Bob", "Ada"), label=1)
     plain = Example("Who?", answer="Ada")
-    one, two = (Reader(TOKENIZER).batch([example]).batch for example in (choice, plain))
+    one, two = (Preprocessor(TOKENIZER).batch([example]).batch for example in (choice, plain))
     assert torch.equal(one["labels"], two["labels"])
 
 
 def test_two_stacks_read_the_text_and_learn_the_answer():
-    reading = Reading("seq2seq", two_stacks=True)
+    reading = InputFormat("seq2seq", two_stacks=True)
     batch = (
-        Reader(TOKENIZER, reading)
+        Preprocessor(TOKENIZER, reading)
         .batch([Example("Who?", answer="Ada"), Example("x", answer="Ada Ada")])
         .batch
     )
@@ -186,12 +191,12 @@ def test_packed_texts_cost_what_they_cost_alone(cut):
     examples = [Example(text) for text in (*TEXTS, *TEXTS)]
     total = count = 0.0
     for example in examples:
-        batch = Reader(TOKENIZER).batch([example]).batch
+        batch = Preprocessor(TOKENIZER).batch([example]).batch
         tokens = batch["input_ids"].shape[1] - 1
         total += float(model(**batch, use_cache=False).loss.detach()) * tokens
         count += tokens
     ran = model if cut is None else split(copy.deepcopy(model), cut)[0].model
-    packed = Reader(TOKENIZER, max_length=50).batch(examples, pack_rows=True).batch
+    packed = Preprocessor(TOKENIZER, max_length=50).batch(examples, pack_rows=True).batch
     assert len(packed["input_ids"]) < len(examples)
     assert float(ran(**packed, use_cache=False).loss.detach()) == pytest.approx(
         total / count, rel=1e-5
@@ -205,7 +210,7 @@ def test_private_spans_are_found_wherever_packing_and_padding_put_them(arranged)
         Example(text, private=((text.index(name), text.index(name) + len(name)),))
         for text, name in zip(TEXTS, names, strict=True)
     ]
-    reader = Reader(TOKENIZER, max_length=50)
+    reader = Preprocessor(TOKENIZER, max_length=50)
     if arranged == "padded left":
         encoded = reader.prompts(examples)
     else:
@@ -247,7 +252,7 @@ def in_prompt(example, tokenizer):
 def defended(*defenses, kind="causal-lm", render=None):
     model = tiny_model("llama", vocab_size=len(PAIRED))
     party, _ = split(model, Partition(1, 1), tokenizer=PAIRED, defenses=defenses, seed=0)
-    party.task_kind, party.reading = kind, Reading(kind, render=render)
+    party.task_kind, party.reading = kind, InputFormat(kind, render=render)
     return party
 
 

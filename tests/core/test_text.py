@@ -9,7 +9,7 @@ import torch
 
 from vflair_core import Defense, DefenseError, Example, Partition, Transcript, split
 from vflair_core.errors import TaskError
-from vflair_core.tasks.preprocessor import Reader
+from vflair_core.tasks.preprocessor import Preprocessor
 from vflair_core.tasks.tokenizer_training import train_tokenizer
 from vflair_core.testing import tiny_model
 
@@ -92,7 +92,7 @@ def test_text_needs_a_tokenizer():
 def test_private_positions_are_the_tokens_that_touch_a_span_and_never_special_ones():
     text = "Ada Lovelace wrote"
     examples = [Example(text, private=((4, 12),)), Example(text)]
-    spanned, whole = Reader(TOKENIZER).batch(examples).rows
+    spanned, whole = Preprocessor(TOKENIZER).batch(examples).rows
     secret = [token for token, private in zip(spanned.ids, spanned.private, strict=True) if private]
     assert TOKENIZER.decode(secret).strip() == "Lovelace"
     assert whole.private == [False] + [True] * (len(whole.ids) - 1)

@@ -35,7 +35,7 @@ The patient was given antibiotics and told to come back after ten days.
 Our team lost the final match although we played much better in the second half.
 The museum will be closed for two months while the roof is repaired.
 They moved to a small village in the mountains to escape the noise of the city.
-The judge decided that the evidence was not strong enough to hold him.
+The with_verdict decided that the evidence was not strong enough to hold him.
 I forgot my password and now I cannot log in to my bank account.
 The price of coffee has doubled since the drought in Brazil began.
 We are looking for a young engineer with experience in machine learning.

@@ -25,10 +25,10 @@ COLUMNS = (
     "error",
     "wrong",
 )
-Row = dict[str, Any]
+TokenRow = dict[str, Any]
 
 
-def verdict(row: Row, tail: int, what: str = "train") -> str:
+def verdict(row: TokenRow, tail: int, what: str = "train") -> str:
     """Sum up the cells of one kind of cut: exact if one with head 1 is and none of the pair is wrong."""
     cells = [cell for cell in row["cells"] if (cell["tail"] > 0) == (tail > 0)]
     outcomes = [cell[what] for cell in cells if cell["head"] == 1 and what in cell]
@@ -40,7 +40,7 @@ def verdict(row: Row, tail: int, what: str = "train") -> str:
     return "refused"
 
 
-def counts(rows: list[Row]) -> dict[str, dict[str, int]]:
+def counts(rows: list[TokenRow]) -> dict[str, dict[str, int]]:
     """Count pairs per task; ``error`` and ``wrong`` count those with any such cell."""
     found = {}
     for task in TASKS:
@@ -64,15 +64,15 @@ def counts(rows: list[Row]) -> dict[str, dict[str, int]]:
     return found
 
 
-def _generates(row: Row) -> bool:
+def _generates(row: TokenRow) -> bool:
     return "exact" in (verdict(row, 1, "generate"), verdict(row, 0, "generate"))
 
 
-def _outcomes(row: Row) -> set[str]:
+def _outcomes(row: TokenRow) -> set[str]:
     return {cell[what] for cell in row["cells"] for what in ("train", "generate") if what in cell}
 
 
-def summary(rows: list[Row]) -> str:
+def summary(rows: list[TokenRow]) -> str:
     """Return the counts as a table."""
     lines = ["| task | " + " | ".join(COLUMNS) + " |", "|---|" + "--:|" * len(COLUMNS)]
     for task, numbers in counts(rows).items():
@@ -80,7 +80,7 @@ def summary(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def said(row: Row) -> str:
+def said(row: TokenRow) -> str:
     """Return one line on a pair."""
     if not row["runnable"]:
         return f"not runnable: {row['reason'][:120]}"
@@ -90,14 +90,14 @@ def said(row: Row) -> str:
     return f"{text}  {row['seconds']:.1f} s"
 
 
-def write(rows: list[Row], mode: str) -> None:
+def write(rows: list[TokenRow], mode: str) -> None:
     """Renew the page of the documentation and the committed counts."""
     PAGE.write_text(page(rows, mode))
     known = json.loads(COUNTS.read_text()) if COUNTS.exists() else {}
     COUNTS.write_text(json.dumps(known | {mode: counts(rows)}, indent=2) + "\n")
 
 
-def fallen(rows: list[Row], mode: str) -> list[str]:
+def fallen(rows: list[TokenRow], mode: str) -> list[str]:
     """Say which counts are worse than the committed ones."""
     if not COUNTS.exists():
         return [f"There is no {COUNTS}: run with --write first."]
@@ -116,7 +116,7 @@ def fallen(rows: list[Row], mode: str) -> list[str]:
     ]
 
 
-def page(rows: list[Row], mode: str) -> str:
+def page(rows: list[TokenRow], mode: str) -> str:
     """Return docs/models.md."""
     import torch
     import transformers
@@ -150,7 +150,7 @@ def page(rows: list[Row], mode: str) -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _lists(rows: Iterable[Row]) -> list[str]:
+def _lists(rows: Iterable[TokenRow]) -> list[str]:
     groups: dict[str, list[str]] = defaultdict(list)
     reasons: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -187,7 +187,7 @@ def _lists(rows: Iterable[Row]) -> list[str]:
     return parts
 
 
-def _detail(row: Row, outcome: str) -> str:
+def _detail(row: TokenRow, outcome: str) -> str:
     for cell in row["cells"]:
         for what in ("train", "generate"):
             if cell.get(what) == outcome:

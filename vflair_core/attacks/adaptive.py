@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vflair_core.attacks.attack import Launch, wants
 from vflair_core.defenses.defense import Defense
-from vflair_core.defenses.mechanism import Chain, Mechanism, Replacement
+from vflair_core.defenses.mechanism import ComposedMechanism, Mechanism, Replacement
 from vflair_core.errors import AttackError
 from vflair_core.offers import load_target
 
@@ -27,7 +27,9 @@ def has_mechanism(specs: Sequence[Spec], side: Side) -> bool:
     )
 
 
-def told(specs: Sequence[Spec], side: Side, state: Mapping[str, Tensor] | None) -> Mechanism:
+def rebuilt_mechanism(
+    specs: Sequence[Spec], side: Side, state: Mapping[str, Tensor] | None
+) -> Mechanism:
     """Build the defenses again and return their mechanisms as one; `state` is what they calibrated, if it is known."""
     parts = []
     for number, defense in enumerate(_rebuilt(specs)):
@@ -38,10 +40,10 @@ def told(specs: Sequence[Spec], side: Side, state: Mapping[str, Tensor] | None) 
             )
         if (part := getattr(defense, side)()) is not None:
             parts.append(part)
-    return Chain(parts)
+    return ComposedMechanism(parts)
 
 
-def told_replacement(
+def rebuilt_replacement(
     specs: Sequence[Spec], tokenizer: Any, embeddings: Tensor, public_texts: Sequence[str]
 ) -> Replacement | None:
     """Build the defense that replaces words again and return how it does; None if it changes nothing.

@@ -24,7 +24,7 @@ from vflair_core.attacks.adversary import Adversary, Tampered, honestly
 from vflair_core.attacks.attack import Launch, call
 from vflair_core.attacks.evidence import Evidence, needed, save_evidence
 from vflair_core.attacks.isolation import Isolation, failure_in, reporting, started
-from vflair_core.attacks.workspace import Granted, Room, furnish
+from vflair_core.attacks.workspace import GrantedKnowledge, Workspace, write_workspace
 from vflair_core.communication.codec import decode, encode
 from vflair_core.communication.message import Message
 from vflair_core.errors import AttackError
@@ -52,7 +52,7 @@ def hosted_adversary(
         store, folder = Path(name, "store"), Path(name, "granted")
         folder.mkdir()
         save_evidence(store, evidence, needed([opening]))
-        furnish(folder, store, [opening], threads, device)
+        write_workspace(folder, store, [opening], threads, device)
         with (_inline if isolation == "inline" else _in_process)(folder) as host:
             channel = Tampered(party.connection.channel, host.tamper)
             party.channel = party.connection.channel = channel
@@ -65,11 +65,11 @@ def hosted_adversary(
 
 def _build(folder: Path) -> Adversary:
     """Make the adversary that the job in a folder describes, with what is granted there."""
-    room = Room(folder)
+    room = Workspace(folder)
     (spec,) = room.job["attacks"]
     attack: Any = load_target(spec["target"])(**spec["options"])
     torch.manual_seed(spec["seed"])
-    adversary = call(attack.adversary, Granted(room, spec, "main", lambda *_: None))
+    adversary = call(attack.adversary, GrantedKnowledge(room, spec, "main", lambda *_: None))
     if not isinstance(adversary, Adversary):
         raise AttackError(
             f"{spec['target']}.adversary returned a {type(adversary).__name__}, not an Adversary."

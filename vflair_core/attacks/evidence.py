@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vflair_core.attacks.attack import Launch, wants
 from vflair_core.attacks.knowledge import AUXILIARY, DEFENSE
-from vflair_core.attacks.observables import Crossed
+from vflair_core.attacks.observables import Capture
 from vflair_core.errors import AttackError
 from vflair_core.offers import target_of
 from vflair_core.parties.data_party.party import DataParty
@@ -57,19 +57,19 @@ class Evidence:
     party: DataParty
     model_party: ModelParty
     pretrained: dict[str, Tensor]
-    main: Crossed
-    bypassed: Crossed | None
+    main: Capture
+    bypassed: Capture | None
     releases: int
     task_kind: str
     victims: Mapping[str, int]
     seed: int = 0
     auxiliary: dict[str, Any] = field(factory=dict)
-    queries: Mapping[str, Crossed] = field(factory=dict)
+    queries: Mapping[str, Capture] = field(factory=dict)
     adversary: Mapping[str, Tensor] | None = None  # what the active one kept, if there was one
     update_batch: int = 1
 
     @property
-    def passes(self) -> dict[str, Crossed]:
+    def passes(self) -> dict[str, Capture]:
         """What crossed in each pass over the victims."""
         return {"main": self.main} | ({"bypassed": self.bypassed} if self.bypassed else {})
 

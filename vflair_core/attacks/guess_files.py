@@ -36,7 +36,7 @@ def take_so_far(folder: Path) -> tuple[int, str, Tensor] | None:
 
 
 @define
-class Course:
+class Progression:
     """What an attack believed at some points of its way, spread evenly over the calls of `add`.
 
     Each point is (forwards, seconds, tokens); of many every second one is dropped, again and again.
@@ -58,15 +58,15 @@ class Course:
 
 
 @frozen(eq=False)
-class Found:
+class TimedGuess:
     """What an attack guessed in the end, the seconds it took, and its course if it told any."""
 
     guess: Guess
     seconds: float
-    course: Course
+    course: Progression
 
 
-def write_guess(path: Path, found: Found) -> None:
+def write_guess(path: Path, found: TimedGuess) -> None:
     """Write what an attack found."""
     guess, points = found.guess, found.course.points
     tensors = {name: value.cpu().contiguous() for name, value in guess.tensors.items()}
@@ -81,7 +81,7 @@ def write_guess(path: Path, found: Found) -> None:
     save_file(tensors, path.with_suffix(".safetensors"), metadata=metadata)
 
 
-def read_guess(path: Path) -> Found:
+def read_guess(path: Path) -> TimedGuess:
     """Read what an attack found."""
     with safe_open(path.with_suffix(".safetensors"), framework="pt") as file:
         facts = json.loads(file.metadata()["vflair_guess"])
@@ -89,4 +89,4 @@ def read_guess(path: Path) -> Found:
         tensors = {name: file.get_tensor(name) for name in names}
     points = [(*spent, tensors.pop(f"course {n}")) for n, spent in enumerate(facts["course"])]
     guess = Guess(**tensors, positive=facts["positive"], budget=facts["budget"])
-    return Found(guess, facts["seconds"], Course(points=points))
+    return TimedGuess(guess, facts["seconds"], Progression(points=points))

@@ -10,11 +10,11 @@ from attrs import define, field, frozen
 from torch import Tensor
 
 from vflair_core.communication.transcript import Record, Transcript
-from vflair_core.tasks.token_rows import Row
+from vflair_core.tasks.token_rows import TokenRow
 
 
 @frozen
-class Spot:
+class VictimRow:
     """Where a victim is in the messages that it crossed in.
 
     Attributes:
@@ -42,7 +42,7 @@ class Observables(Mapping[str, Any]):
     releases: int = 1
     is_ht: bool = False
     victims: int = 0  # 0 counts them: one exchange each
-    spots: Sequence[Spot] = ()
+    spots: Sequence[VictimRow] = ()
 
     def __iter__(self) -> Any:
         return iter(self._names())
@@ -95,14 +95,14 @@ class Observables(Mapping[str, Any]):
             if exchange in chosen
         ]
 
-    def _spot(self, number: int) -> Spot:
-        return self.spots[number] if self.spots else Spot()
+    def _spot(self, number: int) -> VictimRow:
+        return self.spots[number] if self.spots else VictimRow()
 
     def _count(self) -> int:
         return self.victims or len(self.of_each("smashed")) // self.releases
 
 
-def _own(batch: Tensor, spot: Spot) -> Tensor:
+def _own(batch: Tensor, spot: VictimRow) -> Tensor:
     """The victim's row of a tensor (B, …), without padding if it has positions, (B, T, …)."""
     row = batch[spot.row]
     return row[: len(row) - spot.padding] if row.dim() > 1 else row
@@ -115,7 +115,7 @@ def _pad(rows: list[Tensor]) -> Tensor:
 
 
 @frozen(eq=False)
-class Crossed:
+class Capture:
     """What crossed of the victims, and the row of each as it was sent (the first time).
 
     `spots` has where each is in its messages, release after release. `updates` are the gradients of the data party's
@@ -123,6 +123,6 @@ class Crossed:
     """
 
     transcript: Transcript
-    rows: list[Row]
-    spots: list[Spot]
+    rows: list[TokenRow]
+    spots: list[VictimRow]
     updates: list[dict[str, Tensor]] = field(factory=list)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from vflair_core.attacks.attack import launch
-from vflair_core.attacks.guess_files import Course, Found, leave_so_far, write_guess
+from vflair_core.attacks.guess_files import Progression, TimedGuess, leave_so_far, write_guess
 from vflair_core.attacks.isolation import Isolation, failure_in, hint_of, reporting, started
-from vflair_core.attacks.workspace import Granted, Room
+from vflair_core.attacks.workspace import GrantedKnowledge, Workspace
 from vflair_core.errors import AttackError
 from vflair_core.offers import load_target
 
@@ -34,13 +34,13 @@ Progress = Callable[[str, int, int], None]
 
 def run_job(folder: Path, progress: Progress) -> None:
     """Run every attack of the job on every pass it is asked for, and write the guesses."""
-    room = Room(folder)
+    room = Workspace(folder)
     for attack in room.job["attacks"]:
         callable_ = load_target(attack["target"])
         callable_ = callable_(**attack["options"]) if isinstance(callable_, type) else callable_
         for which in attack["passes"]:
             label = f"{attack['name']} ({which})"
-            start, course = time.perf_counter(), Course()
+            start, course = time.perf_counter(), Progression()
 
             def report(
                 done: int,
@@ -52,7 +52,7 @@ def run_job(folder: Path, progress: Progress) -> None:
                 label: str = label,
                 place: str = f"{attack['number']} {which}",
                 start: float = start,
-                course: Course = course,
+                course: Progression = course,
             ) -> None:
                 shown = label if objective is None else f"{label}, objective {objective:.4g}"
                 if tokens is not None:  # who knows the truth says how much of it that is
@@ -63,8 +63,8 @@ def run_job(folder: Path, progress: Progress) -> None:
                 progress(shown, done, total)
 
             torch.manual_seed(attack["seed"])
-            guess = launch(callable_, Granted(room, attack, which, report))
-            found = Found(guess, time.perf_counter() - start, course)
+            guess = launch(callable_, GrantedKnowledge(room, attack, which, report))
+            found = TimedGuess(guess, time.perf_counter() - start, course)
             write_guess(folder / f"guess-{attack['number']}-{which}", found)
 
 

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vflair_core.attacks.adaptive import Side, has_mechanism, told, told_replacement
+from vflair_core.attacks.adaptive import Side, has_mechanism, rebuilt_mechanism, rebuilt_replacement
 from vflair_core.attacks.attack import Launch
 from vflair_core.attacks.evidence import _asked, needed, read_facts
 from vflair_core.attacks.halves import Head, Tail, halves
 from vflair_core.attacks.knowledge import AUXILIARY, DEFENSE
-from vflair_core.attacks.observables import Observables, Spot
+from vflair_core.attacks.observables import Observables, VictimRow
 from vflair_core.communication.transcript import Transcript
 from vflair_core.defenses.mechanism import Mechanism, Replacement
 from vflair_core.errors import AttackError
@@ -30,7 +30,7 @@ from vflair_core.randomness import stream_seed
 from vflair_core.tasks.task import Example
 
 
-class Room:
+class Workspace:
     """The folder, opened: every piece of knowledge is loaded when it is first asked for."""
 
     def __init__(self, folder: Path) -> None:
@@ -57,8 +57,8 @@ class Room:
         seen = Observables(records, victims=len(texts), spots=self._spots(name))
         return list(zip(texts, seen.of_each("smashed"), strict=True))
 
-    def _spots(self, name: str) -> list[Spot]:
-        return [Spot(*spot) for spot in self.job["spots"].get(name, [])]
+    def _spots(self, name: str) -> list[VictimRow]:
+        return [VictimRow(*spot) for spot in self.job["spots"].get(name, [])]
 
     def updates(self, which: str) -> list[dict[str, Tensor]]:
         """The gradients of the data party's weights, by name, for each victim or batch of them in a pass."""
@@ -113,7 +113,7 @@ class Room:
     @cached_property
     def replacement(self) -> Replacement | None:
         texts = self.job["auxiliary"]["public_texts"]
-        return told_replacement(self.job["defenses"], self.tokenizer, self.embeddings, texts)
+        return rebuilt_replacement(self.job["defenses"], self.tokenizer, self.embeddings, texts)
 
     def has_mechanism(self, side: Side) -> bool:
         """Whether knowing the defenses could help against one side of them."""
@@ -122,13 +122,13 @@ class Room:
     def mechanism(self, side: Side, *, with_parameters: bool) -> Mechanism:
         """The defenses of the run as one mechanism, in their order."""
         state = load_file(self.folder / "defenses.safetensors") if with_parameters else None
-        return told(self.job["defenses"], side, state)
+        return rebuilt_mechanism(self.job["defenses"], side, state)
 
 
-class Granted(Mapping[str, Any]):
+class GrantedKnowledge(Mapping[str, Any]):
     """Name → knowledge, for one attack in one pass: what was granted, and no more."""
 
-    def __init__(self, room: Room, attack: dict[str, Any], which: str, progress: Any) -> None:
+    def __init__(self, room: Workspace, attack: dict[str, Any], which: str, progress: Any) -> None:
         self.room, self.attack, self.which, self.progress = room, attack, which, progress
         self.seen = room.observables(which)
         names = set(attack["granted"])
@@ -207,13 +207,13 @@ _SEEN = ("hidden_grad", "smashed_grad", "share", "logits")
 ALWAYS = ("config.json", "main.safetensors", "bypassed.safetensors")
 
 
-def furnish(
+def write_workspace(
     folder: Path, store: Path, launches: Sequence[Launch], threads: int, device: torch.device
 ) -> None:
     """Put into the worker's `folder` what is granted of the store, and the job; nothing else.
 
     Raises:
-        AttackError: A defense cannot be told to an attack that asks for it.
+        AttackError: A defense cannot be rebuilt_mechanism to an attack that asks for it.
     """
     facts, asked = read_facts(store), _asked(launches)
     texts = {"public_texts"} if "replacement" in asked else set()  # which defenses calibrate on
@@ -258,7 +258,7 @@ def _describe(number: int, launch: Launch, passes: list[str]) -> dict[str, Any]:
 def _checked(spec: dict[str, Any]) -> dict[str, Any]:
     if spec["options"] is None:
         raise AttackError(
-            f"{spec['target']} cannot be told to an adaptive attacker: make it an attrs class whose fields are its "
+            f"{spec['target']} cannot be rebuilt_mechanism to an adaptive attacker: make it an attrs class whose fields are its "
             "options."
         )
     return spec

@@ -29,7 +29,7 @@ Made = dict[str, Tensor]
 
 
 @define
-class Preparing:
+class CalibrationCache:
     """Where a data party keeps what its defenses prepared, and whom they tell how far they are.
 
     Args:

@@ -55,7 +55,7 @@ class Replacement:
 
 
 @define
-class Chain(Mechanism):
+class ComposedMechanism(Mechanism):
     """Several mechanisms, one after the other; the last one's noise is the one that is seen."""
 
     parts: list[Mechanism]

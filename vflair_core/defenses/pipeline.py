@@ -14,7 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from vflair_core.communication.message import Phase, Role
 from vflair_core.defenses.defense import COVERABLE, Defense, Exchange
 from vflair_core.errors import DefenseError, did_you_mean
-from vflair_core.randomness import _generator
+from vflair_core.randomness import generator_from
 from vflair_core.tasks.collation import Batch
 from vflair_core.tasks.spans import Replaced
 
@@ -40,7 +40,7 @@ class Defenses:
         self.bypassed = False  # for positive controls only
         self._seed = seed
         self._begun = [0] * len(self.each)
-        self._generators = [_generator(seed, n) for n in range(len(self.each))]
+        self._generators = [generator_from(seed, n) for n in range(len(self.each))]
 
     def apply(
         self, place: str, tensor: Any, exchange: Exchange, *, name: str, role: Role = "smashed"
@@ -87,7 +87,7 @@ class Defenses:
         times = self._begun[number]
         after = "after preparing" if times == 1 else f"after preparing {times}"
         seed = None if self._seed is None else f"{self._seed} {after}"
-        self._generators[number].set_state(_generator(seed, number).get_state())
+        self._generators[number].set_state(generator_from(seed, number).get_state())
 
     def at(self, place: str) -> list[Defense]:
         """Return the defenses that stand at `place`, in order."""

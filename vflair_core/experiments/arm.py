@@ -15,16 +15,16 @@ from torch import Tensor
 from vflair_core.attacks.adversary_host import hosted_adversary
 from vflair_core.attacks.evidence import Evidence
 from vflair_core.attacks.isolation import attack_device
-from vflair_core.attacks.observables import Crossed
+from vflair_core.attacks.observables import Capture
 from vflair_core.communication.message import Message
 from vflair_core.communication.transcript import Transcript
-from vflair_core.defenses.calibration import Preparing
+from vflair_core.defenses.calibration import CalibrationCache
 from vflair_core.defenses.defense import Defense
 from vflair_core.errors import ExperimentError
 from vflair_core.experiments.attack_phase import attack_arm, references_of
-from vflair_core.experiments.build import choose_partition, opening_of
-from vflair_core.experiments.capture import let_cross
-from vflair_core.experiments.context import Clock, Setting, noise_seed
+from vflair_core.experiments.build import briefing_of, choose_partition
+from vflair_core.experiments.capture import capture_victims
+from vflair_core.experiments.context import Clock, RunContext, noise_seed
 from vflair_core.experiments.experiment import Experiment
 from vflair_core.experiments.grading.grades import Grade, Reference
 from vflair_core.experiments.grading.truth import Truth
@@ -62,7 +62,7 @@ def run_arm(
     name: str,
     model: Any,
     defenses: list[Defense],
-    setting: Setting,
+    setting: RunContext,
     references: list[Reference],
     *,
     active: bool = False,
@@ -73,7 +73,7 @@ def run_arm(
     """
     e, clock = setting.experiment, Clock()
     party, model_party, trained = _cut(model, defenses, setting)
-    party.preparing = Preparing(
+    party.preparing = CalibrationCache(
         setting.cache, lambda what, done, total: setting.report(f"{name}: {what}", done, total)
     )
     with (
@@ -88,7 +88,7 @@ def run_arm(
             if e.save:
                 _save(name, party, model_party, setting)
             with clock("victims"):
-                crossed = let_cross(party, setting, defended=bool(defenses))
+                crossed = capture_victims(party, setting, defended=bool(defenses))
         state = adversary_state() if active else None
     with clock("attacks"):
         grades, truth = attack_arm(
@@ -121,7 +121,7 @@ def run_arm(
 
 
 def _adversary(
-    party: DataParty, model_party: ModelParty, setting: Setting
+    party: DataParty, model_party: ModelParty, setting: RunContext
 ) -> AbstractContextManager[Callable[[], dict[str, Tensor]]]:
     """The adversary of the experiment in the model party's place; it yields what tells its state."""
     e = setting.experiment
@@ -131,7 +131,7 @@ def _adversary(
         party=party,
         model_party=model_party,
         pretrained=setting.pretrained,
-        main=Crossed(Transcript(), [], []),
+        main=Capture(Transcript(), [], []),
         bypassed=None,
         releases=1,
         task_kind=setting.task.kind,
@@ -141,7 +141,7 @@ def _adversary(
     )
     return hosted_adversary(
         evidence,
-        opening_of(setting.adversary),
+        briefing_of(setting.adversary),
         isolation=e.isolation,
         threads=e.threads or torch.get_num_threads(),
         device=attack_device(e.attack_device),
@@ -158,7 +158,7 @@ def _samples(grades: list[Grade], truth: Truth) -> list[dict[str, Any]]:
 
 
 def _cut(
-    model: Any, defenses: list[Defense], setting: Setting
+    model: Any, defenses: list[Defense], setting: RunContext
 ) -> tuple[DataParty, ModelParty, dict[str, int]]:
     """Split the model and choose what is trained; return both parties and how many numbers each trains."""
     e = setting.experiment
@@ -184,7 +184,7 @@ def _cut(
 
 
 def _promised(
-    defenses: list[Defense], party: DataParty, setting: Setting, evaluations: int
+    defenses: list[Defense], party: DataParty, setting: RunContext, evaluations: int
 ) -> dict[str, Any]:
     """What the defenses guarantee and cover, of how many rows, and how many examples were read."""
     assert party.reading is not None  # `_cut` set it
@@ -204,7 +204,7 @@ def _promised(
     }
 
 
-def _found(defenses: list[Defense], party: DataParty, setting: Setting) -> list[dict[str, Any]]:
+def _found(defenses: list[Defense], party: DataParty, setting: RunContext) -> list[dict[str, Any]]:
     """What the defenses measured of themselves on public text; the run goes on as if they had not."""
     with torch.random.fork_rng():
         each = [defense.findings(setting.task.public, party) for defense in defenses]
@@ -221,7 +221,7 @@ def choose(owner: Any, e: Experiment, slices: Slices | None = None) -> int:
 
 
 def _fine_tune(
-    name: str, party: DataParty, setting: Setting
+    name: str, party: DataParty, setting: RunContext
 ) -> tuple[list[float], list[dict[str, Any]], float]:
     """Return the loss of each step, all evaluations, and the MP of chance."""
     e, total = setting.experiment, setting.experiment.train.steps
@@ -250,7 +250,7 @@ def _as_row(party: DataParty, evaluation: Evaluation) -> dict[str, Any]:
     return {"step": party.step, "metrics": evaluation.metrics}
 
 
-def _evaluate(party: DataParty, setting: Setting) -> Evaluation:
+def _evaluate(party: DataParty, setting: RunContext) -> Evaluation:
     options = setting.experiment.train
     with torch.random.fork_rng():  # however often it is watched, training takes the same steps
         found = evaluate_party(
@@ -263,7 +263,7 @@ def _evaluate(party: DataParty, setting: Setting) -> Evaluation:
     return found
 
 
-def _save(arm: str, party: DataParty, model_party: ModelParty, setting: Setting) -> None:
+def _save(arm: str, party: DataParty, model_party: ModelParty, setting: RunContext) -> None:
     if setting.out is None:
         raise ExperimentError("save = true needs an output folder: pass out= (or --out).")
     folder = setting.out / arm
@@ -296,7 +296,7 @@ def _cost(party: DataParty, clock: Clock, grades: list[Grade], asked: str) -> di
 
 
 @contextmanager
-def _watched(party: DataParty, setting: Setting) -> Iterator[None]:
+def _watched(party: DataParty, setting: RunContext) -> Iterator[None]:
     """Tell the observers of messages, if there are any: a tap costs a copy of everything."""
 
     def tell(message: Message, direction: str, seconds: float) -> None:

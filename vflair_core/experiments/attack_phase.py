@@ -20,11 +20,11 @@ from vflair_core.attacks.evidence import (
     save_evidence,
 )
 from vflair_core.attacks.isolation import Isolation, attack_device
-from vflair_core.attacks.observables import Crossed
+from vflair_core.attacks.observables import Capture
 from vflair_core.errors import AttackError, ExperimentError
 from vflair_core.experiments.build import make_launches
 from vflair_core.experiments.capture import crossing_again
-from vflair_core.experiments.context import Reporter, Setting
+from vflair_core.experiments.context import Reporter, RunContext
 from vflair_core.experiments.experiment import AttackSpec
 from vflair_core.experiments.grading.answer_key import AnswerKey
 from vflair_core.experiments.grading.grader import attack_and_grade
@@ -52,8 +52,8 @@ def attack_arm(
     name: str,
     party: DataParty,
     model_party: ModelParty,
-    setting: Setting,
-    crossed: tuple[Crossed, Crossed | None, dict[str, Crossed]],
+    setting: RunContext,
+    crossed: tuple[Capture, Capture | None, dict[str, Capture]],
     references: list[Reference],
     *,
     adversary: Mapping[str, Tensor] | None = None,
@@ -103,7 +103,7 @@ def attack_arm(
 
 
 def _answer_key(
-    party: DataParty, setting: Setting, main: Crossed, bypassed: Crossed | None
+    party: DataParty, setting: RunContext, main: Capture, bypassed: Capture | None
 ) -> AnswerKey:
     """The truth about what crossed, and which victims are for what."""
     e, again, length = setting.experiment, crossing_again(setting), setting.victim_length
@@ -127,7 +127,7 @@ def is_active(launch: Launch) -> bool:
 
 
 @contextmanager
-def _store(arm: str, setting: Setting) -> Iterator[Path]:
+def _store(arm: str, setting: RunContext) -> Iterator[Path]:
     """Where the evidence of an arm lies: beside the result if it is kept, else nowhere for long."""
     if not setting.keep:
         with tempfile.TemporaryDirectory(prefix="vflair-") as folder:

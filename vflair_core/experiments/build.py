@@ -15,7 +15,7 @@ from vflair_core.attacks.knowledge import BEFORE
 from vflair_core.defenses.defense import Defense
 from vflair_core.errors import ExperimentError
 from vflair_core.experiments.base_model import prepare_model
-from vflair_core.experiments.context import Clock, Reporter, Setting
+from vflair_core.experiments.context import Clock, Reporter, RunContext
 from vflair_core.experiments.experiment import AttackSpec, Experiment, Victims
 from vflair_core.experiments.pretraining import prior_guess
 from vflair_core.experiments.victims import companions_of
@@ -32,10 +32,10 @@ from vflair_core.partition.partition import Partition
 
 if TYPE_CHECKING:
     import pluggy
-from vflair_core.experiments.victims import _victims
+from vflair_core.experiments.victims import victims_of
 
 
-def set_up(
+def build_run(
     e: Experiment,
     plugins: pluggy.PluginManager,
     *,
@@ -45,7 +45,7 @@ def set_up(
     keep: bool = False,
     cache: Path | None = None,
     clock: Clock | None = None,
-) -> tuple[Setting, Any]:
+) -> tuple[RunContext, Any]:
     """Build the task and the attacks and run the public phase; return what all arms share, and the model.
 
     An arm consumes its model: give it a copy. `run` does the two arms of an experiment; who compares many defenses
@@ -67,7 +67,7 @@ def set_up(
     with clock("pretraining"):
         model, tokenizer, processor = prepare_model(e, task, report)
     _check_stacks(e, model)
-    setting = Setting(
+    setting = RunContext(
         experiment=e,
         plugins=plugins,
         report=report,
@@ -79,7 +79,7 @@ def set_up(
         pretrained={key: value.clone() for key, value in model.state_dict().items()},
         launches=launches,
         adversary=adversary,
-        victims=_victims(e, task),
+        victims=victims_of(e, task),
         prior=_prior(e, task, model, tokenizer),
         keep=keep,
         cache=cache,
@@ -135,11 +135,11 @@ def make_adversary(spec: AttackSpec, plugins: pluggy.PluginManager, seed: int) -
     asked = (spec.knowledge,) if isinstance(spec.knowledge, str) else spec.knowledge
     launch = Launch(spec.name, attack, (*asked, "adversary_state"), seed)
     launch.check()
-    opening_of(launch).check()
+    briefing_of(launch).check()
     return launch
 
 
-def opening_of(launch: Launch) -> Launch:
+def briefing_of(launch: Launch) -> Launch:
     """What an active attack is granted before anything crosses."""
     there = tuple(sorted(launch.granted & BEFORE))
     return Launch(launch.name, launch.attack, there, launch.seed, opening=True)

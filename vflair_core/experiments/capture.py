@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from vflair_core.attacks.attack import wants
-from vflair_core.attacks.observables import Crossed
-from vflair_core.experiments.context import Setting
+from vflair_core.attacks.observables import Capture
+from vflair_core.experiments.context import RunContext
 from vflair_core.experiments.releases import crosses_again
 from vflair_core.experiments.victims import companions_of
 from vflair_core.tasks.task import Example, public_examples
@@ -21,18 +21,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vflair_core.attacks.observables import Spot
+from vflair_core.attacks.observables import VictimRow
 from vflair_core.communication.transcript import Transcript
 from vflair_core.errors import ExperimentError
 from vflair_core.parties.data_party.party import DataParty
 from vflair_core.parties.data_party.text import reader_of
 from vflair_core.tasks.collation import Batch
-from vflair_core.tasks.token_rows import Row
+from vflair_core.tasks.token_rows import TokenRow
 
 
-def let_cross(
-    party: DataParty, setting: Setting, *, defended: bool
-) -> tuple[Crossed, Crossed | None, dict[str, Crossed]]:
+def capture_victims(
+    party: DataParty, setting: RunContext, *, defended: bool
+) -> tuple[Capture, Capture | None, dict[str, Capture]]:
     """Let the victims cross, some of them once more with the defense bypassed, and public queries.
 
     Where several victims share an update, their batches come last, so that they change nothing of what else crosses.
@@ -56,7 +56,7 @@ def let_cross(
         bypassed = record_victims(
             party, some, companions=beside[: len(some)], releases=v.releases, bypass=True, **options
         )
-    queries: dict[str, Crossed] = {}
+    queries: dict[str, Capture] = {}
     if _asked(setting, "queries") and v.queries and setting.task.public:
         publics = public_examples(setting.task, v.queries)
         for which in ("main", "bypassed") if defended else ("main",):
@@ -72,20 +72,20 @@ def let_cross(
 
 
 def _with_updates(
-    party: DataParty, crossed: Crossed, size: int, length: int, *, bypass: bool
-) -> Crossed:
+    party: DataParty, crossed: Capture, size: int, length: int, *, bypass: bool
+) -> Capture:
     updates = record_updates(party, crossed.rows, size, max_length=length, bypass=bypass)
     return attrs.evolve(crossed, updates=updates)
 
 
-def crossing_again(setting: Setting) -> list[Example]:
+def crossing_again(setting: RunContext) -> list[Example]:
     """The victims that cross once more with the defense bypassed: those whose labels are known do so in addition."""
     v = setting.experiment.victims
     last = min(v.known + v.bypass, v.count - v.development)
     return setting.victims[:last]
 
 
-def _asked(setting: Setting, name: str) -> bool:
+def _asked(setting: RunContext, name: str) -> bool:
     """Whether an attack of this run, or perhaps one of kept evidence, asks for it."""
     return setting.keep or any(
         name in names for launch in setting.launches for names in wants(launch.attack)
@@ -103,7 +103,7 @@ def record_victims(
     bypass: bool = False,
     in_prompt: bool = True,
     updates: bool = False,
-) -> Crossed:
+) -> Capture:
     """Send each example across in a batch of its own, `releases` times over, and return what crossed.
 
     An example crosses as one row: of a passage in several windows the first crosses; its `companions`, if any, fill the
@@ -112,7 +112,7 @@ def record_victims(
     """
     party.defenses.bypassed, was_training = bypass, party.model.training
     party.model.train(gradients)
-    reader, rows, spots = reader_of(party, max_length), list[Row](), list[Spot]()
+    reader, rows, spots = reader_of(party, max_length), list[TokenRow](), list[VictimRow]()
     others = companions or [()] * len(examples)
     kept: list[dict[str, Tensor]] = []
     if not in_prompt:
@@ -129,10 +129,10 @@ def record_victims(
         party.defenses.bypassed = False
         party.model.train(was_training)
         party.model.zero_grad(set_to_none=True)
-    return Crossed(transcript, rows[: len(examples)], spots, kept[: len(examples)])
+    return Capture(transcript, rows[: len(examples)], spots, kept[: len(examples)])
 
 
-def _spot(party: DataParty, rows: Sequence[Row], transcript: Transcript) -> Spot:
+def _spot(party: DataParty, rows: Sequence[TokenRow], transcript: Transcript) -> VictimRow:
     """Where the first row of the batch that was sent last is in its messages."""
     sent = party.sent
     assert sent is not None  # the batch was sent
@@ -145,11 +145,11 @@ def _spot(party: DataParty, rows: Sequence[Row], transcript: Transcript) -> Spot
             )
     padding = max(len(row.ids) for row in rows) - len(rows[0].ids)
     # Who has no label has no gradient either, and no share that could be told.
-    return Spot(int(sent.places[0]), padding, float(sent.shares[0]) or 1.0)
+    return VictimRow(int(sent.places[0]), padding, float(sent.shares[0]) or 1.0)
 
 
 def record_updates(
-    party: DataParty, rows: Sequence[Row], size: int, *, max_length: int, bypass: bool = False
+    party: DataParty, rows: Sequence[TokenRow], size: int, *, max_length: int, bypass: bool = False
 ) -> list[dict[str, Tensor]]:
     """Send the victims' rows once more, `size` in a batch, and return the gradients of the data party's weights.
 

@@ -20,7 +20,7 @@ from vflair_core.plugins import observe
 from vflair_core.randomness import stream_seed
 from vflair_core.tasks.collation import shuffled
 from vflair_core.tasks.task import Example, Task
-from vflair_core.tasks.tokenization import Reading, reading_of
+from vflair_core.tasks.tokenization import InputFormat, reading_of
 
 if TYPE_CHECKING:
     import pluggy
@@ -48,7 +48,7 @@ class Clock:
 
 
 @frozen(eq=False)
-class Setting:
+class RunContext:
     """What both arms of an experiment share."""
 
     experiment: Experiment
@@ -67,7 +67,7 @@ class Setting:
     cache: Path | None = None  # of what defenses prepare
     keep: bool = False  # the evidence of each arm, to attack it again
 
-    def reading(self, model: Any) -> Reading:
+    def reading(self, model: Any) -> InputFormat:
         """How `model`, whole or a data party's, reads the task."""
         packing = self.experiment.train.packing
         return reading_of(self.task, model, processor=self.processor, packing=packing)

@@ -8,7 +8,7 @@ from attrs import frozen
 from vflair_core.experiments.experiment import Experiment, Victims
 from vflair_core.experiments.victims import most_often
 from vflair_core.tasks.task import Task
-from vflair_core.tasks.tokenization import Reading
+from vflair_core.tasks.tokenization import InputFormat
 from vflair_core.training.evaluation import GREEDY
 
 
@@ -33,7 +33,7 @@ class Releases:
 
 
 def releases_per_example(
-    e: Experiment, task: Task, reading: Reading, *, evaluations: int
+    e: Experiment, task: Task, reading: InputFormat, *, evaluations: int
 ) -> Releases:
     """Return the most that crosses of any example: its length times its crossings.
 
@@ -63,7 +63,7 @@ def crosses_again(victims: Victims) -> bool:
     return victims.share_updates and (victims.update_batch > 1 or victims.companions > 0)
 
 
-def _answering(task: Task, reading: Reading, length: int) -> Releases:
+def _answering(task: Task, reading: InputFormat, length: int) -> Releases:
     """What crosses beside the forward when one example is answered in an evaluation."""
     if task.kind not in ("causal-lm", "seq2seq", "image-text") or task.answering == "continue":
         return Releases()

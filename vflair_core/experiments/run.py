@@ -15,8 +15,8 @@ import torch
 
 from vflair_core.communication.transcript import Transcript
 from vflair_core.experiments.arm import Arm, choose, run_arm
-from vflair_core.experiments.build import make_defenses, set_up
-from vflair_core.experiments.context import Clock, Reporter, Setting
+from vflair_core.experiments.build import build_run, make_defenses
+from vflair_core.experiments.context import Clock, Reporter, RunContext
 from vflair_core.experiments.experiment import Experiment
 from vflair_core.experiments.grading.ranking import evaluated, strongest
 from vflair_core.experiments.grading.scores import dcs, normalised_dcs
@@ -24,7 +24,7 @@ from vflair_core.experiments.result import Result
 from vflair_core.experiments.seeds import over_seeds
 from vflair_core.plugins import observe, plugin_manager
 from vflair_core.randomness import stream_seed
-from vflair_core.tasks.preprocessor import Reader
+from vflair_core.tasks.preprocessor import Preprocessor
 from vflair_core.training.fine_tuning import train_unsplit
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _run_seeds(
     first: Result | None = None
     for seed in e.seeds or (e.seed,):
         folder = out / f"seed-{seed}" if out is not None and e.seeds else out
-        result, arms = _go(attrs.evolve(e, seed=seed, seeds=()), folder, **options)
+        result, arms = _run_seed(attrs.evolve(e, seed=seed, seeds=()), folder, **options)
         first, runs[seed] = first or result, arms
     assert first is not None  # there is at least one seed
     transcripts = {name: arm.transcript for name, arm in next(iter(runs.values())).items()}
@@ -113,10 +113,10 @@ def _of_arms(runs: Mapping[int, Mapping[str, Arm]], prefix: str) -> dict[int, di
     }
 
 
-def _go(e: Experiment, out: Path | None, **options: Any) -> tuple[Result, dict[str, Arm]]:
-    """Run both arms with one seed; `options` are those of `set_up`."""
+def _run_seed(e: Experiment, out: Path | None, **options: Any) -> tuple[Result, dict[str, Arm]]:
+    """Run both arms with one seed; `options` are those of `build_run`."""
     clock = Clock()
-    setting, model = set_up(e, out=out, clock=clock, **options)
+    setting, model = build_run(e, out=out, clock=clock, **options)
     plugins = setting.plugins
     defenses = make_defenses(e, plugins)
     arms = {"undefended": run_arm("undefended", copy.deepcopy(model), [], setting, [])}
@@ -156,7 +156,7 @@ def _go(e: Experiment, out: Path | None, **options: Any) -> tuple[Result, dict[s
     return result, arms
 
 
-def _go_active(arms: dict[str, Arm], model: Any, setting: Setting) -> None:
+def _go_active(arms: dict[str, Arm], model: Any, setting: RunContext) -> None:
     """Add both arms once more, under the active adversary."""
     plain = run_arm("active-undefended", copy.deepcopy(model), [], setting, [], active=True)
     arms["active-undefended"] = plain
@@ -167,7 +167,7 @@ def _go_active(arms: dict[str, Arm], model: Any, setting: Setting) -> None:
         )
 
 
-def _compare_unsplit(whole: Any, setting: Setting, arm: Arm) -> None:
+def _compare_unsplit(whole: Any, setting: RunContext, arm: Arm) -> None:
     """Train the unsplit model on the same batches: the losses must be the same, bit for bit."""
     if arm.numbers[
         "untied"
@@ -177,7 +177,7 @@ def _compare_unsplit(whole: Any, setting: Setting, arm: Arm) -> None:
     choose(whole, setting.experiment, arm.slices)
     torch.manual_seed(stream_seed(setting.experiment.seed, "dropout"))
     train = setting.experiment.train
-    reader = Reader(setting.tokenizer, setting.reading(whole), train.max_length)
+    reader = Preprocessor(setting.tokenizer, setting.reading(whole), train.max_length)
     batches = (
         reader.batch(examples, pack_rows=train.packing).batch for examples in setting.batches()
     )

@@ -67,7 +67,12 @@ def _with_another(
     return rows if other in rows else [*rows[:-1], other]
 
 
-def _victims(e: Experiment, task: Task) -> list[Any]:
+def victims_of(e: Experiment, task: Task) -> list[Any]:
+    """Return the victims: the first examples of their split.
+
+    Raises:
+        ExperimentError: There are fewer.
+    """
     there = len(task.train if e.victims.split == "train" else task.test)
     if there < e.victims.count:
         raise ExperimentError(

@@ -12,7 +12,7 @@ from vflair_core.errors import ProtocolError
 from vflair_core.parties.data_party.party import DataParty
 from vflair_core.parties.data_party.recorder import Recorder
 from vflair_core.parties.data_party.scored_positions import SCORED
-from vflair_core.parties.data_party.stubs import Absent, call_here_and_there
+from vflair_core.parties.data_party.stubs import ModuleStub, call_here_and_there
 from vflair_core.partition.slices import Slices
 from vflair_core.partition.stages import Stage
 from vflair_core.plugins import decide
@@ -77,7 +77,7 @@ def assemble(
     recorder = Recorder(data_party.exchange, cut, picks=SCORED in partition.disclose)
     data_party.recorder = recorder
     for name in data_party.absent:
-        recorder.absent[name] = Absent(name, absent[name], recorder)
+        recorder.absent[name] = ModuleStub(name, absent[name], recorder)
         if name in local:
             call_here_and_there(model.get_submodule(name), recorder.absent[name], local[name])
         else:

@@ -7,7 +7,7 @@ from torch import nn
 from vflair_core.communication.channel import LocalChannel
 from vflair_core.errors import PartitionError, ProtocolError
 from vflair_core.parties.model_party.party import ModelParty
-from vflair_core.partition.module_tree import _plant
+from vflair_core.partition.module_tree import plant
 from vflair_core.partition.stages import Stage
 
 
@@ -59,7 +59,7 @@ def divide(model_party: ModelParty, blocks: int, *, wire: bool = False) -> Model
                 f"{name} shares weights with blocks of the first party, and no weight has two owners."
             )
     for name in theirs:
-        _plant(tree, name, model_party.model.get_submodule(name))
+        plant(tree, name, model_party.model.get_submodule(name))
         parent, _, leaf = name.rpartition(".")
         delattr(model_party.model.get_submodule(parent), leaf)
     other = ModelParty(tree, given, model_party.fingerprint)

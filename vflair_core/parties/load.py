@@ -24,7 +24,7 @@ from vflair_core.parties.data_party.party import DataParty
 from vflair_core.parties.model_party.party import ModelParty
 from vflair_core.partition.block_discovery import locate_blocks
 from vflair_core.partition.fingerprint import fingerprint
-from vflair_core.partition.module_tree import _take, on_meta, outside, vacate
+from vflair_core.partition.module_tree import empty_others, on_meta, outside, take
 from vflair_core.partition.partition import Partition, called_here
 from vflair_core.partition.slices import Slices
 from vflair_core.partition.stages import Stage, names_in, stages
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from vflair_core.defenses.defense import Defense
-from vflair_core.partition.module_tree import _hollow, _inside, _owners, _replace
+from vflair_core.partition.module_tree import hollow, inside, owners, replace_module
 
 
 def load_data_party(
@@ -78,9 +78,9 @@ def load_data_party(
 
     def keep_ours(model: nn.Module) -> None:
         skeletons.update({name: on_meta(model.get_submodule(name)) for name in plan.absent})
-        vacate(model, outside(model, plan.remote) | _owners(plan.untied))
+        empty_others(model, outside(model, plan.remote) | owners(plan.untied))
 
-    model = _load(plan, keep_ours, new, owned=lambda key: not _inside(key, plan.remote))
+    model = _load(plan, keep_ours, new, owned=lambda key: not inside(key, plan.remote))
     for skeleton in skeletons.values():
         skeleton.eval()  # as `from_pretrained` leaves the model
     return assemble(
@@ -134,19 +134,19 @@ def load_model_party(
     plan = _plan(name, partition, auto, plugins, options)
     cut = plan.cut if share is None else _shared_out(plan.cut, *share, last=onward is None)
     ours = names_in(cut)
-    untied = {mine: tied for mine, tied in plan.untied.items() if _inside(mine, ours)}
-    twins = _owners(twin for tied in untied.values() for twin in tied)
+    untied = {mine: tied for mine, tied in plan.untied.items() if inside(mine, ours)}
+    twins = owners(twin for tied in untied.values() for twin in tied)
 
     def keep_ours(model: nn.Module) -> None:
-        vacate(model, set(ours) | twins)
+        empty_others(model, set(ours) | twins)
 
-    model = _load(plan, keep_ours, new, owned=lambda key: _inside(key, ours))
+    model = _load(plan, keep_ours, new, owned=lambda key: inside(key, ours))
     for twin in twins:
-        if not _inside(twin, ours):
-            _replace(
+        if not inside(twin, ours):
+            replace_module(
                 model, twin, nn.Module()
             )  # the tied weight has been read; it is ours alone now
-    held, _ = _take(model, ours, frozenset(plan.local))
+    held, _ = take(model, ours, frozenset(plan.local))
     model_party = ModelParty(held, cut, plan.fingerprint(model))
     model_party.slices = plan.slices
     if onward is not None:
@@ -219,7 +219,7 @@ def _plan(
     source = find_source(name, auto, options)
     with torch.device("meta"):
         shadow = source.empty_model()
-    _hollow(shadow)
+    hollow(shadow)
     stacks = locate_blocks(shadow, plugins)
     cut = stages(shadow, stacks, partition)
     local = called_here(shadow, stacks, partition)
@@ -235,8 +235,8 @@ def _tied_across(model: nn.Module, plan: Plan) -> dict[str, tuple[str, ...]]:
         names.setdefault(id(parameter), []).append(name)
     found: dict[str, tuple[str, ...]] = {}
     for group in names.values():
-        there = [name for name in group if _inside(name, plan.absent)]
-        here = tuple(name for name in group if not _inside(name, plan.remote))
+        there = [name for name in group if inside(name, plan.absent)]
+        here = tuple(name for name in group if not inside(name, plan.remote))
         if here:
             found |= dict.fromkeys(there, here)
     return found
@@ -266,7 +266,7 @@ def _load(plan: Plan, keep_ours: Any, new: Sequence[str], *, owned: Any) -> PreT
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{plan.source.name} cannot be loaded: {error}") from error
     model.__class__ = architecture
-    missing = sorted(key for key in info["missing_keys"] if owned(key) and not _inside(key, new))
+    missing = sorted(key for key in info["missing_keys"] if owned(key) and not inside(key, new))
     if missing:
         raise CheckpointError(
             f"{plan.source.name} lacks {len(missing)} weights of this half of {architecture.__name__}: "

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from vflair_core.defenses.defense import Defense
 
-from vflair_core.partition.module_tree import _take
+from vflair_core.partition.module_tree import take
 from vflair_core.partition.partition import Partition, called_here
 
 
@@ -74,7 +74,7 @@ def split(
     # Who joins an existing model party uses its weights, whatever `model` has in their place.
     weights = weights_in(model_party.fingerprint) if model_party else sample_digest(model)
     agreed = fingerprint(type(model).__name__, model.config, partition, weights, dtype=model.dtype)
-    held, untied = _take(model, names_in(cut), frozenset(local))
+    held, untied = take(model, names_in(cut), frozenset(local))
     if model_party is None:
         model_party = ModelParty(held, cut, agreed)
         model_party.slices = slices

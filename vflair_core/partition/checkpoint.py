@@ -161,15 +161,18 @@ def steps_in(folder: Path, file: str = DATA_FILE) -> dict[int, Path]:
     return found
 
 
-def _step_name(step: int) -> str:
+def step_name(step: int) -> str:
+    """The folder of a step."""
     return f"step-{step:08d}"
 
 
-def _listed(steps: Iterable[int]) -> str:
+def listed(steps: Iterable[int]) -> str:
+    """Steps as an error shows them."""
     return ", ".join(map(str, sorted(steps))) or "none"
 
 
-def _optimizer_state(optimizer: torch.optim.Optimizer | None) -> Tensors:
+def optimizer_state(optimizer: torch.optim.Optimizer | None) -> Tensors:
+    """The tensors of an optimizer, by the number of the weight and the name of the value."""
     state = optimizer.state_dict()["state"] if optimizer else {}
     return {
         f"optimizer/{index}/{key}": value
@@ -179,17 +182,19 @@ def _optimizer_state(optimizer: torch.optim.Optimizer | None) -> Tensors:
     }
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer | None, tensors: Tensors) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer | None, tensors: Tensors) -> None:
+    """Give an optimizer the tensors that `optimizer_state` took."""
     if optimizer is None:
         return
     state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in _under(tensors, "optimizer/").items():
+    for name, tensor in under(tensors, "optimizer/").items():
         index, _, key = name.partition("/")
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def _random_state() -> Tensors:
+def random_state() -> Tensors:
+    """The state of torch's global generators."""
     states = {"random/cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         cards = enumerate(torch.cuda.get_rng_state_all())
@@ -197,16 +202,19 @@ def _random_state() -> Tensors:
     return states
 
 
-def _restore_random(tensors: Tensors) -> None:
+def restore_random(tensors: Tensors) -> None:
+    """Take up the state that `random_state` took."""
     torch.set_rng_state(tensors["random/cpu"])
-    for name, state in _under(tensors, "random/cuda.").items():
+    for name, state in under(tensors, "random/cuda.").items():
         if int(name) < torch.cuda.device_count():
             torch.cuda.set_rng_state(state, int(name))
 
 
-def _under(tensors: Tensors, prefix: str) -> Tensors:
+def under(tensors: Tensors, prefix: str) -> Tensors:
+    """The tensors whose names begin with `prefix`, without it."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _plain_names(tensors: Tensors) -> Tensors:
+def plain_names(tensors: Tensors) -> Tensors:
+    """The weights among the tensors of a part: other state has a slash in its name."""
     return {name: tensor for name, tensor in tensors.items() if "/" not in name}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 
-def vacate(model: nn.Module, keep: set[str]) -> None:
+def empty_others(model: nn.Module, keep: set[str]) -> None:
     """Put empty modules where there is nothing to keep. What modules on the way own themselves stays."""
     ancestors = {name[:n] for name in keep for n in range(len(name)) if name[n] == "."}
 
@@ -22,12 +22,12 @@ def vacate(model: nn.Module, keep: set[str]) -> None:
             if full in ancestors:
                 walk(child, full + ".")
             elif any(True for _ in child.parameters()):
-                setattr(module, name, Vacant(child))
+                setattr(module, name, EmptyModule(child))
 
     walk(model, "")
 
 
-class Vacant(nn.Module):
+class EmptyModule(nn.Module):
     """Owns nothing. Who asks for an attribute, as a model's own initialisation may, gets one without memory."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -55,7 +55,7 @@ def outside(model: nn.Module, absent: tuple[str, ...]) -> set[str]:
     return found
 
 
-def _take(
+def take(
     model: nn.Module, names: Sequence[str], local: frozenset[str]
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """Return a tree with the modules `names` under their own names, and the weights that had to be untied.
@@ -82,11 +82,12 @@ def _take(
                 parent, _, leaf = key.rpartition(".")
                 setattr(module.get_submodule(parent), leaf, copy.deepcopy(parameter))
                 untied.append(f"{name}.{key}")
-        _plant(held, name, module)
+        plant(held, name, module)
     return held, tuple(untied)
 
 
-def _plant(tree: nn.Module, name: str, module: nn.Module) -> None:
+def plant(tree: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module into a tree of modules under its dotted name."""
     *path, leaf = name.split(".")
     for part in path:
         if part not in tree._modules:
@@ -110,7 +111,7 @@ def on_meta(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _hollow(model: nn.Module) -> None:
+def hollow(model: nn.Module) -> None:
     """Give every weight the value 0 and the memory of one number, so that the model runs where meta cannot."""
     made: dict[int, Any] = {}
     for module in model.modules():
@@ -123,14 +124,17 @@ def _hollow(model: nn.Module) -> None:
                     held[name] = made[id(tensor)]
 
 
-def _owners(weights: Iterable[str]) -> set[str]:
+def owners(weights: Iterable[str]) -> set[str]:
+    """Names of the modules that own weights of these names."""
     return {name.rpartition(".")[0] for name in weights}
 
 
-def _inside(name: str, modules: Sequence[str]) -> bool:
+def inside(name: str, modules: Sequence[str]) -> bool:
+    """Whether a weight or module of this name lies in one of `modules`."""
     return any(name == module or name.startswith(module + ".") for module in modules)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put another module in the place of the one of this name."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)

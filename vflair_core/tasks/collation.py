@@ -10,8 +10,8 @@ from attrs import frozen
 from torch import Tensor
 
 from vflair_core.errors import TaskError
-from vflair_core.tasks.token_rows import Row, window_target
-from vflair_core.tasks.tokenization import Reading
+from vflair_core.tasks.token_rows import TokenRow, window_target
+from vflair_core.tasks.tokenization import InputFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +29,7 @@ class Encoded:
     """
 
     batch: Batch
-    rows: list[Row]
+    rows: list[TokenRow]
     places: Sequence[tuple[int, int]] = ()
 
     @property
@@ -50,8 +50,8 @@ class Encoded:
 
 def collate(
     tokenizer: PreTrainedTokenizerBase,
-    reading: Reading,
-    rows: Sequence[Row],
+    reading: InputFormat,
+    rows: Sequence[TokenRow],
     *,
     side: Literal["left", "right"] = "right",
     learn: bool = True,
@@ -74,13 +74,13 @@ def collate(
     return batch
 
 
-def pack(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int) -> Encoded:
+def pack(tokenizer: PreTrainedTokenizerBase, rows: Sequence[TokenRow], max_length: int) -> Encoded:
     """Put several texts into each row of at most `max_length` tokens, in order.
 
     ``position_ids`` (B, T) begin again with each text; a model that heeds them (`check_packing`) lets no text
     see another. There is no attention_mask: padding is a text of its own, which nothing is learnt from.
     """
-    packs: list[list[Row]] = []
+    packs: list[list[TokenRow]] = []
     places = []
     for row in rows:
         used = sum(len(other.ids) for other in packs[-1]) if packs else max_length
@@ -103,14 +103,14 @@ def pack(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: in
     return Encoded(batch, list(rows), places)
 
 
-def _learnt(row: Row) -> list[int]:
+def _learnt(row: TokenRow) -> list[int]:
     """Of a row that continues: the ids of its answer, or all of them where there is none."""
     prompt = len(row.ids) - len(row.target) if row.target else 0
     return [IGNORED] * prompt + row.ids[prompt:]
 
 
 def _targets(
-    tokenizer: PreTrainedTokenizerBase, reading: Reading, rows: Sequence[Row]
+    tokenizer: PreTrainedTokenizerBase, reading: InputFormat, rows: Sequence[TokenRow]
 ) -> dict[str, Tensor]:
     match reading.kind:
         case "classification":
@@ -130,33 +130,33 @@ def _targets(
             return {"labels": _padded([_learnt(row) for row in rows], IGNORED, "right")}
 
 
-def _first(tokenizer: PreTrainedTokenizerBase, row: Row) -> int:
+def _first(tokenizer: PreTrainedTokenizerBase, row: TokenRow) -> int:
     """The position that says "no answer": of the class token, or the first."""
     token = tokenizer.cls_token_id
     return row.ids.index(token) if token in row.ids else 0
 
 
-def _whole(row: Row) -> int:
+def _whole(row: TokenRow) -> int:
     label = row.example.label
     if not isinstance(label, int) or isinstance(label, bool):
         raise TaskError(f"{_name(row)} has the label {label!r}, which is no index of a class.")
     return label
 
 
-def _number(row: Row) -> float:
+def _number(row: TokenRow) -> float:
     label = row.example.label
     if label is None:
         raise TaskError(f"{_name(row)} has no label to learn: give it a number, or leave it out.")
     return float(label)
 
 
-def _wanted(row: Row) -> list[int]:
+def _wanted(row: TokenRow) -> list[int]:
     if not row.target:
         raise TaskError(f"{_name(row)} has no answer to learn: give it one, or leave it out.")
     return row.target
 
 
-def _name(row: Row) -> str:
+def _name(row: TokenRow) -> str:
     return f"Example {row.example.id or row.example.text[:40]!r}"
 
 

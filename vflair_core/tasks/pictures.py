@@ -8,7 +8,7 @@ import attrs
 
 from vflair_core.errors import TaskError
 from vflair_core.tasks.task import Example
-from vflair_core.tasks.token_rows import Row
+from vflair_core.tasks.token_rows import TokenRow
 
 
 def with_places(example: Example, token: str) -> Example:
@@ -21,7 +21,7 @@ def with_places(example: Example, token: str) -> Example:
     return attrs.evolve(example, text=front + example.text, private=moved)
 
 
-def picture_row(processor: Any, example: Example) -> Row:
+def picture_row(processor: Any, example: Example) -> TokenRow:
     """Return the prompt of an example with pictures, and its pixels.
 
     The processor puts as many tokens at a picture's place as the picture has parts; the tokenizer alone says
@@ -68,7 +68,7 @@ def picture_row(processor: Any, example: Example) -> Row:
         )
     known = iter(words)
     placed = [next(known) if token != place else (token, (0, 0), None) for token in ids]
-    return Row(
+    return TokenRow(
         example,
         ids,
         [0] * len(ids),

@@ -12,8 +12,8 @@ from vflair_core.errors import TaskError
 from vflair_core.tasks.collation import Encoded, collate, pack
 from vflair_core.tasks.spans import changed, rendered
 from vflair_core.tasks.task import Example
-from vflair_core.tasks.token_rows import Row
-from vflair_core.tasks.tokenization import Reading, read, read_prompt
+from vflair_core.tasks.token_rows import TokenRow
+from vflair_core.tasks.tokenization import InputFormat, read, read_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @frozen(eq=False)
-class Reader:
+class Preprocessor:
     """Reads examples for one model: text defenses, then the rendering, then tokens, then token defenses.
 
     Args:
@@ -33,7 +33,7 @@ class Reader:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    reading: Reading = field(factory=Reading)
+    reading: InputFormat = field(factory=InputFormat)
     max_length: int = 512
     defenses: Defenses | None = None
 
@@ -59,7 +59,7 @@ class Reader:
             pack_rows: Put several texts into one row.
             first_only: Keep one row of each example: the first window of a passage.
         """
-        rows: list[Row] = []
+        rows: list[TokenRow] = []
         for number, example in enumerate(examples):
             shown = _right(self.shown(example))
             made = read(self.tokenizer, self.reading, shown, self.max_length)
@@ -68,7 +68,7 @@ class Reader:
             return self._through(pack(self.tokenizer, rows, self.max_length))
         return self.together(rows)
 
-    def together(self, rows: Sequence[Row]) -> Encoded:
+    def together(self, rows: Sequence[TokenRow]) -> Encoded:
         """Return a batch of rows that were read: no text defense draws for them again."""
         return self._through(Encoded(collate(self.tokenizer, self.reading, rows), list(rows)))
 

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from vflair_core.tasks.spans import Replaced
 from vflair_core.tasks.task import Span
-from vflair_core.tasks.token_rows import Row
+from vflair_core.tasks.token_rows import TokenRow
 
 N_BEST = 20
 LONGEST = 30  # tokens
 
 
 def best_answers(
-    rows: Sequence[Row],
+    rows: Sequence[TokenRow],
     starts: Tensor,
     ends: Tensor,
     *,
@@ -50,7 +50,7 @@ def best_answers(
 
 
 def _best(
-    windows: Sequence[tuple[Row, list[float], list[float]]],
+    windows: Sequence[tuple[TokenRow, list[float], list[float]]],
     passage: str | None,
     *,
     or_none: bool,

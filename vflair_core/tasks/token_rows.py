@@ -27,7 +27,7 @@ class Tally:
     cut: int = 0
     most_rows: int = 1
 
-    def count(self, rows: Sequence[Row]) -> None:
+    def count(self, rows: Sequence[TokenRow]) -> None:
         """Take note of the rows of one example."""
         self.examples += 1
         self.cut += any(row.cut for row in rows)
@@ -35,7 +35,7 @@ class Tally:
 
 
 @frozen(eq=False)
-class Row:
+class TokenRow:
     """One row of tokens, and what each of them is.
 
     Args:
@@ -66,7 +66,7 @@ class Row:
         return private_tokens(self.example, self.offsets, self.sequences)
 
 
-def window_target(row: Row, start_of_row: int) -> tuple[int, int]:
+def window_target(row: TokenRow, start_of_row: int) -> tuple[int, int]:
     """Return first and last position of the answer in a window, or `start_of_row` twice if it is not all there."""
     span = row.example.span
     inside = [n for n, sequence in enumerate(row.sequences) if sequence == 1]

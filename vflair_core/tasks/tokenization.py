@@ -16,11 +16,11 @@ from vflair_core.tasks.task import Example, Render, Span, Task, TaskKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from vflair_core.tasks.token_rows import NOWHERE, Row, Tally
+from vflair_core.tasks.token_rows import NOWHERE, Tally, TokenRow
 
 
 @frozen(eq=False)
-class Reading:
+class InputFormat:
     """How a model reads the examples of a task.
 
     Args:
@@ -49,10 +49,12 @@ class Reading:
         return self.kind in ("causal-lm", "image-text") and not self.two_stacks
 
 
-def reading_of(task: Task, model: Any, *, processor: Any = None, packing: bool = False) -> Reading:
+def reading_of(
+    task: Task, model: Any, *, processor: Any = None, packing: bool = False
+) -> InputFormat:
     """Return how `model`, whole or a data party's, reads `task`."""
     takes = inspect.signature(type(model).forward).parameters
-    return Reading(
+    return InputFormat(
         kind=task.kind,
         render=task.render,
         stride=task.stride,
@@ -64,8 +66,8 @@ def reading_of(task: Task, model: Any, *, processor: Any = None, packing: bool =
 
 
 def read(
-    tokenizer: PreTrainedTokenizerBase, reading: Reading, example: Example, max_length: int
-) -> list[Row]:
+    tokenizer: PreTrainedTokenizerBase, reading: InputFormat, example: Example, max_length: int
+) -> list[TokenRow]:
     """Turn one example, as it is sent, into rows of at most `max_length` tokens.
 
     A prompt loses its first words, never its answer; a passage is read in windows; other text loses its end.
@@ -87,8 +89,8 @@ def read(
 
 
 def read_prompt(
-    tokenizer: PreTrainedTokenizerBase, reading: Reading, example: Example, max_length: int
-) -> Row:
+    tokenizer: PreTrainedTokenizerBase, reading: InputFormat, example: Example, max_length: int
+) -> TokenRow:
     """Turn one example into the row that its answer is generated from."""
     bare = attrs.evolve(example, answer=None)
     if not reading.continues:
@@ -102,20 +104,21 @@ def read_prompt(
 
 def _tokens(
     tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None, **options: Any
-) -> list[Row]:
+) -> list[TokenRow]:
     """Tokenise without saying of which example; several rows only if `options` ask for windows."""
     encoded: Any = tokenizer(text, pair, return_token_type_ids=True, **options)
     example = Example(text, pair=pair)
     if tokenizer.is_fast:
         return [
-            Row(example, e.ids, e.type_ids, e.offsets, e.sequence_ids) for e in encoded.encodings
+            TokenRow(example, e.ids, e.type_ids, e.offsets, e.sequence_ids)
+            for e in encoded.encodings
         ]
     ids = list(encoded["input_ids"])
     nowhere: list[Span] = [NOWHERE] * len(ids)
-    return [Row(example, ids, list(encoded["token_type_ids"]), nowhere, [None] * len(ids))]
+    return [TokenRow(example, ids, list(encoded["token_type_ids"]), nowhere, [None] * len(ids))]
 
 
-def _row(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> Row:
+def _row(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> TokenRow:
     (whole,) = _tokens(tokenizer, example.text, example.pair, verbose=False)
     if len(whole.ids) <= max_length:
         return attrs.evolve(whole, example=example)
@@ -127,7 +130,7 @@ def _row(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) 
 
 def _windows(
     tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int, stride: int
-) -> list[Row]:
+) -> list[TokenRow]:
     """Read the passage in windows of `max_length` tokens, each after the whole question."""
     question = tokenizer(example.text, add_special_tokens=False, verbose=False)["input_ids"]
     taken = len(question) + tokenizer.num_special_tokens_to_add(pair=True)
@@ -158,8 +161,8 @@ def _windows(
 
 
 def _continued(
-    tokenizer: PreTrainedTokenizerBase, reading: Reading, example: Example, max_length: int
-) -> Row:
+    tokenizer: PreTrainedTokenizerBase, reading: InputFormat, example: Example, max_length: int
+) -> TokenRow:
     """The prompt, then the answer, then the end token; without an answer ("") the prompt alone."""
     row, fixed = _prompt(tokenizer, reading, example)
     target: list[int] = []
@@ -190,8 +193,8 @@ def _continued(
 
 
 def _prompt(
-    tokenizer: PreTrainedTokenizerBase, reading: Reading, example: Example
-) -> tuple[Row, list[bool]]:
+    tokenizer: PreTrainedTokenizerBase, reading: InputFormat, example: Example
+) -> tuple[TokenRow, list[bool]]:
     """The prompt without an end token, and which of its tokens cannot be cut: special ones and pictures."""
     if reading.kind == "image-text":
         from vflair_core.tasks.pictures import picture_row

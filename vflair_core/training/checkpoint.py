@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from vflair_core.training.fine_tuning import FineTuning
 from vflair_core.parties.data_party.checkpoint import save_data_party, save_tokenizer
 from vflair_core.partition.checkpoint import (
-    _optimizer_state,
-    _plain_names,
-    _random_state,
-    _restore_optimizer,
-    _restore_random,
-    _step_name,
-    _under,
     check_part,
+    optimizer_state,
+    plain_names,
+    random_state,
+    restore_optimizer,
+    restore_random,
+    step_name,
     steps_in,
+    under,
 )
 
 # -- checkpoints of a run --------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ def save_run(fine_tuning: FineTuning, folder: Path) -> Path:
             )
     party.connection.request("save")
     save_tokenizer(party, folder)
-    extra = {**_optimizer_state(fine_tuning.optimizer), **_random_state()}
+    extra = {**optimizer_state(fine_tuning.optimizer), **random_state()}
     for number, defense in enumerate(party.defenses.each):
         generator = party.defenses.generator_of(defense)
         extra[f"random/defense.{number}"] = generator.get_state()
@@ -54,7 +54,7 @@ def save_run(fine_tuning: FineTuning, folder: Path) -> Path:
         extra |= {f"defense/{number}/weight/{n}": weight for n, weight in learned}
     return save_data_party(
         party,
-        folder / _step_name(party.step),
+        folder / step_name(party.step),
         extra,
         optimizer=type(fine_tuning.optimizer).__name__,
         exchanges=party._exchanges,
@@ -75,16 +75,16 @@ def load_run(fine_tuning: FineTuning, folder: Path) -> int:
     check_part(newest, party.connection.fingerprint, fine_tuning.optimizer, there[max(facts)])
     step = _resume(fine_tuning, newest["session"], sorted(facts))
     _, tensors = read_part(there[step])
-    restore(party.model, _plain_names(tensors), there[step])
-    _restore_optimizer(fine_tuning.optimizer, tensors)
+    restore(party.model, plain_names(tensors), there[step])
+    restore_optimizer(fine_tuning.optimizer, tensors)
     for number, defense in enumerate(party.defenses.each):
         party.defenses.generator_of(defense).set_state(tensors[f"random/defense.{number}"])
-        defense.load_state(_under(tensors, f"defense/{number}/state/"))
-        defense.load_private_state(_under(tensors, f"defense/{number}/private/"))
+        defense.load_state(under(tensors, f"defense/{number}/state/"))
+        defense.load_private_state(under(tensors, f"defense/{number}/private/"))
         with torch.no_grad():
             for n, weight in enumerate(defense.parameters()):
                 weight.copy_(tensors[f"defense/{number}/weight/{n}"])
-    _restore_random(tensors)
+    restore_random(tensors)
     party.connection.step, party._exchanges = step, facts[step]["exchanges"]
     return step
 

@@ -14,7 +14,7 @@ from vflair_core.parties.data_party.party import DataParty
 from vflair_core.parties.data_party.text import reader_of
 from vflair_core.tasks.collation import IGNORED
 from vflair_core.tasks.metrics import chance_of, standard_score
-from vflair_core.tasks.preprocessor import Reader
+from vflair_core.tasks.preprocessor import Preprocessor
 from vflair_core.tasks.question_answering import best_answers
 from vflair_core.tasks.task import Example, Task
 
@@ -35,7 +35,7 @@ class Evaluation:
     chance: float
 
 
-def evaluate(model: Any, task: Task, reader: Reader, *, batch_size: int) -> Evaluation:
+def evaluate(model: Any, task: Task, reader: Preprocessor, *, batch_size: int) -> Evaluation:
     """Score `model` on the test examples as `reader` reads them, in eval mode; the mode is put back.
 
     Every kind gets the mean loss in nats. First stands, by kind:
@@ -94,7 +94,7 @@ class _Found:
 
 
 def _predict(
-    model: Any, task: Task, reader: Reader, examples: Sequence[Example], found: _Found
+    model: Any, task: Task, reader: Preprocessor, examples: Sequence[Example], found: _Found
 ) -> None:
     encoded = reader.batch(examples)
     batch = encoded.batch
@@ -122,7 +122,7 @@ def _predict(
         found.truth += list(batch["labels"])
 
 
-def _weight(batch: Mapping[str, Tensor], reader: Reader) -> int:
+def _weight(batch: Mapping[str, Tensor], reader: Preprocessor) -> int:
     """What the loss is the mean of: tokens to be said, or rows."""
     labels = batch.get("labels")
     if labels is None or labels.dim() < 2:
@@ -131,7 +131,7 @@ def _weight(batch: Mapping[str, Tensor], reader: Reader) -> int:
     return int((said != IGNORED).sum())
 
 
-def _choose(model: Any, reader: Reader, examples: Sequence[Example], found: _Found) -> None:
+def _choose(model: Any, reader: Preprocessor, examples: Sequence[Example], found: _Found) -> None:
     """Predict the choice whose tokens are most likely after the prompt, in sum; count also by token."""
     encoded = reader.choices(examples)
     batch = encoded.batch
@@ -151,13 +151,13 @@ def _choose(model: Any, reader: Reader, examples: Sequence[Example], found: _Fou
     found.extra["accuracy_per_token"] = found.right_per_token / len(found.truth)
 
 
-def _without_end(labels: Tensor, reader: Reader) -> Tensor:
+def _without_end(labels: Tensor, reader: Preprocessor) -> Tensor:
     """The end token is no part of a choice: its likelihood would be counted for all of them."""
     end = reader.tokenizer.eos_token_id
     return labels if end is None else labels.masked_fill(labels == end, IGNORED)
 
 
-def _write(model: Any, task: Task, reader: Reader, examples: Sequence[Example]) -> list[str]:
+def _write(model: Any, task: Task, reader: Preprocessor, examples: Sequence[Example]) -> list[str]:
     """Generate an answer to each example, cut at the end token, without special tokens."""
     batch, tokenizer = reader.prompts(examples).batch, reader.tokenizer
     options = {**GREEDY, "pad_token_id": tokenizer.pad_token_id, **task.generation}
@@ -179,7 +179,9 @@ def _until(row: Sequence[int], ends: set[int | None]) -> Iterator[int]:
         yield token
 
 
-def _passed_back(reader: Reader, examples: Sequence[Example], texts: Sequence[str]) -> list[str]:
+def _passed_back(
+    reader: Preprocessor, examples: Sequence[Example], texts: Sequence[str]
+) -> list[str]:
     """Defenses that changed a prompt may undo the change in the answer."""
     if reader.defenses is None:
         return list(texts)

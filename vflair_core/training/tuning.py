@@ -23,7 +23,7 @@ from vflair_core.partition.slices import Slices, check_names
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-from vflair_core.randomness import _seed_of
+from vflair_core.randomness import adapter_seed
 
 EVERYTHING = ("data_party", "model_party")
 
@@ -195,7 +195,7 @@ def _inject(model: nn.Module, config: PeftConfig | None, seed: int) -> None:
         if hasattr(own, "fan_in_fan_out"):
             own.fan_in_fan_out = isinstance(target, Conv1D)  # GPT-2 holds its weights transposed
         with torch.random.fork_rng():
-            torch.manual_seed(_seed_of(seed, current_key))
+            torch.manual_seed(adapter_seed(seed, current_key))
             tuner._create_and_replace(
                 self, own, name, target, *args, current_key=current_key, **options
             )

@@ -1,4 +1,4 @@
-"""What an attacker is told of a defense follows her hidden states to the device where they are."""
+"""What an attacker is rebuilt_mechanism of a defense follows her hidden states to the device where they are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from foreign_device import DEVICES, device_called
-from vflair_core.attacks.adaptive import told
+from vflair_core.attacks.adaptive import rebuilt_mechanism
 from vflair_core.defenses.defense import Defense
 from vflair_core.offers import load_target, target_of
 from vflair_defenses import vflair_defenses
@@ -48,7 +48,7 @@ def known(defended):
         defended([defense])
         spec = {"target": target_of(defense), "options": OPTIONS.get(name, {})}
         state = {f"0.{key}": value for key, value in defense.state().items()}
-        return lambda: told([spec], side, state)
+        return lambda: rebuilt_mechanism([spec], side, state)
 
     return build
 

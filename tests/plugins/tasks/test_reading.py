@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from vflair_core.tasks.preprocessor import Reader
+from vflair_core.tasks.preprocessor import Preprocessor
 from vflair_core.tasks.spans import private_tokens
-from vflair_core.tasks.tokenization import Reading
+from vflair_core.tasks.tokenization import InputFormat
 from vflair_tasks import mathematics, offline, offline_questions
 
 SMALL = {"train_examples": 8, "test_examples": 4, "public_characters": 5000}
@@ -24,8 +24,8 @@ OFFLINE = {
 @pytest.mark.parametrize("make", OFFLINE.values(), ids=OFFLINE)
 def test_every_secret_is_made_of_the_private_tokens_that_are_sent(make, tokenizer):
     task = make()
-    reading = Reading(kind=task.kind, render=task.render, two_stacks=task.kind == "seq2seq")
-    encoded = Reader(tokenizer, reading, 4000).batch(list(task.train))
+    reading = InputFormat(kind=task.kind, render=task.render, two_stacks=task.kind == "seq2seq")
+    encoded = Preprocessor(tokenizer, reading, 4000).batch(list(task.train))
     assert len(encoded.rows) == len(task.train)
     for row, example in zip(encoded.rows, task.train, strict=True):
         private = private_tokens(row.example, row.offsets, row.sequences)
@@ -42,8 +42,8 @@ def test_every_secret_is_made_of_the_private_tokens_that_are_sent(make, tokenize
 def test_the_prompt_is_not_learnt_and_the_solution_is_to_its_end(files, tokenizer):
     line = '{"question": "6 × 7?", "answer": "It is 42.\\n#### 42"}\n'
     task = mathematics.gsm8k(data=str(files({"train.jsonl": line, "test.jsonl": line})))
-    reading = Reading(kind=task.kind, render=task.render)
-    encoded = Reader(tokenizer, reading, 200).batch(list(task.train))
+    reading = InputFormat(kind=task.kind, render=task.render)
+    encoded = Preprocessor(tokenizer, reading, 200).batch(list(task.train))
     (labels,) = encoded.batch["labels"]
     learnt = labels[labels != -100]
     assert tokenizer.decode(learnt[:-1]) == " It is 42.\n#### 42"

@@ -13,13 +13,13 @@ from torch import Tensor
 from vflair_core.attacks.adaptive import Side, has_mechanism
 from vflair_core.attacks.attack import Guess, Launch, wants
 from vflair_core.attacks.evidence import read_facts
-from vflair_core.attacks.guess_files import Found, read_guess, take_so_far
+from vflair_core.attacks.guess_files import TimedGuess, read_guess, take_so_far
 from vflair_core.attacks.isolation import Isolation, attack_device
 from vflair_core.attacks.worker import Progress, run_worker
-from vflair_core.attacks.workspace import furnish
+from vflair_core.attacks.workspace import write_workspace
 from vflair_core.errors import AttackError
 from vflair_core.experiments.grading.answer_key import AnswerKey
-from vflair_core.experiments.grading.grades import Grade, Reference, judge
+from vflair_core.experiments.grading.grades import Grade, Reference, with_verdict
 from vflair_core.experiments.grading.labels import (
     grade_answers,
     grade_labels,
@@ -68,7 +68,7 @@ def attack_and_grade(
     with tempfile.TemporaryDirectory(prefix="vflair-") as name:
         folder = Path(name)
         there = attack_device(device)
-        furnish(folder, store, launches, threads or torch.get_num_threads(), there)
+        write_workspace(folder, store, launches, threads or torch.get_num_threads(), there)
 
         def told(label: str, done: int, total: int) -> None:
             progress(label + _recovered(folder, keys), done, total)
@@ -121,10 +121,10 @@ def _graded(
     if "bypassed" in facts["victims"]:
         bypassed = _accuracy_of(read_guess(folder / f"guess-{number}-bypassed").guess, key)
     found.reference = performance(guess.of(key.subset), truth, key.subset)
-    return judge(found, reference, bypassed)
+    return with_verdict(found, reference, bypassed)
 
 
-def _course(main: Found, grade: Grade, key: AnswerKey) -> list[dict[str, float]]:
+def _course(main: TimedGuess, grade: Grade, key: AnswerKey) -> list[dict[str, float]]:
     """What the guess was worth at each point of its course and in the end."""
     rows = list(key.reported)
     points = [

@@ -16,7 +16,7 @@ class Reference:
     informative: bool
 
 
-def judge(grade: Grade, reference: Reference | None, bypassed: float | None) -> Grade:
+def with_verdict(grade: Grade, reference: Reference | None, bypassed: float | None) -> Grade:
     """Add the controls' verdict to a grade.
 
     `bypassed` is the attack's performance on messages of this run sent with the defense bypassed, on the same

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from vflair_core.parties.data_party.party import DataParty
 from vflair_core.parties.data_party.text import reader_of
-from vflair_core.tasks.preprocessor import Reader
+from vflair_core.tasks.preprocessor import Preprocessor
 from vflair_core.tasks.task import Example
-from vflair_core.tasks.token_rows import Row, Tally
+from vflair_core.tasks.token_rows import Tally, TokenRow
 
 
 @frozen(eq=False)
@@ -88,7 +88,7 @@ class Truth:
 def truth_of(
     party: DataParty,
     examples: Sequence[Example],
-    rows: Sequence[Row],
+    rows: Sequence[TokenRow],
     max_length: int,
     *,
     known: int = 0,
@@ -100,7 +100,7 @@ def truth_of(
     if no defense had changed the text: who blanks a name must not have it count as never there.
     """
     reading = attrs.evolve(reader_of(party, max_length).reading, tally=Tally())
-    plain = Reader(party.tokenizer, reading, max_length)  # type: ignore[arg-type]
+    plain = Preprocessor(party.tokenizer, reading, max_length)  # type: ignore[arg-type]
     untouched = [plain.batch([example], first_only=True).rows[0] for example in examples]
     labels = [example.label for example in examples]
     whole = all(isinstance(label, int) for label in labels)
@@ -117,14 +117,14 @@ def truth_of(
     )
 
 
-def _originals(rows: Sequence[Row], untouched: Sequence[Row]) -> list[Tensor]:
+def _originals(rows: Sequence[TokenRow], untouched: Sequence[TokenRow]) -> list[Tensor]:
     """The private tokens before any defense changed the text; none if no text was changed."""
     if all(sent.ids == plain.ids for sent, plain in zip(rows, untouched, strict=True)):
         return []
     return [torch.tensor(row.ids)[torch.tensor(row.private)] for row in untouched]
 
 
-def _answer(row: Row) -> Tensor:
+def _answer(row: TokenRow) -> Tensor:
     """Which positions of a row hold the answer that it continues with: its last ones, or none."""
     continues = bool(row.target) and row.ids[-len(row.target) :] == row.target
     there = torch.zeros(len(row.ids), dtype=torch.bool)
@@ -136,7 +136,7 @@ def _text(example: Example) -> str:
     return example.text if example.pair is None else f"{example.text}\n{example.pair}"
 
 
-def _kept_secrets(row: Row) -> tuple[str, ...]:
+def _kept_secrets(row: TokenRow) -> tuple[str, ...]:
     """The secrets that the row holds whole: nobody can recover what did not cross."""
     kept = []
     texts = (row.example.text, row.example.pair or "")

@@ -19,7 +19,7 @@ from vflair_core.communication.program import Program
 from vflair_core.errors import PartitionError
 from vflair_core.parties.data_party import remote_cache
 from vflair_core.parties.data_party.inputs import all_ones, cache_in
-from vflair_core.parties.data_party.probes import Captured, Given, Probe
+from vflair_core.parties.data_party.probes import FixedAnswer, Probe, ProbeStopped
 from vflair_core.parties.data_party.roles import Call, find_roles
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ MAX_PATHS = 4096  # remembered ways of calling the model; forgetting them costs 
 
 
 @define(eq=False)
-class Rehearsals:
+class DryRuns:
     """What was found by runs of `party`'s local part in which a `probe` answered instead of the model party."""
 
     party: DataParty
@@ -58,7 +58,7 @@ class Rehearsals:
         try:
             with self.probing(Probe()):
                 self.party.model(**inputs)
-        except Captured as captured:
+        except ProbeStopped as captured:
             hidden = captured.first_argument()
             if cache is not None:
                 remote_cache.advance(cache, hidden.shape[1], layers)
@@ -70,7 +70,7 @@ class Rehearsals:
         try:
             with self.probing(Probe()):
                 self.party.model(**inputs)
-        except Captured as captured:
+        except ProbeStopped as captured:
 
             def call(name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
                 return body.get_submodule(name)(*args, **kwargs)
@@ -80,7 +80,7 @@ class Rehearsals:
 
     def complete(self, returned: Tensor, inputs: dict[str, Any]) -> Any:
         """Run the tail alone on what the model party would have returned."""
-        with self.probing(Given(returned)):
+        with self.probing(FixedAnswer(returned)):
             return self.party.model(**inputs)
 
     def past(self, inputs: dict[str, Any]) -> Cache | None:

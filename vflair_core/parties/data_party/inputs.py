@@ -14,7 +14,7 @@ from vflair_core.communication.message import Role
 
 
 @frozen(eq=False)
-class Sent:
+class RowPlacement:
     """How the rows of a call crossed: `places` has the row of each in the messages, (B,), and `learnt` how many labels
     every row of the messages brings into the loss, (B',); B' > B where a defense adds rows.
     """

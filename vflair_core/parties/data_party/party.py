@@ -18,16 +18,16 @@ from vflair_core.communication.connection import Connection
 from vflair_core.communication.locks import Lock
 from vflair_core.communication.message import Phase, Role
 from vflair_core.communication.program import Program
-from vflair_core.defenses.calibration import Preparing
+from vflair_core.defenses.calibration import CalibrationCache
 from vflair_core.defenses.defense import Defense, Exchange
 from vflair_core.defenses.pipeline import Defenses
 from vflair_core.errors import DefenseError, PartitionError
 from vflair_core.parties.data_party import remote_cache
 from vflair_core.parties.data_party import text as asking
 from vflair_core.parties.data_party.checkpoint import save_data_party, save_tokenizer
-from vflair_core.parties.data_party.dry_runs import Rehearsals
+from vflair_core.parties.data_party.dry_runs import DryRuns
 from vflair_core.parties.data_party.inputs import (
-    Sent,
+    RowPlacement,
     answer_mask,
     cache_in,
     learnt_of,
@@ -46,7 +46,7 @@ from vflair_core.parties.data_party.round import LossScale, round_trip
 from vflair_core.parties.data_party.scored_positions import only_scored
 from vflair_core.partition.slices import Slices
 from vflair_core.partition.stages import Stage, names_in, stage_of
-from vflair_core.randomness import random_states
+from vflair_core.randomness import states
 from vflair_core.tasks.collation import Batch
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from vflair_core.parties.data_party.recorder import Recorder
     from vflair_core.partition.partition import Partition
     from vflair_core.tasks.task import Example
-    from vflair_core.tasks.tokenization import Reading
+    from vflair_core.tasks.tokenization import InputFormat
 
 
 class DataParty:
@@ -80,8 +80,10 @@ class DataParty:
     recorder: Recorder
     slices: Slices = Slices({})
     order: tuple[str, ...] = ()  # names of all weights, in the order of the whole model
-    sent: Sent | None = None  # how the rows of the last call crossed
-    reading: Reading | None = None  # how the model reads the task at hand; None goes by `task_kind`
+    sent: RowPlacement | None = None  # how the rows of the last call crossed
+    reading: InputFormat | None = (
+        None  # how the model reads the task at hand; None goes by `task_kind`
+    )
 
     def __init__(
         self,
@@ -100,8 +102,8 @@ class DataParty:
         self.connection = Connection(channel, fingerprint)
         self.tokenizer = tokenizer
         self.defenses = Defenses(defenses, partition.kind, seed)
-        self.preparing = Preparing()
-        self.rehearsals = Rehearsals(self)
+        self.preparing = CalibrationCache()
+        self.rehearsals = DryRuns(self)
         self.loss_scaling = LossScale()
         self._lock = Lock()
         self._exchanges = 0
@@ -198,7 +200,7 @@ class DataParty:
         if trains:
             check_trainable(self.model)
         self.recorder.begin()
-        random = random_states(self.model.device) if self.model.training else ()
+        random = states(self.model.device) if self.model.training else ()
         self._call = Call(forward, inputs, self.rehearsals.past(inputs), random)
         try:
             if trains and inputs.get("labels") is not None:
@@ -214,10 +216,12 @@ class DataParty:
             self._done = []
         return self.defenses.contract(outputs, around)
 
-    def _how_sent(self, inputs: dict[str, Any], around: Exchange) -> Sent:
+    def _how_sent(self, inputs: dict[str, Any], around: Exchange) -> RowPlacement:
         numbers = torch.arange(rows_of(inputs), device=self.model.device)
         shifted = not self.model.config.is_encoder_decoder
-        return Sent(self.defenses.places(numbers, around), learnt_of(inputs, shifted=shifted))
+        return RowPlacement(
+            self.defenses.places(numbers, around), learnt_of(inputs, shifted=shifted)
+        )
 
     def run_part(self, forward: Any, inputs: dict[str, Any]) -> Any:
         """Run an inner model that was cut: within a call of the whole as it is; alone, as a call of its own.
@@ -234,7 +238,7 @@ class DataParty:
         self.defenses.check(self._phase(cache_in(inputs)))
         self._refuse_raw_text(inputs)
         self.recorder.begin()
-        random = random_states(self.model.device) if self.model.training else ()
+        random = states(self.model.device) if self.model.training else ()
         self._call = Call(forward, inputs, self.rehearsals.past(inputs), random)
         try:
             return forward(**inputs)

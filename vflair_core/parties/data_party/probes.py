@@ -12,7 +12,7 @@ from vflair_core.communication.program import Program
 
 
 @define(eq=False)
-class Captured(BaseException):
+class ProbeStopped(BaseException):
     """Stops a probe where the exchange would have happened, with what would have crossed."""
 
     program: Program
@@ -40,12 +40,12 @@ class Probe:
         """Stop here, or go on with random values of the right shape."""
         self.met.append(program)
         if self.wanted is None or program.id == self.wanted:
-            raise Captured(program, tensors)
+            raise ProbeStopped(program, tensors)
         device = tensors[0].device
         return [_made_up(shape, device, self.generator) for shape in shapes]
 
 
-class Given(Probe):
+class FixedAnswer(Probe):
     """Answers with what it was given."""
 
     def __init__(self, returned: Tensor) -> None:

@@ -35,7 +35,7 @@ from vflair_core.parties.data_party.shared_states import coming_back, fill, open
 from vflair_core.partition.stages import Stage, stage_of
 
 if TYPE_CHECKING:
-    from vflair_core.parties.data_party.stubs import Absent
+    from vflair_core.parties.data_party.stubs import ModuleStub
 
 # Hands a program, the tensors it takes, the cache and the form of the answer (meta tensors) to the protocol;
 # returns the answer's tensors.
@@ -65,7 +65,7 @@ class Recorder:
     handover: Handover
     stages: tuple[Stage, ...] = ()  # what the model party runs at a time: a program is one of them
     picks: bool = False  # whether chosen positions may be asked for: which they are crosses
-    absent: dict[str, Absent] = field(factory=dict)  # the stand-ins that record here
+    absent: dict[str, ModuleStub] = field(factory=dict)  # the stand-ins that record here
     steps: list[Step] = field(factory=list)
     tensors: list[Tensor] = field(factory=list)
     leaves: list[Leaf] = field(factory=list)
@@ -94,7 +94,7 @@ class Recorder:
         self._known, self._called, self.fetched, self._returned = {}, [], {}, None
         self._versions, self._store = [], None
 
-    def call(self, absent: Absent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, absent: ModuleStub, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record the call of an absent module."""
         named = dict(zip(absent.parameter_names, args, strict=False)) | _checked(absent, kwargs)
         waits = any(isinstance(t, Deferred) and t.fetched is None for t in tensors_of(named))
@@ -281,7 +281,7 @@ def _no_module(name: str, *_: Any) -> Any:
     raise ProtocolError(f"{name} is held by the model party.")
 
 
-def _checked(absent: Absent, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _checked(absent: ModuleStub, kwargs: dict[str, Any]) -> dict[str, Any]:
     kept = {}
     for key, value in kwargs.items():
         if key in absent.parameter_names or key in ALLOWED:

@@ -26,7 +26,7 @@ from vflair_core.communication.cache_kinds import (
 from vflair_core.errors import PartitionError, ProtocolError
 
 # [part, "reorder", [2, 0]] | [part, "crop", -3] | [part, "repeat", 4] | [part, "select", [0]] | …
-Deed = list[Any]
+CacheOperation = list[Any]
 
 
 @define(eq=False)
@@ -34,7 +34,7 @@ class RemoteCache:
     """The data party's handle on the model party's half of one cache."""
 
     id: str = field(factory=lambda: uuid.uuid4().hex)
-    deeds: list[Deed] = field(factory=list)
+    deeds: list[CacheOperation] = field(factory=list)
     parts: list[list[Any]] = field(factory=list)  # of each: its kind, [kind, options] of all layers
     known: bool = False  # has the model party built its half?
     copied: Callable[[str, str], None] = lambda _old, _new: None

@@ -21,9 +21,9 @@ from transformers.utils.generic import ModelOutput
 from vflair_core.communication.message import Role
 from vflair_core.communication.program import Program, tensors_of
 from vflair_core.errors import LeakError
-from vflair_core.parties.data_party.probes import Captured, Probe
+from vflair_core.parties.data_party.probes import Probe, ProbeStopped
 from vflair_core.parties.data_party.scored_positions import SCORED
-from vflair_core.randomness import _set_random_states
+from vflair_core.randomness import set_states
 
 PROBES = 3
 
@@ -89,11 +89,11 @@ def _role(
     )
 
 
-def _run(model: nn.Module, call: Call, probe: Probe) -> Captured:
+def _run(model: nn.Module, call: Call, probe: Probe) -> ProbeStopped:
     """Run the local part with other text. Nothing is sent, and no state of the caller changes."""
     devices = list(range(torch.cuda.device_count()))
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
-        _set_random_states(call.random)  # the dropout of the call at hand
+        set_states(call.random)  # the dropout of the call at hand
         inputs = {
             key: _copy_cache(call.past)
             if isinstance(value, Cache)
@@ -104,7 +104,7 @@ def _run(model: nn.Module, call: Call, probe: Probe) -> Captured:
         hooks = [table.register_forward_hook(_as_computed) for table in tables]
         try:
             call.forward(**inputs)
-        except Captured as captured:
+        except ProbeStopped as captured:
             return captured
         except Exception as error:
             raise LeakError(

@@ -23,7 +23,7 @@ from vflair_core.parties.data_party.remote_cache import holds_past
 from vflair_core.parties.data_party.shared_states import shadow_of, written
 
 if TYPE_CHECKING:
-    from vflair_core.parties.data_party.stubs import Absent
+    from vflair_core.parties.data_party.stubs import ModuleStub
 
 MAX_STRUCTURES = 4096  # remembered shapes; forgetting them costs time only
 
@@ -35,7 +35,7 @@ class Shapes:
     _structures: dict[Any, Any] = field(factory=dict)
     _learnt: dict[str, Any] = field(factory=dict)  # of each module the last, and its input's shape
 
-    def of(self, absent: Absent, named: dict[str, Any], trees: dict[str, Tree]) -> Any:
+    def of(self, absent: ModuleStub, named: dict[str, Any], trees: dict[str, Tree]) -> Any:
         """What the module returns, with meta tensors for tensors. Learned once per shape of its input."""
         hidden = first_tensor(named)
         literals = tuple((key, tree) for key, tree in trees.items() if tree[0] == "value")
@@ -51,7 +51,7 @@ class Shapes:
         store.update(entries)
         return structure
 
-    def _learned(self, absent: Absent, named: dict[str, Any], hidden: Tensor) -> Any:
+    def _learned(self, absent: ModuleStub, named: dict[str, Any], hidden: Tensor) -> Any:
         """What the module returns, found by running its skeleton, or from what it returned for other lengths."""
         known, shape = self._learnt.get(absent.name, (None, None))
 
@@ -75,7 +75,7 @@ def first_tensor(named: dict[str, Any]) -> Tensor:
     return next(value for value in named.values() if isinstance(value, Tensor))
 
 
-def _run_skeleton(absent: Absent, named: dict[str, Any]) -> Any:
+def _run_skeleton(absent: ModuleStub, named: dict[str, Any]) -> Any:
     """Run a block on the meta device for its shapes: without cache, and without the mask that fits it."""
     past = next((value for value in named.values() if isinstance(value, Cache)), None)
     has_past = past is not None and holds_past(past, absent.layers)
@@ -101,7 +101,7 @@ def _run_skeleton(absent: Absent, named: dict[str, Any]) -> Any:
         return _run_on_zeros(absent, kept)
 
 
-def _run_on_zeros(absent: Absent, named: dict[str, Any]) -> Any:
+def _run_on_zeros(absent: ModuleStub, named: dict[str, Any]) -> Any:
     """Run a block whose shapes depend on values (a router's choice of experts) with zeros for weights."""
 
     def known(value: Any) -> Any:

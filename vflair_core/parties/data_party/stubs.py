@@ -18,7 +18,7 @@ from vflair_core.partition.module_tree import on_meta
 _OWN = frozenset({"name", "layers", "parameter_names", "training", "gradient_checkpointing"})
 
 
-class Absent(nn.Module):
+class ModuleStub(nn.Module):
     """Stands where the model party's module `name` was. It has its attributes, none of its weights."""
 
     def __init__(self, name: str, module: nn.Module, recorder: Recorder) -> None:
@@ -60,7 +60,7 @@ class Absent(nn.Module):
         return self.recorder.call(self, args, kwargs)
 
 
-def call_here_and_there(module: nn.Module, absent: Absent, here: tuple[bool, ...]) -> None:
+def call_here_and_there(module: nn.Module, absent: ModuleStub, here: tuple[bool, ...]) -> None:
     """Let call number n of `module` run here if ``here[n]``, else be recorded: for blocks that share weights."""
     original = type(module)
     recorder = absent.recorder

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from vflair_core.errors import DefenseError
 from vflair_core.tasks.collation import Batch
-from vflair_core.tasks.preprocessor import Reader
-from vflair_core.tasks.tokenization import Reading
+from vflair_core.tasks.preprocessor import Preprocessor
+from vflair_core.tasks.tokenization import InputFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from vflair_core.tasks.task import Example
 
 
-def reader_of(party: DataParty, max_length: int) -> Reader:
+def reader_of(party: DataParty, max_length: int) -> Preprocessor:
     """Return what reads examples for `party`, through its defenses."""
     reading = party.reading
     if reading is None:
         kind: Any = "causal-lm" if party.task_kind == "*" else party.task_kind
-        reading = Reading(kind=kind, two_stacks=bool(party.model.config.is_encoder_decoder))
-    return Reader(_needed_tokenizer(party), reading, max_length, party.defenses)
+        reading = InputFormat(kind=kind, two_stacks=bool(party.model.config.is_encoder_decoder))
+    return Preprocessor(_needed_tokenizer(party), reading, max_length, party.defenses)
 
 
 def encode_examples(party: DataParty, examples: Sequence[Example], max_length: int) -> Batch:

@@ -24,17 +24,18 @@ from vflair_core.communication.cache_kinds import (
     parts_of,
 )
 from vflair_core.errors import ProtocolError
+from vflair_core.parties.model_party.caps import Caps
 
 MAX_ROWS = 4096  # of a batch, as beams and speculation multiply it
 MAX_LAYERS = 4096
 
 
 class HeldCaches:
-    """The caches of one session, by the names that the data party gave them; at most `most` of them."""
+    """The caches of one session, by the names that the data party gave them."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, caps: Caps) -> None:
         self._caches: dict[str, Cache] = {}
-        self._most = most
+        self._caps = caps
 
     def __len__(self) -> int:
         return len(self._caches)
@@ -89,8 +90,10 @@ class HeldCaches:
         return self._caches[key]
 
     def _make_room(self) -> None:
-        if len(self._caches) >= self._most:
-            raise ProtocolError(f"A session may keep {self._most} caches; delete unused ones.")
+        if len(self._caches) >= self._caps.caches:
+            raise ProtocolError(
+                f"A session may keep {self._caps.caches} caches; delete unused ones."
+            )
 
 
 def build(parts: Any, held_layers: Sequence[int]) -> Cache:

@@ -17,17 +17,17 @@ from vflair_core.errors import ProtocolError
 from vflair_core.partition.adapters import adapter_facts
 from vflair_core.partition.checkpoint import (
     MODEL_FILE,
-    _listed,
-    _optimizer_state,
-    _plain_names,
-    _random_state,
-    _restore_optimizer,
-    _restore_random,
-    _step_name,
     check_part,
+    listed,
+    optimizer_state,
     owned,
+    plain_names,
+    random_state,
     read_part,
     restore,
+    restore_optimizer,
+    restore_random,
+    step_name,
     steps_in,
     write_part,
 )
@@ -49,10 +49,10 @@ def save_session(
     optimizer: Optimizer | None,
 ) -> Path:
     """Write the model party's part of a run at a step."""
-    tensors = {**owned(model), **_optimizer_state(optimizer), **_random_state()}
+    tensors = {**owned(model), **optimizer_state(optimizer), **random_state()}
     run = {"step": step, "optimizer": type(optimizer).__name__}
     facts = _facts(model, fingerprint, steps) | run
-    return write_part(folder / _step_name(step) / MODEL_FILE, tensors, facts)
+    return write_part(folder / step_name(step) / MODEL_FILE, tensors, facts)
 
 
 def load_session(
@@ -68,16 +68,16 @@ def load_session(
     common = set(written) & set(asked)
     if not common:
         raise ProtocolError(
-            f"No step has the parts of both parties: the data party has {_listed(asked)}, the model party "
-            f"{_listed(written)}. Give the model party the folder it wrote to (model_party.checkpoints), or "
+            f"No step has the parts of both parties: the data party has {listed(asked)}, the model party "
+            f"{listed(written)}. Give the model party the folder it wrote to (model_party.checkpoints), or "
             "start anew."
         )
     path = written[max(common)]
     facts, tensors = read_part(path)
     check_part(facts, fingerprint, optimizer, path)
-    restore(model, _plain_names(tensors), path)
-    _restore_optimizer(optimizer, tensors)
-    _restore_random(tensors)
+    restore(model, plain_names(tensors), path)
+    restore_optimizer(optimizer, tensors)
+    restore_random(tensors)
     return max(common), facts["steps"]
 
 

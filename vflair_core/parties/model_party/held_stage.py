@@ -14,7 +14,7 @@ from vflair_core.errors import ProtocolError
 from vflair_core.partition.stages import Stage
 
 
-class Chain:
+class HeldStage:
     """The held modules of `model` that make up one stage."""
 
     def __init__(self, model: nn.Module, stage: Stage) -> None:
@@ -97,7 +97,7 @@ class Chain:
 _SPELT_OUT = [("approximate", ("value", name)) for name in ("none", "tanh")]  # of gelu
 
 
-def matching(program: Program, chains: Sequence[Chain]) -> Chain:
+def matching(program: Program, chains: Sequence[HeldStage]) -> HeldStage:
     """Return the chain that `program` calls.
 
     Raises:
@@ -109,7 +109,7 @@ def matching(program: Program, chains: Sequence[Chain]) -> Chain:
     raise _not_a_chain(program, chains)
 
 
-def _not_a_chain(program: Program, chains: Sequence[Chain]) -> ProtocolError:
+def _not_a_chain(program: Program, chains: Sequence[HeldStage]) -> ProtocolError:
     stages = [chain.stage.names for chain in chains]
     possible = " or ".join(f"{names[0]} … {names[-1]}" for names in stages)
     return ProtocolError(

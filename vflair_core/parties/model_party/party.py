@@ -19,6 +19,7 @@ from vflair_core.communication.locks import Lock
 from vflair_core.communication.message import Crossing, Message, reply
 from vflair_core.errors import PartitionError, ProtocolError
 from vflair_core.parties.model_party import rounds
+from vflair_core.parties.model_party.caps import Caps
 from vflair_core.parties.model_party.checkpoint import (
     load_session,
     run_folder,
@@ -26,9 +27,9 @@ from vflair_core.parties.model_party.checkpoint import (
     save_session,
     saved_steps,
 )
-from vflair_core.parties.model_party.held_stage import Chain
+from vflair_core.parties.model_party.held_stage import HeldStage
 from vflair_core.parties.model_party.relay import Relay
-from vflair_core.parties.model_party.session import Caps, Session
+from vflair_core.parties.model_party.session import Session
 from vflair_core.parties.model_party.shared_weights import Rule, SharedWeights, norms_of
 from vflair_core.partition.fingerprint import differences
 from vflair_core.partition.slices import Slices
@@ -52,7 +53,7 @@ class ModelParty:
 
     def __init__(self, model: nn.Module, stages: Sequence[Stage], fingerprint: str) -> None:
         self.model = model
-        self.chains = [Chain(model, names) for names in stages]
+        self.chains = [HeldStage(model, names) for names in stages]
         self.fingerprint = fingerprint
         self.caps = Caps()
         self.sessions: dict[str, Session] = {}
@@ -64,7 +65,7 @@ class ModelParty:
 
     def pass_on(self, stages: Sequence[Stage], onward: Channel) -> None:
         """Run only `stages` from now on, and let the party behind `onward` run what follows them."""
-        self.chains = [Chain(self.model, stage) for stage in stages]
+        self.chains = [HeldStage(self.model, stage) for stage in stages]
         self.onward = onward
         for name, session in self.sessions.items():
             self._open_onward(name, session, None, None)

@@ -18,14 +18,14 @@ from vflair_core.communication.codec import DTYPES
 from vflair_core.communication.message import Crossing, Message, reply
 from vflair_core.communication.program import Program
 from vflair_core.errors import ProtocolError
-from vflair_core.parties.model_party.held_stage import Chain
+from vflair_core.parties.model_party.held_stage import HeldStage
 from vflair_core.parties.model_party.session import End, Graph, Session
 from vflair_core.parties.model_party.shared_weights import SharedWeights
 
 
 def forward(
     model: nn.Module,
-    stages: Sequence[Chain],
+    stages: Sequence[HeldStage],
     device: torch.device,
     session: Session,
     message: Message,

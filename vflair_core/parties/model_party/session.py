@@ -19,17 +19,9 @@ from vflair_core.communication.message import Message
 from vflair_core.communication.program import Program
 from vflair_core.errors import ProtocolError
 from vflair_core.parties.model_party.cache import HeldCaches
-from vflair_core.parties.model_party.held_stage import Chain, matching
+from vflair_core.parties.model_party.caps import Caps
+from vflair_core.parties.model_party.held_stage import HeldStage, matching
 from vflair_core.parties.model_party.relay import Relay, Rest, divide_program
-
-
-@define(eq=False)
-class Caps:
-    """How much one session may hold at the model party."""
-
-    graphs: int = 256  # forwards that wait for their backward
-    caches: int = 64
-    programs: int = 1024
 
 
 @frozen(eq=False)
@@ -63,7 +55,7 @@ class Job:
     program: Program
     here: Program | None  # None: none of it
     rest: Rest | None  # what the next party of a chain runs
-    chain: Chain | None
+    chain: HeldStage | None
 
     @property
     def layers(self) -> Sequence[int]:
@@ -104,7 +96,7 @@ class Session:
     skipped: bool = False
 
     def __attrs_post_init__(self) -> None:
-        self.caches = HeldCaches(self.caps.caches)
+        self.caches = HeldCaches(self.caps)
 
     def forget(self, meta: Any) -> None:
         """Drop what the data party no longer uses, and copy the caches it copied."""
@@ -117,7 +109,7 @@ class Session:
         if self.onward is not None:
             self.onward.pass_on_released(meta)
 
-    def job(self, meta: Any, chains: Sequence[Chain]) -> Job:
+    def job(self, meta: Any, chains: Sequence[HeldStage]) -> Job:
         """Return the program that a forward names, checked when it comes for the first time."""
         if "program" in meta:
             program = Program.from_wire(meta["program"])
@@ -130,7 +122,7 @@ class Session:
             raise ProtocolError(f"Program {meta['id']} was not registered in this session.")
         return self.jobs[meta["id"]]
 
-    def _checked(self, program: Program, chains: Sequence[Chain]) -> Job:
+    def _checked(self, program: Program, chains: Sequence[HeldStage]) -> Job:
         here: Program | None = program
         rest = None
         if self.onward is not None:

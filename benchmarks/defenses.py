@@ -19,7 +19,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from vflair_core import Partition, split
-from vflair_core.defenses.calibration import CalibrationCache
 from vflair_core.offers import load_target
 from vflair_core.tasks.tokenizer_training import train_tokenizer
 from vflair_defenses import vflair_defenses
@@ -61,7 +60,7 @@ def parties(kind: str, defenses: list):
     party, _ = split(
         model, Partition(1, 1), defenses=defenses, tokenizer=train_tokenizer(PUBLIC, 300), seed=0
     )
-    party.task_kind = "classification" if kind == "bert" else "causal-lm"
+    party.defenses.task_kind = "classification" if kind == "bert" else "causal-lm"
     for defense in defenses:
         defense.prepare(PUBLIC, party)
     return party
@@ -114,7 +113,11 @@ def measure_text(names: list[str], words: int) -> None:
         print(f"\n{words} words: {'prepare, s':>12} {'1,000 words, s':>15} {'peak RSS, GiB':>14}")
         text = " ".join(f"word{random.Random(n).randrange(words)}" for n in range(1000))
         streams = SimpleNamespace(generator_of=lambda _: generator)
-        party = SimpleNamespace(defenses=streams, preparing=CalibrationCache())
+        party = SimpleNamespace(
+            defenses=streams,
+            tell=lambda *_: None,
+            remember=lambda _defense, _texts, make, **_facts: make(),
+        )
         for name in names:
             defense = load_target(vflair_defenses()[name])(vectors=str(path))
             start = time.perf_counter()

@@ -74,6 +74,7 @@ _HOMES = {
     "run_cuts": "experiments.cut_sweep",
     "ExperimentError": "errors",
     "PluginError": "errors",
+    "Party": "defenses.defense",
 }
 
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the table is the one list of names
@@ -102,6 +103,7 @@ if TYPE_CHECKING:
     from vflair_core.communication.transcript import Transcript as Transcript
     from vflair_core.defenses.defense import Defense as Defense
     from vflair_core.defenses.defense import Exchange as Exchange
+    from vflair_core.defenses.defense import Party as Party
     from vflair_core.defenses.guarantee import Guarantee as Guarantee
     from vflair_core.defenses.mechanism import Mechanism as Mechanism
     from vflair_core.defenses.mechanism import Replacement as Replacement

@@ -33,15 +33,15 @@ def adapter_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def states(device: torch.device) -> Sequence[Tensor]:
+def random_states(device: torch.device) -> Sequence[Tensor]:
     """Return the global random states that a forward on `device` draws from."""
     if device.type == "cuda":
         return torch.get_rng_state(), *torch.cuda.get_rng_state_all()
     return (torch.get_rng_state(),)
 
 
-def set_states(states: Sequence[Tensor]) -> None:
-    """Take up the states that `states` returned."""
+def set_random_states(states: Sequence[Tensor]) -> None:
+    """Take up the states that `random_states` returned."""
     if states:
         torch.set_rng_state(states[0])
     if states[1:]:

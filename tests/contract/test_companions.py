@@ -48,7 +48,7 @@ def sent(model, examples, beside=(), *, defenses=(), kind="causal-lm", gradients
     )
     for defense in defenses:
         defense.prepare(numbers_as_texts([torch.arange(3, 40)]), party)
-    party.task_kind = kind
+    party.defenses.task_kind = kind
     FineTuning(party, Train())  # opens the session in which a step can be skipped
     crossed = record_victims(party, examples, companions=beside, max_length=16, gradients=gradients)
     seen = Observables(crossed.transcript.messages, victims=len(examples), spots=crossed.spots)

@@ -112,7 +112,7 @@ def test_a_split_model_gets_exactly_the_unsplit_models_score(pm, name, cut):
     whole = copy.deepcopy(model)
     reader = Preprocessor(tokenizer, reading_of(task, whole, processor=processor), 40)
     party, _ = split(model, Partition(**cut), tokenizer=tokenizer)
-    party.task_kind, party.reading = task.kind, reading_of(task, party.model, processor=processor)
+    party.take_up(task, processor=processor)
     theirs = evaluate(whole, task, reader, batch_size=5)
     assert evaluate_party(party, task, batch_size=5, max_length=40) == theirs
     assert torch.isfinite(torch.tensor(list(theirs.metrics.values()))).all()

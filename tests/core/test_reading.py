@@ -87,10 +87,7 @@ def test_a_question_that_leaves_no_room_is_refused_with_the_length_it_takes():
 def test_a_victim_with_a_long_passage_crosses_in_one_row():
     model = tiny_model("bert", "question-answering", vocab_size=len(PAIRED))
     party, _ = split(model, Partition(1, 1), tokenizer=PAIRED)
-    party.task_kind, party.reading = (
-        "question-answering",
-        InputFormat("question-answering", stride=6),
-    )
+    party.take_up_format(InputFormat("question-answering", stride=6))
     crossed = record_victims(party, [QUESTION, QUESTION], max_length=36, gradients=False)
     smashed = [r.tensor for r in crossed.transcript.messages if r.role == "smashed"]
     assert [tuple(tensor.shape[:2]) for tensor in smashed] == [(1, 36), (1, 36)]
@@ -252,7 +249,7 @@ def in_prompt(example, tokenizer):
 def defended(*defenses, kind="causal-lm", render=None):
     model = tiny_model("llama", vocab_size=len(PAIRED))
     party, _ = split(model, Partition(1, 1), tokenizer=PAIRED, defenses=defenses, seed=0)
-    party.task_kind, party.reading = kind, InputFormat(kind, render=render)
+    party.take_up_format(InputFormat(kind, render=render))
     return party
 
 
@@ -278,7 +275,7 @@ def test_strings_are_graded_against_the_original_and_positions_against_what_was_
     for defenses, sent in (((), "Ada Bob"), ((Blank(),), "Bob")):
         party = defended(*defenses)
         crossed = record_victims(party, [example], max_length=32, gradients=False)
-        truth = truth_of(party, [example], crossed.rows, 32)
+        truth = truth_of(party.preprocessor(32), [example], crossed.rows)
         private = truth.tokens[0][truth.private[0]]
         assert " ".join(PAIRED.decode(private).split()).replace(" ", "") == sent.replace(" ", "")
         assert truth.secrets == [("Ada", "Bob")]
@@ -288,7 +285,7 @@ def test_what_was_cut_off_is_no_secret_to_recover():
     example = Example(TEXTS[0] + " Bob", private=((0, 3), (38, 41)))
     party = defended()
     crossed = record_victims(party, [example], max_length=5, gradients=False)
-    assert truth_of(party, [example], crossed.rows, 5).secrets == [("Ada",)]
+    assert truth_of(party.preprocessor(5), [example], crossed.rows).secrets == [("Ada",)]
 
 
 def test_private_spans_of_the_second_text_are_graded_too():
@@ -296,7 +293,7 @@ def test_private_spans_of_the_second_text_are_graded_too():
     party = defended()
     with party.channel.tap(Transcript()):
         crossed = record_victims(party, [example], max_length=32, gradients=False)
-    truth = truth_of(party, [example], crossed.rows, 32)
+    truth = truth_of(party.preprocessor(32), [example], crossed.rows)
     assert PAIRED.decode(truth.tokens[0][truth.private[0]]).strip() == "Ada"
     assert truth.secrets == [("Ada",)]
 

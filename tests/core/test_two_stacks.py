@@ -44,7 +44,7 @@ def test_an_attack_sees_what_the_encoder_read_once_for_each_victim_and_release()
     config.decoder_start_token_id = 0
     model = AutoModelForSeq2SeqLM.from_config(config).eval()
     party, _ = split(model, Partition(1, 1), tokenizer=TOKENIZER)
-    party.task_kind, party.reading = "seq2seq", InputFormat("seq2seq", two_stacks=True)
+    party.take_up_format(InputFormat("seq2seq", two_stacks=True))
     victims = [Example("Where is she?", answer="Ada"), Example("Ada wrote", answer="the first one")]
     crossed = record_victims(party, victims, max_length=16, releases=2, gradients=False)
     seen = Observables(crossed.transcript.messages, releases=2, victims=2)

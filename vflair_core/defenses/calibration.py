@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
-from attrs import define
+from attrs import define, frozen
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from vflair_core.errors import CheckpointError
 from vflair_core.offers import target_of
@@ -23,9 +23,20 @@ from vflair_core.partition.fingerprint import sample_digest
 
 if TYPE_CHECKING:
     from vflair_core.defenses.defense import Defense
-    from vflair_core.parties.data_party.party import DataParty
 
 Made = dict[str, Tensor]
+Report = Callable[[str, int, int], None]  # told (what, done, total) now and then
+
+
+@frozen(eq=False)
+class Situation:
+    """What a preparation depends on beside the defense and the public text: the data party as it is."""
+
+    model: nn.Module
+    tokenizer: Any
+    fingerprint: str
+    untied: Sequence[str]
+    defenses: Sequence[Defense]
 
 
 @define
@@ -38,7 +49,7 @@ class CalibrationCache:
     """
 
     folder: Path | None = None
-    report: Callable[[str, int, int], None] = lambda *_: None
+    report: Report = lambda *_: None
 
     def tell(self, defense: Defense, done: int, total: int) -> None:
         """Say how far `defense` is."""
@@ -48,8 +59,8 @@ class CalibrationCache:
         self,
         defense: Defense,
         public_texts: Sequence[str],
-        data_party: DataParty,
         make: Callable[[], Made],
+        situation: Situation,
         **facts: str,
     ) -> Made:
         """Return what `make` makes: by calling it, or from the file where an earlier call left it.
@@ -64,7 +75,7 @@ class CalibrationCache:
         """
         if self.folder is None:
             return make()
-        known = {**_facts(defense, public_texts, data_party), **facts}
+        known = {**_facts(defense, public_texts, situation), **facts}
         name = _digest(json.dumps(known, sort_keys=True))[:16]
         path = self.folder / f"{type(defense).__name__}-{name}.safetensors"
         if path.exists():
@@ -74,18 +85,19 @@ class CalibrationCache:
         return made
 
 
-def _facts(defense: Any, public_texts: Sequence[str], party: DataParty) -> dict[str, str]:
-    vocabulary = {} if party.tokenizer is None else party.tokenizer.get_vocab()
+def _facts(defense: Any, public_texts: Sequence[str], situation: Situation) -> dict[str, str]:
+    tokenizer = situation.tokenizer
+    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
     # What is prepared may have crossed, and then it went through all of them.
-    others = ["itself" if d is defense else _named(d) for d in party.defenses.each]
+    others = ["itself" if d is defense else _named(d) for d in situation.defenses]
     return {
         "defense": target_of(defense),
         "options": json.dumps(_options(defense), sort_keys=True),
         "version": _version(type(defense).__module__.partition(".")[0]),
         "other defenses": json.dumps(others),
-        "model": sample_digest(party.model),
-        "fingerprint": party.connection.fingerprint,
-        "tied": ",".join(party.untied),
+        "model": sample_digest(situation.model),
+        "fingerprint": situation.fingerprint,
+        "tied": ",".join(situation.untied),
         "tokenizer": _digest(json.dumps(vocabulary, sort_keys=True)),
         "public text": _digest("\0".join(public_texts)),
         "torch": torch.__version__,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from attrs import field, frozen
@@ -13,9 +13,13 @@ from vflair_core.communication.message import Phase, Role
 from vflair_core.defenses.guarantee import EMPIRICAL, Guarantee
 
 if TYPE_CHECKING:
-    from vflair_core.parties.data_party.party import DataParty
+    from contextlib import AbstractContextManager
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from vflair_core.communication.channel import Channel
+    from vflair_core.partition.partition import Partition
 from vflair_core.defenses.mechanism import Mechanism, Replacement
-from vflair_core.tasks.collation import Batch
 
 COVERABLE = ("prompt", "response", "labels", "gradients")
 
@@ -42,6 +46,69 @@ class Exchange:
     memo: dict[str, Any] = field(factory=dict)
 
 
+class Streams(Protocol):
+    """The defenses of a party as one of them sees them: who they are, and the random stream of each."""
+
+    each: tuple[Defense, ...]
+
+    @property
+    def randomness(self) -> str:
+        """Where the noise comes from, in a form that does not tell it."""
+
+    def generator_of(self, defense: Defense) -> torch.Generator:
+        """The random stream of one defense."""
+
+    def begin_anew(self, defense: Defense) -> None:
+        """Give a defense a stream that it has not drawn from."""
+
+    def check(self, phase: Phase) -> None:
+        """See that every defense supports the cell at hand."""
+
+    def bypassing(self) -> AbstractContextManager[None]:
+        """While this lasts, no defense acts."""
+
+
+class Party(Protocol):
+    """The data party as its defenses see it, when they are prepared and when they measure themselves."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    partition: Partition
+    channel: Channel
+
+    @property
+    def task_kind(self) -> str:
+        """The kind of the task at hand."""
+
+    @property
+    def defenses(self) -> Streams:
+        """All of its defenses."""
+
+    def smashed(self, **inputs: Any) -> Tensor:
+        """Run the head alone; nothing crosses."""
+
+    def complete(self, returned: Tensor, **inputs: Any) -> Any:
+        """Run the local tail alone; nothing crosses."""
+
+    def answering(self) -> AbstractContextManager[None]:
+        """While this lasts, the model may be given tokens."""
+
+    def open(self) -> Mapping[str, Any]:
+        """Open the session anew, with the modules that defenses put behind the channel."""
+
+    def remember(
+        self,
+        defense: Defense,
+        public_texts: Sequence[str],
+        make: Callable[[], dict[str, Tensor]],
+        **facts: str,
+    ) -> dict[str, Tensor]:
+        """Return what `make` makes, or what an earlier call of it left in the cache."""
+
+    def tell(self, defense: Defense, done: int, total: int) -> None:
+        """Say how far a defense is with its preparation."""
+
+
 class Defense:
     """A defense overrides the methods of the places where it stands; all others pass things through.
 
@@ -55,14 +122,14 @@ class Defense:
     supports: frozenset[tuple[str, str, str]] = frozenset({("*", "*", "*")})
     axes: frozenset[str] = frozenset({"BTD"})
 
-    def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
+    def prepare(self, public_texts: Sequence[str], data_party: Party) -> None:
         """Calibrate or train on public text, before anything private is touched."""
 
     def on_text(self, fields: dict[str, str]) -> dict[str, str]:
         """Change the texts of one example, ``text`` and perhaps ``pair``, before its prompt; never its targets."""
         return fields
 
-    def on_tokens(self, batch: Batch) -> Batch:
+    def on_tokens(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Change token ids at equal length."""
         return batch
 
@@ -70,7 +137,7 @@ class Defense:
         """Change labels before the loss, in training only."""
         return labels
 
-    def expand(self, batch: Batch, exchange: Exchange) -> Batch:
+    def expand(self, batch: dict[str, Tensor], exchange: Exchange) -> dict[str, Tensor]:
         """Add rows to all tensors of a batch together (decoys). `exchange.memo` is the call's, for `contract`."""
         return batch
 
@@ -155,7 +222,7 @@ class Defense:
     def load_private_state(self, state: Mapping[str, Tensor]) -> None:
         """Take the values that `private_state` of an equally built defense returned, after `load_state`."""
 
-    def findings(self, public_texts: Sequence[str], data_party: DataParty) -> Mapping[str, float]:
+    def findings(self, public_texts: Sequence[str], data_party: Party) -> Mapping[str, float]:
         """Measure on public text, after training, what the defense can say of itself; a result shows it."""
         return {}
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -72,6 +73,15 @@ class Defenses:
     def generator_of(self, defense: Defense) -> torch.Generator:
         """The random stream of one defense."""
         return next(g for d, g in zip(self.each, self._generators, strict=True) if d is defense)
+
+    @contextmanager
+    def bypassing(self) -> Iterator[None]:
+        """While this lasts, no defense acts: for positive controls, and to learn what noise does."""
+        before, self.bypassed = self.bypassed, True
+        try:
+            yield
+        finally:
+            self.bypassed = before
 
     @property
     def randomness(self) -> str:
@@ -142,7 +152,7 @@ class Defenses:
     def tokens(self, batch: Batch) -> Batch:
         """Pass a tokenised batch through the defenses that change tokens."""
         for defense in self.at("on_tokens"):
-            batch = defense.on_tokens(batch)
+            batch = Batch(defense.on_tokens(batch))
         return batch
 
     def answer(self, prompt: str, answer: str) -> str:

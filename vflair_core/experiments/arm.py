@@ -18,7 +18,6 @@ from vflair_core.attacks.isolation import attack_device
 from vflair_core.attacks.observables import Capture
 from vflair_core.communication.message import Message
 from vflair_core.communication.transcript import Transcript
-from vflair_core.defenses.calibration import CalibrationCache
 from vflair_core.defenses.defense import Defense
 from vflair_core.errors import ExperimentError
 from vflair_core.experiments.attack_phase import attack_arm, references_of
@@ -30,10 +29,10 @@ from vflair_core.experiments.grading.grades import Grade, Reference
 from vflair_core.experiments.grading.truth import Truth
 from vflair_core.experiments.releases import Releases, releases_per_example
 from vflair_core.experiments.victims import auxiliary_of
-from vflair_core.parties.data_party.text import reader_of
 from vflair_core.parties.split import split
 from vflair_core.partition.slices import Slices
 from vflair_core.randomness import stream_seed
+from vflair_core.tasks.tokenization import InputFormat
 from vflair_core.training.evaluation import Evaluation, evaluate_party
 from vflair_core.training.fine_tuning import FineTuning
 from vflair_core.training.tuning import tune
@@ -72,16 +71,16 @@ def run_arm(
     In an `active` arm the adversary of the experiment is in the model party's place.
     """
     e, clock = setting.experiment, Clock()
-    party, model_party, trained = _cut(model, defenses, setting)
-    party.preparing = CalibrationCache(
-        setting.cache, lambda what, done, total: setting.report(f"{name}: {what}", done, total)
-    )
+    party, model_party, reading, trained = _cut(model, defenses, setting)
     with (
         _adversary(party, model_party, setting) if active else nullcontext(dict) as adversary_state
     ):
         with clock("preparing"):
-            for defense in defenses:
-                defense.prepare(setting.task.public, party)
+            party.prepare(
+                setting.task.public,
+                cache=setting.cache,
+                report=lambda what, done, total: setting.report(f"{name}: {what}", done, total),
+            )
         with _watched(party, setting):
             with clock("fine-tuning"):
                 losses, evaluations, chance = _fine_tune(name, party, setting)
@@ -106,7 +105,7 @@ def run_arm(
         "losses": losses,
         "evaluations": evaluations,
         "attacks": [grade.numbers() for grade in grades],
-        **_promised(defenses, party, setting, len(evaluations)),
+        **_promised(defenses, party, setting, reading, len(evaluations)),
         "trained_weights": trained,
         "partition": attrs.asdict(party.partition),
         "untied": list(party.untied),
@@ -159,8 +158,10 @@ def _samples(grades: list[Grade], truth: Truth) -> list[dict[str, Any]]:
 
 def _cut(
     model: Any, defenses: list[Defense], setting: RunContext
-) -> tuple[DataParty, ModelParty, dict[str, int]]:
-    """Split the model and choose what is trained; return both parties and how many numbers each trains."""
+) -> tuple[DataParty, ModelParty, InputFormat, dict[str, int]]:
+    """Split the model and choose what is trained; return both parties, how the task is read, and
+    how many numbers each trains.
+    """
     e = setting.experiment
     party, model_party = split(
         model,
@@ -173,22 +174,23 @@ def _cut(
         seed=noise_seed(e.seed, setting.task),
         plugins=setting.plugins,
     )
-    party.task_kind = setting.task.kind
-    party.reading = setting.reading(party.model)
+    reading = setting.take_up(party)
     trained = {"data_party": choose(party, e), "model_party": choose(model_party, e)}
     if not any(trained.values()) and e.train.steps:
         raise ExperimentError(
             "train.trainable and train.lora leave nothing to train at either party."
         )
-    return party, model_party, trained
+    return party, model_party, reading, trained
 
 
 def _promised(
-    defenses: list[Defense], party: DataParty, setting: RunContext, evaluations: int
+    defenses: list[Defense],
+    party: DataParty,
+    setting: RunContext,
+    reading: InputFormat,
+    evaluations: int,
 ) -> dict[str, Any]:
     """What the defenses guarantee and cover, of how many rows, and how many examples were read."""
-    assert party.reading is not None  # `_cut` set it
-    reading = party.reading
     releases = releases_per_example(
         setting.experiment, setting.task, reading, evaluations=evaluations
     )
@@ -230,7 +232,7 @@ def _fine_tune(
     evaluations, losses = [_as_row(party, before)], []
     torch.manual_seed(stream_seed(e.seed, "dropout"))
     per_epoch = -(-len(setting.task.train) // e.train.batch_size)
-    reader = reader_of(party, e.train.max_length)
+    reader = party.preprocessor(e.train.max_length)
     for number, examples in enumerate(setting.batches(), start=1):
         setting.tell("vflair_step_started", step=party.step)
         losses.append(rounds.step(reader.batch(examples, pack_rows=e.train.packing).batch))

@@ -106,15 +106,16 @@ def _answer_key(
     party: DataParty, setting: RunContext, main: Capture, bypassed: Capture | None
 ) -> AnswerKey:
     """The truth about what crossed, and which victims are for what."""
-    e, again, length = setting.experiment, crossing_again(setting), setting.victim_length
+    e, again = setting.experiment, crossing_again(setting)
+    preprocessor = party.preprocessor(setting.victim_length)
     told: dict[str, Any] = {
         "known": e.victims.known,
         "members": candidates_of(setting.task, e.victims, e.seed)[1],
     }
     return AnswerKey(
-        truth_of(party, setting.victims, main.rows, length, **told),
+        truth_of(preprocessor, setting.victims, main.rows, **told),
         tuple(range(len(again))),
-        truth_of(party, again, bypassed.rows, length, **told) if bypassed else None,
+        truth_of(preprocessor, again, bypassed.rows, **told) if bypassed else None,
         setting.prior,
         e.victims.development,
         e.victims.update_batch,

@@ -16,7 +16,8 @@ from vflair_core.tasks.task import Example, public_examples
 if TYPE_CHECKING:
     from vflair_core.parties.data_party.party import DataParty
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -25,7 +26,6 @@ from vflair_core.attacks.observables import VictimRow
 from vflair_core.communication.transcript import Transcript
 from vflair_core.errors import ExperimentError
 from vflair_core.parties.data_party.party import DataParty
-from vflair_core.parties.data_party.text import reader_of
 from vflair_core.tasks.collation import Batch
 from vflair_core.tasks.token_rows import TokenRow
 
@@ -110,25 +110,21 @@ def record_victims(
     batch. With `gradients` each batch is a training round whose step is skipped on both sides; without, an inference. Without `in_prompt` texts cross as
     they are, not in the task's prompt. With `updates` the gradients of the data party's weights are kept.
     """
-    party.defenses.bypassed, was_training = bypass, party.model.training
-    party.model.train(gradients)
-    reader, rows, spots = reader_of(party, max_length), list[TokenRow](), list[VictimRow]()
+    reader, rows, spots = party.preprocessor(max_length), list[TokenRow](), list[VictimRow]()
     others = companions or [()] * len(examples)
     kept: list[dict[str, Tensor]] = []
     if not in_prompt:
         reader = attrs.evolve(reader, reading=attrs.evolve(reader.reading, render=None))
-    try:
-        with party.channel.tap(Transcript()) as transcript:
-            for _ in range(releases):
-                for example, beside in zip(examples, others, strict=True):
-                    encoded = reader.batch([example, *beside], first_only=True)
-                    _send(party, encoded.batch, gradients=gradients, keep=kept if updates else None)
-                    rows.append(encoded.rows[0])
-                    spots.append(_spot(party, encoded.rows, transcript))
-    finally:
-        party.defenses.bypassed = False
-        party.model.train(was_training)
-        party.model.zero_grad(set_to_none=True)
+    with (
+        _for_the_record(party, bypass=bypass, training=gradients),
+        party.channel.tap(Transcript()) as transcript,
+    ):
+        for _ in range(releases):
+            for example, beside in zip(examples, others, strict=True):
+                encoded = reader.batch([example, *beside], first_only=True)
+                _send(party, encoded.batch, gradients=gradients, keep=kept if updates else None)
+                rows.append(encoded.rows[0])
+                spots.append(_spot(party, encoded.rows, transcript))
     return Capture(transcript, rows[: len(examples)], spots, kept[: len(examples)])
 
 
@@ -157,18 +153,25 @@ def record_updates(
     step is skipped. The texts are those that crossed before, as text defenses left them then; what other defenses draw
     is drawn anew. The messages of these rounds are nobody's to attack: the same rows crossed alone.
     """
-    reader, kept = reader_of(party, max_length), list[dict[str, Tensor]]()
-    party.defenses.bypassed, was_training = bypass, party.model.training
-    party.model.train()
-    try:
+    reader, kept = party.preprocessor(max_length), list[dict[str, Tensor]]()
+    with _for_the_record(party, bypass=bypass, training=True):
         for first in range(0, len(rows), size):
             batch = reader.together(rows[first : first + size]).batch
             _send(party, batch, gradients=True, keep=kept)
+    return kept
+
+
+@contextmanager
+def _for_the_record(party: DataParty, *, bypass: bool, training: bool) -> Iterator[None]:
+    """While this lasts, what crosses trains nothing: afterwards the model is in its mode, without gradients."""
+    was_training = party.model.training
+    party.model.train(training)
+    try:
+        with party.defenses.bypassing() if bypass else nullcontext():
+            yield
     finally:
-        party.defenses.bypassed = False
         party.model.train(was_training)
         party.model.zero_grad(set_to_none=True)
-    return kept
 
 
 def _send(

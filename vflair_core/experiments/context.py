@@ -25,6 +25,8 @@ from vflair_core.tasks.tokenization import InputFormat, reading_of
 if TYPE_CHECKING:
     import pluggy
 
+    from vflair_core.parties.data_party.party import DataParty
+
 
 class Reporter(Protocol):
     """Shows how far a run is; the command line draws bars, a library user can pass anything."""
@@ -67,8 +69,13 @@ class RunContext:
     cache: Path | None = None  # of what defenses prepare
     keep: bool = False  # the evidence of each arm, to attack it again
 
+    def take_up(self, party: DataParty) -> InputFormat:
+        """Let a data party read the task; return how it does."""
+        packing = self.experiment.train.packing
+        return party.take_up(self.task, processor=self.processor, packing=packing)
+
     def reading(self, model: Any) -> InputFormat:
-        """How `model`, whole or a data party's, reads the task."""
+        """How the whole `model` reads the task."""
         packing = self.experiment.train.packing
         return reading_of(self.task, model, processor=self.processor, packing=packing)
 

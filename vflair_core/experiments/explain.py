@@ -16,7 +16,6 @@ from vflair_core.parties.split import split
 from vflair_core.plugins import PluginManager
 from vflair_core.randomness import stream_seed
 from vflair_core.tasks.task import Task, public_examples
-from vflair_core.tasks.tokenization import reading_of
 
 TEXTS_ARE_LABELS = ("causal-lm", "seq2seq", "image-text")
 
@@ -41,14 +40,12 @@ def explain(experiment: Experiment, plugins: PluginManager) -> dict[str, Any]:
         seed=seed,
         plugins=plugins,
     )
-    party.task_kind = task.kind
-    party.reading = reading_of(task, party.model, processor=processor)
-    for defense in defenses:
-        defense.prepare(task.public, party)
+    reading = party.take_up(task, processor=processor)
+    party.prepare(task.public)
     count = experiment.train.batch_size
     examples = public_examples(task, count)
     if examples:
-        party.reading = attrs.evolve(party.reading, render=None)
+        party.take_up_format(attrs.evolve(reading, render=None))
     else:
         examples = [task.row("train", n) for n in range(min(count, len(task.train)))]
     batch = party.encode(examples, max_length=experiment.train.max_length)

@@ -18,7 +18,7 @@ from torch import nn
 
 from vflair_core.communication.channel import Channel, Handler
 from vflair_core.errors import CheckpointError, PartitionError
-from vflair_core.parties.assembly import assemble, open_channel
+from vflair_core.parties.channels import open_channel
 from vflair_core.parties.checkpoint_source import Source, find_source
 from vflair_core.parties.data_party.party import DataParty
 from vflair_core.parties.model_party.party import ModelParty
@@ -83,13 +83,13 @@ def load_data_party(
     model = _load(plan, keep_ours, new, owned=lambda key: not inside(key, plan.remote))
     for skeleton in skeletons.values():
         skeleton.eval()  # as `from_pretrained` leaves the model
-    return assemble(
+    data_party = DataParty(
         model,
         plan.partition,
         open_channel(channel, plugins, wire=wire),
         plan.cut,
-        skeletons,
         plan.fingerprint(model),
+        skeletons,
         order=plan.order,
         slices=plan.slices,
         local=plan.local,
@@ -98,6 +98,8 @@ def load_data_party(
         tokenizer=tokenizer,
         seed=seed,
     )
+    data_party.open()
+    return data_party
 
 
 def load_model_party(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from vflair_core.errors import PartitionError
-from vflair_core.parties.assembly import assemble, open_channel
+from vflair_core.parties.channels import open_channel
 from vflair_core.parties.data_party.party import DataParty
 from vflair_core.parties.model_party.party import ModelParty
 from vflair_core.partition.block_discovery import locate_blocks
@@ -79,13 +79,13 @@ def split(
         model_party = ModelParty(held, cut, agreed)
         model_party.slices = slices
         _place(model_party, devices, plugins)
-    data_party = assemble(
+    data_party = DataParty(
         model,
         partition,
         open_channel(channel, plugins, wire=wire, handle=model_party.handle),
         cut,
-        {name: held.get_submodule(name) for name in names_in(cut)},
         agreed,
+        {name: held.get_submodule(name) for name in names_in(cut)},
         order=order,
         local=local,
         untied=untied,
@@ -94,6 +94,7 @@ def split(
         tokenizer=tokenizer,
         seed=seed,
     )
+    data_party.open()
     observe(
         plugins,
         "vflair_model_partitioned",

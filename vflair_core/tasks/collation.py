@@ -16,9 +16,37 @@ from vflair_core.tasks.tokenization import InputFormat
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-from typing import TYPE_CHECKING
-
 IGNORED = -100
+
+
+class Batch(dict[str, Tensor]):
+    """Tensors by the names of the model's arguments, which know whether the defenses of text have acted on them.
+
+    The mark is on ``input_ids``, so that it outlives ``model(**batch)``. A tensor made of it, a slice or a copy, has
+    none and is refused by a data party with defenses of text.
+    """
+
+    @property
+    def defended(self) -> bool:
+        """Whether this batch came through the defenses of text and tokens."""
+        return is_defended(self.get("input_ids"))
+
+    def marked(self) -> Batch:
+        """Say of this batch that it came through the defenses of text and tokens; return it."""
+        self["input_ids"].vflair_defended = True  # type: ignore[attr-defined]
+        return self
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on another device, defended as it is; itself if it is there."""
+        if all(tensor.device == torch.device(device) for tensor in self.values()):
+            return self
+        moved = Batch({name: tensor.to(device) for name, tensor in self.items()})
+        return moved.marked() if self.defended else moved
+
+
+def is_defended(input_ids: object) -> bool:
+    """Whether the ids of a call are those of a defended batch."""
+    return bool(getattr(input_ids, "vflair_defended", False))
 
 
 @frozen(eq=False)
@@ -64,7 +92,7 @@ def collate(
     """
     ids = _padded([row.ids for row in rows], _padding(tokenizer), side)
     mask = _padded([[1] * len(row.ids) for row in rows], 0, side)
-    batch = {"input_ids": ids, "attention_mask": mask}
+    batch = Batch({"input_ids": ids, "attention_mask": mask})
     if reading.token_types and any(1 in row.types for row in rows):
         batch["token_type_ids"] = _padded([row.types for row in rows], 0, side)
     for name in rows[0].pixels:
@@ -99,7 +127,7 @@ def pack(tokenizer: PreTrainedTokenizerBase, rows: Sequence[TokenRow], max_lengt
         learnt = [[IGNORED, *_learnt(row)[1:]] for row in pack]
         labels.append([token for row in learnt for token in row] + [IGNORED] * gap)
     lists = {"input_ids": ids, "position_ids": positions, "labels": labels}
-    batch = {name: torch.tensor(value) for name, value in lists.items()}
+    batch = Batch({name: torch.tensor(value) for name, value in lists.items()})
     return Encoded(batch, list(rows), places)
 
 
@@ -179,6 +207,3 @@ def shuffled(count: int, size: int, generator: torch.Generator) -> Iterator[list
         order = torch.randperm(count, generator=generator)
         for start in range(0, count, size):
             yield order[start : start + size].tolist()
-
-
-Batch = dict[str, Tensor]

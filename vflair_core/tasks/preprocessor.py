@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import attrs
+import torch
 from attrs import field, frozen
 
 from vflair_core.errors import TaskError
-from vflair_core.tasks.collation import Encoded, collate, pack
+from vflair_core.tasks.collation import Batch, Encoded, collate, pack
 from vflair_core.tasks.spans import changed, rendered
 from vflair_core.tasks.task import Example
 from vflair_core.tasks.token_rows import TokenRow
@@ -18,7 +19,18 @@ from vflair_core.tasks.tokenization import InputFormat, read, read_prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from vflair_core.defenses.pipeline import Defenses
+
+class TextDefenses(Protocol):
+    """What examples go through on their way into a model."""
+
+    def fields(self, fields: dict[str, str]) -> dict[str, str]:
+        """Change the texts of one example."""
+
+    def tokens(self, batch: Batch) -> Batch:
+        """Change the tokens of a batch."""
+
+    def answer(self, prompt: str, answer: str) -> str:
+        """Change an answer on its way back."""
 
 
 @frozen(eq=False)
@@ -30,12 +42,14 @@ class Preprocessor:
         reading: How the model reads the task.
         max_length: Tokens kept of each row.
         defenses: The data party's; None for an unsplit model.
+        device: Where batches are put; None leaves them on the CPU.
     """
 
     tokenizer: PreTrainedTokenizerBase
     reading: InputFormat = field(factory=InputFormat)
     max_length: int = 512
-    defenses: Defenses | None = None
+    defenses: TextDefenses | None = None
+    device: torch.device | None = None
 
     def shown(self, example: Example) -> Example:
         """Return what is sent of an example: its texts as defenses leave them, in its prompt."""
@@ -99,11 +113,10 @@ class Preprocessor:
         return self._through(Encoded(collate(self.tokenizer, self.reading, rows), rows))
 
     def _through(self, encoded: Encoded) -> Encoded:
-        if self.defenses is None:
-            return encoded
-        batch = self.defenses.tokens(encoded.batch)
-        batch["input_ids"].vflair_encoded = True  # type: ignore[attr-defined]
-        return attrs.evolve(encoded, batch=batch)
+        batch = encoded.batch
+        if self.defenses is not None:
+            batch = self.defenses.tokens(batch).marked()
+        return attrs.evolve(encoded, batch=batch if self.device is None else batch.to(self.device))
 
 
 def _right(example: Example) -> Example:

@@ -6,22 +6,24 @@ party lost its own. Which step counts is agreed when a session is opened again: 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from vflair_core.errors import CheckpointError, ProtocolError
-from vflair_core.partition.checkpoint import read_facts, read_part, restore
-
-if TYPE_CHECKING:
-    from vflair_core.training.fine_tuning import FineTuning
-from vflair_core.parties.data_party.checkpoint import save_data_party, save_tokenizer
+from vflair_core.parties.data_party.checkpoint import save_tokenizer
+from vflair_core.parties.data_party.party import DataParty
 from vflair_core.partition.checkpoint import (
     check_part,
     optimizer_state,
     plain_names,
     random_state,
+    read_facts,
+    read_part,
+    restore,
     restore_optimizer,
     restore_random,
     step_name,
@@ -29,12 +31,9 @@ from vflair_core.partition.checkpoint import (
     under,
 )
 
-# -- checkpoints of a run --------------------------------------------------------------------------------
 
-
-def save_run(fine_tuning: FineTuning, folder: Path) -> Path:
+def save_run(party: DataParty, optimizer: Optimizer | None, folder: Path) -> Path:
     """Let both parties write what the run needs to go on from the present step."""
-    party = fine_tuning.party
     for path in steps_in(folder).values():
         if read_facts(path)["session"] != party.connection.session:
             raise CheckpointError(
@@ -42,8 +41,8 @@ def save_run(fine_tuning: FineTuning, folder: Path) -> Path:
                 "FineTuning(...).load(folder)."
             )
     party.connection.request("save")
-    save_tokenizer(party, folder)
-    extra = {**optimizer_state(fine_tuning.optimizer), **random_state()}
+    save_tokenizer(folder, party.tokenizer)
+    extra = {**optimizer_state(optimizer), **random_state()}
     for number, defense in enumerate(party.defenses.each):
         generator = party.defenses.generator_of(defense)
         extra[f"random/defense.{number}"] = generator.get_state()
@@ -52,18 +51,19 @@ def save_run(fine_tuning: FineTuning, folder: Path) -> Path:
         extra |= {f"defense/{number}/private/{k}": v for k, v in private}
         learned = enumerate(defense.parameters())
         extra |= {f"defense/{number}/weight/{n}": weight for n, weight in learned}
-    return save_data_party(
-        party,
+    return party.save_part(
         folder / step_name(party.step),
         extra,
-        optimizer=type(fine_tuning.optimizer).__name__,
-        exchanges=party._exchanges,
+        optimizer=type(optimizer).__name__,
+        exchanges=party.exchanges,
     )
 
 
-def load_run(fine_tuning: FineTuning, folder: Path) -> int:
+def load_run(
+    party: DataParty, optimizer: Optimizer | None, spec: Mapping[str, Any], folder: Path
+) -> int:
     """Put both parties where they were at the last step that both wrote, and return it."""
-    party, there = fine_tuning.party, steps_in(folder)
+    there = steps_in(folder)
     if not there:
         raise CheckpointError(
             f"There is no checkpoint in {folder}: FineTuning.save(folder) writes one."
@@ -72,11 +72,11 @@ def load_run(fine_tuning: FineTuning, folder: Path) -> int:
     if len({fact["session"] for fact in facts.values()}) > 1:
         raise CheckpointError(f"{folder} holds checkpoints of several runs; give each a folder.")
     newest = facts[max(facts)]
-    check_part(newest, party.connection.fingerprint, fine_tuning.optimizer, there[max(facts)])
-    step = _resume(fine_tuning, newest["session"], sorted(facts))
+    check_part(newest, party.connection.fingerprint, optimizer, there[max(facts)])
+    step = _resume(party, spec, newest["session"], sorted(facts))
     _, tensors = read_part(there[step])
     restore(party.model, plain_names(tensors), there[step])
-    restore_optimizer(fine_tuning.optimizer, tensors)
+    restore_optimizer(optimizer, tensors)
     for number, defense in enumerate(party.defenses.each):
         party.defenses.generator_of(defense).set_state(tensors[f"random/defense.{number}"])
         defense.load_state(under(tensors, f"defense/{number}/state/"))
@@ -85,15 +85,13 @@ def load_run(fine_tuning: FineTuning, folder: Path) -> int:
             for n, weight in enumerate(defense.parameters()):
                 weight.copy_(tensors[f"defense/{number}/weight/{n}"])
     restore_random(tensors)
-    party.connection.step, party._exchanges = step, facts[step]["exchanges"]
+    party.go_on_from(step, facts[step]["exchanges"])
     return step
 
 
-def _resume(fine_tuning: FineTuning, session: str, steps: list[int]) -> int:
+def _resume(party: DataParty, spec: Mapping[str, Any], session: str, steps: list[int]) -> int:
     """Take up the session of the checkpoint in place of the one that was opened afresh."""
-    party = fine_tuning.party
     connection, fresh = party.connection, party.connection.session
-    spec = fine_tuning.options.optimizer_spec()
     connection.session = session
     try:
         step: int = party.open(spec, resume=steps)["step"]

@@ -11,7 +11,6 @@ from attrs import define, field, frozen
 from torch import Tensor
 
 from vflair_core.parties.data_party.party import DataParty
-from vflair_core.parties.data_party.text import reader_of
 from vflair_core.tasks.collation import IGNORED
 from vflair_core.tasks.metrics import chance_of, standard_score
 from vflair_core.tasks.preprocessor import Preprocessor
@@ -72,7 +71,7 @@ def evaluate(model: Any, task: Task, reader: Preprocessor, *, batch_size: int) -
 def evaluate_party(party: DataParty, task: Task, *, batch_size: int, max_length: int) -> Evaluation:
     """Evaluate across the cut, with the defenses on."""
     with party.answering():
-        reader = reader_of(party, max_length)
+        reader = party.preprocessor(max_length)
         return evaluate(party.model, task, reader, batch_size=batch_size)
 
 

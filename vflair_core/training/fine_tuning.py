@@ -128,7 +128,7 @@ class FineTuning:
             CheckpointError: The folder holds another run.
             ProtocolError: The model party keeps no checkpoints.
         """
-        return save_run(self, Path(folder))
+        return save_run(self.party, self.optimizer, Path(folder))
 
     def load(self, folder: str | Path) -> int:
         """Go on from the last step that both parties saved; return how many steps are done.
@@ -137,7 +137,7 @@ class FineTuning:
             CheckpointError: There is no checkpoint, or it is of another model, cut or optimizer.
             ProtocolError: No step has the parts of both parties.
         """
-        return load_run(self, Path(folder))
+        return load_run(self.party, self.optimizer, self.options.optimizer_spec(), Path(folder))
 
     def commit(self, rate: float) -> None:
         """Decide scale and skip from all gradient norms, then let both parties step, or neither.

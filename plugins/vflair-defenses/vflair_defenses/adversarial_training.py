@@ -31,7 +31,7 @@ from vflair_defenses.rows import (
 )
 
 if TYPE_CHECKING:
-    from vflair_core import DataParty
+    from vflair_core import Party
 
 KINDS = ("causal-lm", "classification", "regression", "question-answering")
 PHASES = ("train", "eval", "prefill", "decode")
@@ -79,7 +79,7 @@ class AdversarialTraining(Defense):
         if self.place == "tail":
             self.supports = frozenset({("HBT", "classification", phase) for phase in PHASES})
 
-    def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
+    def prepare(self, public_texts: Sequence[str], data_party: Party) -> None:
         """Build mapping and adversary for the model's width, vocabulary and classes."""
         config = data_party.model.config.get_text_config()
         if self.place == "tail" and config._attn_implementation != "eager":
@@ -164,7 +164,7 @@ class AdversarialTraining(Defense):
             return None if self.place == "tail" else Mechanism()
         return MappingMechanism(self._parts["mapping"])
 
-    def findings(self, public_texts: Sequence[str], data_party: DataParty) -> Mapping[str, float]:
+    def findings(self, public_texts: Sequence[str], data_party: Party) -> Mapping[str, float]:
         """How often the adversary it was trained against names a token or label, and how often a fresh one does.
 
         The fresh one has the same shape; it is fitted to one half of the public texts behind the finished mapping, and
@@ -193,7 +193,7 @@ class AdversarialTraining(Defense):
             "most frequent token" if head else "chance": float(truth.bincount().max()) / len(truth),
         }
 
-    def _tokens_seen(self, texts: Sequence[str], party: DataParty) -> list[tuple[Tensor, Tensor]]:
+    def _tokens_seen(self, texts: Sequence[str], party: Party) -> list[tuple[Tensor, Tensor]]:
         """Of each text its rows (T, D) behind the mapping, and its tokens (T,)."""
         ids = public_ids("AdversarialTraining", texts, party)
         rows = public_rows("AdversarialTraining", texts, party)
@@ -201,7 +201,7 @@ class AdversarialTraining(Defense):
             mapped = [h[0].float() + self._parts["mapping"](h[0].float()) for h in rows]
         return [(m, own[0].to(m.device)) for m, own in zip(mapped, ids, strict=True)]
 
-    def _labels_seen(self, texts: Sequence[str], party: DataParty) -> list[tuple[Tensor, Tensor]]:
+    def _labels_seen(self, texts: Sequence[str], party: Party) -> list[tuple[Tensor, Tensor]]:
         """Of each text its gradients (C, D), one for each label, as `_label_view` shows them, and the labels (C,)."""
         classes, found = classes_of(party), []
         for ids, returned in public_returned("AdversarialTraining", texts, party):

@@ -25,7 +25,7 @@ from vflair_defenses.neighbours import (
 from vflair_defenses.santext import SUPPORTED, ready
 
 if TYPE_CHECKING:
-    from vflair_core import DataParty
+    from vflair_core import Party
 
 STOP_WORDS = frozenset(
     "a an the this that these those and or but if while of at by for with about into through during before after "
@@ -66,17 +66,16 @@ class CusText(Defense):
     covers = frozenset({"prompt"})
     supports = SUPPORTED
 
-    def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
+    def prepare(self, public_texts: Sequence[str], data_party: Party) -> None:
         """Read the words and part them into sets."""
         self._vocabulary = read_vocabulary("CusText", self.vectors, data_party)
         self._generator = data_party.defenses.generator_of(self)
         vocabulary = self._vocabulary
         order = vocabulary.by_frequency(public_texts)
-        tell = partial(data_party.preparing.tell, self)
-        made = data_party.preparing.remember(
+        tell = partial(data_party.tell, self)
+        made = data_party.remember(
             self,
             public_texts,
-            data_party,
             lambda: {"sets": partition_by_distance(vocabulary, order, self.size, tell=tell)},
             words=vocabulary.digest,
         )

@@ -9,11 +9,11 @@ import torch
 from attrs import define, field, validators
 from torch import Tensor
 
-from vflair_core import Batch, Defense, DefenseError, Exchange
+from vflair_core import Defense, DefenseError, Exchange
 from vflair_defenses.rows import classes_of, public_ids
 
 if TYPE_CHECKING:
-    from vflair_core import DataParty
+    from vflair_core import Party
 
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
 
@@ -48,7 +48,7 @@ class DecoyRows(Defense):
         }
     )
 
-    def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
+    def prepare(self, public_texts: Sequence[str], data_party: Party) -> None:
         """Keep the tokens of public text, one after the other, to cut decoys from."""
         if self.count:
             ids = public_ids("DecoyRows", public_texts, data_party)
@@ -59,7 +59,9 @@ class DecoyRows(Defense):
             self._stream = stream[~torch.isin(stream, self._special)]
         self._classes = classes_of(data_party)
 
-    def expand(self, batch: Batch, exchange: Exchange) -> Batch:  # (B, ...) -> (B + count, ...)
+    def expand(
+        self, batch: dict[str, Tensor], exchange: Exchange
+    ) -> dict[str, Tensor]:  # (B, ...) -> (B + count, ...)
         if not self.count:
             return batch
         ids, generator = batch.get("input_ids"), exchange.generator

@@ -15,7 +15,7 @@ from vflair_defenses.accounting import gaussian_epsilon, gaussian_sigma
 from vflair_defenses.rows import clip_examples, drawing, is_off, noise_like, public_rows
 
 if TYPE_CHECKING:
-    from vflair_core import DataParty
+    from vflair_core import Party
 
 
 @define(slots=False)
@@ -52,7 +52,7 @@ class DpForward(Defense):
         """σ / C."""
         return 0.0 if math.isinf(self.epsilon) else 2 * gaussian_sigma(self.epsilon, self.delta)
 
-    def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
+    def prepare(self, public_texts: Sequence[str], data_party: Party) -> None:
         """Take the clip from the norms of public sequences, if none was given."""
         if not self.clip:
             rows = public_rows(type(self).__name__, public_texts, data_party)

@@ -14,7 +14,7 @@ from vflair_defenses.mid import Mid
 from vflair_defenses.rows import public_returned
 
 if TYPE_CHECKING:
-    from vflair_core import DataParty
+    from vflair_core import Party
 
 OF_CACHES = ("past_key_values", "use_cache")
 
@@ -63,7 +63,7 @@ class DualBottleneck(Defense):
     def __attrs_post_init__(self) -> None:
         self._bottleneck = Mid(self.weight, start=self.start, noise=self.noise, seed=self.seed)
 
-    def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
+    def prepare(self, public_texts: Sequence[str], data_party: Party) -> None:
         """Build the bottleneck, then warm up the tail on what the model party returns for public text.
 
         What was restored by `load_state` is gone on with as it is, and not warmed up again.
@@ -88,22 +88,19 @@ class DualBottleneck(Defense):
                 data_party.model.train(training)
             return tail.copy()
 
-        made = data_party.preparing.remember(
-            self, public_texts, data_party, make, noise=data_party.defenses.randomness
-        )
+        made = data_party.remember(self, public_texts, make, noise=data_party.defenses.randomness)
         for name, weight in tail.weights.items():
             weight.data.copy_(made[name])
-        for (
-            defense
-        ) in data_party.defenses.each:  # they drew noise for it, or not: it may have been kept
+        # They drew noise for it, or not: it may have been kept.
+        for defense in data_party.defenses.each:
             data_party.defenses.begin_anew(defense)
 
-    def _warm_up(self, party: DataParty, seen: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def _warm_up(self, party: Party, seen: Sequence[tuple[Tensor, Tensor]]) -> None:
         assert self._tail is not None
         weights = list(self._tail.weights.values())
         optimizer = torch.optim.Adam(weights, self.rate)
         for number in range(self.steps):
-            party.preparing.tell(self, number, self.steps)
+            party.tell(self, number, self.steps)
             ids, returned = seen[number % len(seen)]
             batch = {"input_ids": ids, "labels": ids}
             with torch.enable_grad():
@@ -160,7 +157,7 @@ class DualBottleneck(Defense):
         """The bottleneck; of the tail its weights are all there is to know."""
         return self._bottleneck.mechanism()
 
-    def findings(self, public_texts: Sequence[str], data_party: DataParty) -> Mapping[str, float]:
+    def findings(self, public_texts: Sequence[str], data_party: Party) -> Mapping[str, float]:
         """Nats per token of public text, as `Mid`."""
         return self._bottleneck.findings(public_texts, data_party)
 
@@ -181,13 +178,13 @@ class DualBottleneck(Defense):
 class _Tail(nn.Module):
     """The data party's model from what was returned on, with weights of the caller's choice."""
 
-    def __init__(self, party: DataParty, names: Sequence[str]) -> None:
+    def __init__(self, party: Party, names: Sequence[str]) -> None:
         super().__init__()
         self.model, self.complete = party.model, party.complete
         self.names = tuple(names)
 
     @classmethod
-    def of(cls, party: DataParty) -> _Tail:
+    def of(cls, party: Party) -> _Tail:
         """Find the trainable weights that act on what was returned and on nothing before.
 
         Raises:

@@ -14,7 +14,7 @@ from vflair_core import Defense, DefenseError, Exchange, Mechanism
 from vflair_defenses.rows import public_ids
 
 if TYPE_CHECKING:
-    from vflair_core import DataParty
+    from vflair_core import Party
 
 
 @define(slots=False)
@@ -49,7 +49,7 @@ class DualGuard(Defense):
     covers = frozenset({"prompt", "response"})
     supports = frozenset({("*", "causal-lm", "*")})
 
-    def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
+    def prepare(self, public_texts: Sequence[str], data_party: Party) -> None:
         """Warm up: rounds on public text, whose steps the data party takes alone.
 
         What was restored by `load_state` is retained as it is, and not warmed up again.
@@ -71,18 +71,15 @@ class DualGuard(Defense):
             self._warm_up(public_ids("DualGuard", public_texts, data_party), data_party)
             return {name: w.detach().clone() for name, w in self._trained.items()}
 
-        made = data_party.preparing.remember(
-            self, public_texts, data_party, make, noise=data_party.defenses.randomness
-        )
+        made = data_party.remember(self, public_texts, make, noise=data_party.defenses.randomness)
         for name, weight in self._trained.items():
             weight.data.copy_(made[name])
         self._kept = {name: w.detach().clone() for name, w in self._trained.items()}
-        for (
-            defense
-        ) in data_party.defenses.each:  # they drew noise for it, or not: it may have been kept
+        # They drew noise for it, or not: it may have been kept.
+        for defense in data_party.defenses.each:
             data_party.defenses.begin_anew(defense)
 
-    def _warm_up(self, texts: Sequence[Tensor], data_party: DataParty) -> None:
+    def _warm_up(self, texts: Sequence[Tensor], data_party: Party) -> None:
         with torch.no_grad():
             published = [data_party.smashed(input_ids=ids, use_cache=False) for ids in texts]
         optimizer = torch.optim.Adam(self._trained.values(), self.rate)
@@ -90,7 +87,7 @@ class DualGuard(Defense):
         data_party.model.eval()  # no dropout: each step compares with the same rows
         try:
             for number in range(self.steps):
-                data_party.preparing.tell(self, number, self.steps)
+                data_party.tell(self, number, self.steps)
                 at = number % len(texts)
                 self._step(data_party, texts[at], published[at], optimizer)
         finally:
@@ -99,7 +96,7 @@ class DualGuard(Defense):
             data_party.model.zero_grad(set_to_none=True)
 
     def _step(
-        self, party: DataParty, ids: Tensor, published: Tensor, optimizer: torch.optim.Optimizer
+        self, party: Party, ids: Tensor, published: Tensor, optimizer: torch.optim.Optimizer
     ) -> None:
         weights = list(self._trained.values())
         with torch.enable_grad():

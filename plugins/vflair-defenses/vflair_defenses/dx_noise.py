@@ -15,7 +15,7 @@ from vflair_defenses.d_chi import distance_noise, metric_guarantee, spread_of
 from vflair_defenses.rows import drawing
 
 if TYPE_CHECKING:
-    from vflair_core import DataParty
+    from vflair_core import Party
 
 
 @define(slots=False)
@@ -37,7 +37,7 @@ class DxNoise(Defense):
 
     covers = frozenset({"prompt", "response"})
 
-    def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
+    def prepare(self, public_texts: Sequence[str], data_party: Party) -> None:
         """Measure how far apart the token embeddings are."""
         table: Any = data_party.model.get_input_embeddings()
         with torch.no_grad():

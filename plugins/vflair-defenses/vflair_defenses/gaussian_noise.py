@@ -23,7 +23,7 @@ from vflair_defenses.rows import (
 )
 
 if TYPE_CHECKING:
-    from vflair_core import DataParty
+    from vflair_core import Party
 
 
 @define(slots=False)
@@ -68,7 +68,7 @@ class GaussianNoise(Defense):
             return 2 * gaussian_sigma(self.epsilon, self.delta)  # Δ = 2C
         return self.noise_multiplier
 
-    def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
+    def prepare(self, public_texts: Sequence[str], data_party: Party) -> None:
         """Take the clip from the row norms of public text, if none was given."""
         if not self.clip:
             rows = public_rows(type(self).__name__, public_texts, data_party)

@@ -15,7 +15,7 @@ from vflair_core import Defense, DefenseError, Exchange, Guarantee, Mechanism
 from vflair_defenses.rows import classes_of
 
 if TYPE_CHECKING:
-    from vflair_core import DataParty
+    from vflair_core import Party
 
 
 @define(slots=False)
@@ -38,7 +38,7 @@ class LabelRandomisedResponse(Defense):
     covers = frozenset({"labels"})
     supports = frozenset({("*", "classification", phase) for phase in ("train", "eval")})
 
-    def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
+    def prepare(self, public_texts: Sequence[str], data_party: Party) -> None:
         """Ask the model how many classes there are."""
         self._classes = classes_of(data_party)
 

@@ -24,7 +24,7 @@ from vflair_defenses.rows import (
 )
 
 if TYPE_CHECKING:
-    from vflair_core import DataParty
+    from vflair_core import Party
 
 
 @define(slots=False)
@@ -59,7 +59,7 @@ class LaplaceNoise(Defense):
         if self.gradient_epsilon:
             self.covers = gradient_cover(self, self.gradient_clip)
 
-    def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
+    def prepare(self, public_texts: Sequence[str], data_party: Party) -> None:
         """Take the clip from the L1 norms of public rows, if none was given."""
         if not self.clip:
             rows = public_rows(type(self).__name__, public_texts, data_party)

@@ -24,7 +24,7 @@ from vflair_defenses.rows import (
 )
 
 if TYPE_CHECKING:
-    from vflair_core import DataParty
+    from vflair_core import Party
 
 
 class Bottleneck(nn.Module):
@@ -119,7 +119,7 @@ class Mid(Defense):
     def _places(self) -> tuple[str, ...]:
         return ("head", "tail") if self.place == "both" else (self.place,)
 
-    def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
+    def prepare(self, public_texts: Sequence[str], data_party: Party) -> None:
         """Build the bottlenecks for the model's width; they are trained with the model."""
         width = width_of(data_party)
         with seeded(self.seed):
@@ -173,7 +173,7 @@ class Mid(Defense):
             return None
         return MidMechanism(self.part("head"), self.noise) if len(self._parts) else Mechanism()
 
-    def findings(self, public_texts: Sequence[str], data_party: DataParty) -> Mapping[str, float]:
+    def findings(self, public_texts: Sequence[str], data_party: Party) -> Mapping[str, float]:
         """Nats per token of public text, and the half-width of their 95 % interval over texts, at head and tail.
 
         At the tail public text crosses once more. Models of two stacks are asked for more than text there: nothing is
@@ -235,7 +235,7 @@ class MidMechanism(Mechanism):
 
 
 def measured_divergence(
-    defense: Mid, data_party: DataParty, texts: Sequence[str], place: str = "head"
+    defense: Mid, data_party: Party, texts: Sequence[str], place: str = "head"
 ) -> tuple[float, float]:
     """Return the KL in nats per token on held-out text, and the half-width of its 95 % interval over texts."""
     part, each = defense.part(place), []

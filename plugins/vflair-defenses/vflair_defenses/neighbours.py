@@ -22,7 +22,7 @@ from torch import Tensor
 from vflair_core import WORD, DefenseError, Replaced, Span
 
 if TYPE_CHECKING:
-    from vflair_core import DataParty
+    from vflair_core import Party
 
 FIRST_WORDS = 256  # of sets that are looked for at once: 50 MB of scores for 50,000 words
 
@@ -60,7 +60,7 @@ class Vocabulary:
         return torch.tensor([-counts[word] for word in self.words]).argsort(stable=True)
 
 
-def read_vocabulary(who: str, path: str, party: DataParty) -> Vocabulary:
+def read_vocabulary(who: str, path: str, party: Party) -> Vocabulary:
     """Return the words of a file, or of the model if `path` is empty.
 
     Raises:

@@ -14,7 +14,7 @@ from vflair_core import Defense, DefenseError, Exchange, Mechanism
 from vflair_defenses.rows import width_of
 
 if TYPE_CHECKING:
-    from vflair_core import DataParty
+    from vflair_core import Party
 
 
 @define(slots=False)
@@ -36,7 +36,7 @@ class Permutation(Defense):
     covers = frozenset({"prompt", "response"})
     axes = frozenset({"BTD", "TBD", "BD"})
 
-    def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
+    def prepare(self, public_texts: Sequence[str], data_party: Party) -> None:
         """Draw the permutation for the width of the model's hidden states, and send it to the model party."""
         generator = torch.Generator().manual_seed(self.seed)
         self._order = torch.randperm(width_of(data_party), generator=generator)

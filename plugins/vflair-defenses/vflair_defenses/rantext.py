@@ -23,7 +23,7 @@ from vflair_defenses.neighbours import (
 from vflair_defenses.santext import SUPPORTED, ready
 
 if TYPE_CHECKING:
-    from vflair_core import DataParty
+    from vflair_core import Party
 
 REQUEST = (
     "A text and a draft of what follows it. The draft continues a disturbed copy of the text. Keep what fits, "
@@ -65,7 +65,7 @@ class RanText(Defense):
     covers = frozenset({"prompt"})
     supports = SUPPORTED
 
-    def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
+    def prepare(self, public_texts: Sequence[str], data_party: Party) -> None:
         """Read the words, the range of each coordinate, and the extractor."""
         self._vocabulary = read_vocabulary("RanText", self.vectors, data_party)
         self._generator = data_party.defenses.generator_of(self)

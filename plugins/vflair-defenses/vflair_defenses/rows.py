@@ -12,11 +12,11 @@ from torch import Tensor
 from vflair_core import DefenseError, Exchange, Transcript
 
 if TYPE_CHECKING:
-    from vflair_core import DataParty
+    from vflair_core import Party
 
 
 def public_ids(
-    who: str, texts: Sequence[str], party: DataParty, *, length: int = 64, instead: str = ""
+    who: str, texts: Sequence[str], party: Party, *, length: int = 64, instead: str = ""
 ) -> list[Tensor]:
     """Return the token ids (1, T) of at most 128 public texts.
 
@@ -42,7 +42,7 @@ def public_ids(
     ]
 
 
-def public_rows(who: str, texts: Sequence[str], party: DataParty) -> Iterable[Tensor]:
+def public_rows(who: str, texts: Sequence[str], party: Party) -> Iterable[Tensor]:
     """Yield the undefended smashed data (1, T, D) of public texts; nothing crosses."""
     for ids in public_ids(who, texts, party, instead=", or set clip to a number"):
         with torch.no_grad():
@@ -50,7 +50,7 @@ def public_rows(who: str, texts: Sequence[str], party: DataParty) -> Iterable[Te
 
 
 def public_returned(
-    who: str, texts: Sequence[str], party: DataParty
+    who: str, texts: Sequence[str], party: Party
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the ids (1, T) of public texts and what the model party returns for them (1, T, D), without dropout.
 
@@ -68,12 +68,12 @@ def public_returned(
         party.model.train(training)
 
 
-def classes_of(party: DataParty) -> int:
+def classes_of(party: Party) -> int:
     """C, the number of classes that the model's config says; 2 where it says none."""
     return int(party.model.config.num_labels or 2)
 
 
-def width_of(party: DataParty) -> int:
+def width_of(party: Party) -> int:
     """D, the width of the hidden states."""
     return int(party.model.config.get_text_config().hidden_size)
 

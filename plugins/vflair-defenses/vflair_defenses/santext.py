@@ -23,7 +23,7 @@ from vflair_defenses.neighbours import (
 )
 
 if TYPE_CHECKING:
-    from vflair_core import DataParty
+    from vflair_core import Party
 
 SUPPORTED = frozenset({("*", "*", "*")})  # of an answer in a passage the place follows its words
 
@@ -54,7 +54,7 @@ class SanText(Defense):
     covers = frozenset({"prompt"})
     supports = SUPPORTED
 
-    def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
+    def prepare(self, public_texts: Sequence[str], data_party: Party) -> None:
         """Read the words and how far apart they are."""
         self._vocabulary = read_vocabulary(type(self).__name__, self.vectors, data_party)
         self._generator = data_party.defenses.generator_of(self)
@@ -117,7 +117,7 @@ class SanTextPlus(Defense):
     covers = frozenset({"prompt"})
     supports = SUPPORTED
 
-    def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
+    def prepare(self, public_texts: Sequence[str], data_party: Party) -> None:
         """Read the words and which of them are rare in public text."""
         self._vocabulary = read_vocabulary(type(self).__name__, self.vectors, data_party)
         self._generator = data_party.defenses.generator_of(self)

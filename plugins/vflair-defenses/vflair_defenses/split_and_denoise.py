@@ -19,7 +19,7 @@ from vflair_defenses.learning import frozen_call, perceptron, read_state, seeded
 from vflair_defenses.rows import clip_rows, drawing, is_off, public_ids, public_rows
 
 if TYPE_CHECKING:
-    from vflair_core import DataParty
+    from vflair_core import Party
 
 KINDS = ("causal-lm", "classification", "regression", "question-answering")
 Lesson = tuple[Tensor, Tensor, Tensor]  # what came back, what was sent before noise, the noise
@@ -74,7 +74,7 @@ class SplitAndDenoise(Defense):
             phases = ("train", "eval")
             self.supports = frozenset({("HBT", kind, p) for kind in KINDS for p in phases})
 
-    def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
+    def prepare(self, public_texts: Sequence[str], data_party: Party) -> None:
         """Take the clip from public rows, and train the denoiser on public text, sent clean and noisy."""
         defenses = data_party.defenses
         defenses.check("eval")
@@ -83,15 +83,13 @@ class SplitAndDenoise(Defense):
             self._calibrate(public_texts, data_party)
             return self.state()
 
-        made = data_party.preparing.remember(
-            self, public_texts, data_party, make, noise=defenses.randomness
-        )
+        made = data_party.remember(self, public_texts, make, noise=defenses.randomness)
         self.load_state(made)
         defenses.begin_anew(
             self
         )  # the model party can tell the noise of texts that were sent clean too
 
-    def _calibrate(self, public_texts: Sequence[str], data_party: DataParty) -> None:
+    def _calibrate(self, public_texts: Sequence[str], data_party: Party) -> None:
         rows = torch.cat([r[0] for r in public_rows("SplitAndDenoise", public_texts, data_party)])
         bound = self.clip or float(rows.norm(dim=-1).max())
         median, largest = spread_of(rows if math.isinf(bound) else clip_rows(rows, bound))
@@ -109,18 +107,14 @@ class SplitAndDenoise(Defense):
             lessons, self._lessons = self._lessons, None
             data_party.model.train(training)
         self._causal = data_party.task_kind in ("*", "causal-lm")
-        self._learn(lessons, clean, partial(data_party.preparing.tell, self))
+        self._learn(lessons, clean, partial(data_party.tell, self))
 
-    def _asked(self, party: DataParty, ids: Tensor) -> Tensor:
+    def _asked(self, party: Party, ids: Tensor) -> Tensor:
         """Send one public text clean, return what came back, and send it again with noise."""
         options = {} if party.task_kind == "classification" else {"use_cache": False}
         with torch.no_grad():
-            party.defenses.bypassed = True
-            try:
-                with party.channel.tap(Transcript()) as transcript:
-                    party.model(input_ids=ids, **options)
-            finally:
-                party.defenses.bypassed = False
+            with party.defenses.bypassing(), party.channel.tap(Transcript()) as transcript:
+                party.model(input_ids=ids, **options)
             party.model(input_ids=ids, **options)
         (returned,) = [r.tensor for r in transcript.messages if r.role == "returned"]
         return returned

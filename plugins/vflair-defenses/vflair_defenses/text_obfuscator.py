@@ -16,7 +16,7 @@ from vflair_core import Defense, DefenseError, Exchange, Mechanism
 from vflair_defenses.rows import drawing, laplace_like, public_ids, real_rows
 
 if TYPE_CHECKING:
-    from vflair_core import DataParty
+    from vflair_core import Party
 
 
 @define(slots=False)
@@ -54,17 +54,17 @@ class TextObfuscator(Defense):
         }
     )
 
-    def prepare(self, public_texts: Sequence[str], data_party: DataParty) -> None:
+    def prepare(self, public_texts: Sequence[str], data_party: Party) -> None:
         """Find the clusters, and the cluster of every token."""
 
         def make() -> dict[str, Tensor]:
             rows = _token_rows(public_texts, data_party)  # (V, D)
             centres, cluster_of = k_means(
-                rows, self.clusters, self.seed, tell=partial(data_party.preparing.tell, self)
+                rows, self.clusters, self.seed, tell=partial(data_party.tell, self)
             )
             return {"centres": centres, "cluster_of": cluster_of}
 
-        made = data_party.preparing.remember(self, public_texts, data_party, make)
+        made = data_party.remember(self, public_texts, make)
         self._centres, self._cluster_of = made["centres"], made["cluster_of"]
 
     def on_smashed(self, smashed: Tensor, exchange: Exchange) -> Tensor:  # (B, T, D)
@@ -145,7 +145,7 @@ def k_means(
     return centres, torch.cdist(rows, centres).argmin(1)
 
 
-def _token_rows(texts: Sequence[str], party: DataParty) -> Tensor:
+def _token_rows(texts: Sequence[str], party: Party) -> Tensor:
     """The mean row of each token in public text, else its row alone: (V, D), on the CPU."""
     table: Any = party.model.get_input_embeddings()
     size = table.weight.shape[0]

@@ -60,7 +60,7 @@ def defended():
             copy.deepcopy(whole), cut, defenses=list(defenses), tokenizer=_tokenizer(), seed=0
         )
         kinds = {"bert": "classification", "t5": "seq2seq"}
-        party.task_kind = task_kind or kinds.get(kind, "causal-lm")
+        party.defenses.task_kind = task_kind or kinds.get(kind, "causal-lm")
         for defense in defenses if prepare else ():
             defense.prepare(PUBLIC, party)
         return SimpleNamespace(whole=whole, data_party=party, model_party=model_party)

@@ -37,7 +37,7 @@ def start(request, tmp_path):
             defenses=[defense],
             seed=noise,
         )
-        party.task_kind = "classification"
+        party.defenses.task_kind = "classification"
         defense.prepare([], party)
         model_party.checkpoints = tmp_path / "model"
         return FineTuning(party, Train(steps=9, learning_rate=0.01)), defense

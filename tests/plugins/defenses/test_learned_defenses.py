@@ -155,7 +155,7 @@ def test_the_tail_is_trained_through_the_gradient_that_it_sends(defended):
     defense = AdversarialTraining(place="tail", distortion=0.0)
     party, _ = split(model, Partition(1, 1), defenses=[defense], seed=0)
     defense.prepare([], party)
-    party.task_kind = "classification"
+    party.defenses.task_kind = "classification"
     batch = tiny_batch(party.model, labels="classes")
     party.model.train()
     torch.manual_seed(0)

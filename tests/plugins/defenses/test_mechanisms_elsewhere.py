@@ -1,4 +1,4 @@
-"""What an attacker is rebuilt_mechanism of a defense follows her hidden states to the device where they are."""
+"""What an attacker is told of a defense follows her hidden states to the device where they are."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def prepared(make, defended, folder, texts):
     """A defense that was prepared with a cache at `folder`, and its data party."""
     defense = make()
     party = defended([defense], prepare=False).data_party
-    party.preparing = CalibrationCache(folder)
+    party.calibration = CalibrationCache(folder)
     defense.prepare(texts, party)
     return defense, party
 
@@ -80,7 +80,7 @@ def test_text_options_and_weights_each_have_a_file_of_their_own(defended, public
     prepared(make, defended, tmp_path, public[:3])
     prepared(lambda: TextObfuscator(clusters=3), defended, tmp_path, public)
     defense, party = prepared(make, defended, None, public)
-    party.preparing = CalibrationCache(tmp_path)
+    party.calibration = CalibrationCache(tmp_path)
     with torch.no_grad():
         next(party.model.parameters()).add_(1.0)
     defense.prepare(public, party)
@@ -95,7 +95,7 @@ def test_what_crossed_through_other_defenses_is_not_taken_for_what_did_not(
     def learnt(others, folder):
         defense = SplitAndDenoise(eta=50.0, clip=1.0, steps=5)
         party = defended([*others, defense], prepare=False).data_party
-        party.preparing = CalibrationCache(folder)
+        party.calibration = CalibrationCache(folder)
         for each in party.defenses.each:
             each.prepare(public, party)
         return defense.state()
@@ -138,7 +138,7 @@ def test_it_says_how_far_it_is(defended, public):
     heard = []
     defense = SplitAndDenoise(eta=50.0, steps=3)
     party = defended([defense], prepare=False).data_party
-    party.preparing = CalibrationCache(None, lambda *told: heard.append(told))
+    party.calibration = CalibrationCache(None, lambda *told: heard.append(told))
     defense.prepare(public, party)
     assert heard == [("preparing SplitAndDenoise", n, 3) for n in range(3)]
 
@@ -150,7 +150,7 @@ def test_a_warm_up_that_crossed_leaves_the_noise_of_others_as_a_kept_one_does(
     for _ in range(2):  # made, read
         noise, guard = GaussianNoise(noise_multiplier=0.5, clip=1.0), DualGuard(steps=3)
         party = defended([noise, guard], prepare=False).data_party
-        party.preparing = CalibrationCache(tmp_path)
+        party.calibration = CalibrationCache(tmp_path)
         guard.prepare(public, party)
         outcomes.append(sent_by(guard, party))
     assert same(*outcomes)

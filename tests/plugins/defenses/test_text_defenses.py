@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from vflair_core import DefenseError, Example
-from vflair_core.parties.data_party.text import reader_of
 from vflair_core.tasks.metrics import exact_match
 from vflair_core.tasks.question_answering import best_answers
 from vflair_core.testing import tiny_model
@@ -259,7 +258,7 @@ def asked(defended):
 
     def make(defense):
         party = defended([defense] if defense else [], task_kind="question-answering").data_party
-        return reader_of(party, 128)
+        return party.preprocessor(128)
 
     return make
 

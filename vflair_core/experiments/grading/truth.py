@@ -9,8 +9,6 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from vflair_core.parties.data_party.party import DataParty
-from vflair_core.parties.data_party.text import reader_of
 from vflair_core.tasks.preprocessor import Preprocessor
 from vflair_core.tasks.task import Example
 from vflair_core.tasks.token_rows import Tally, TokenRow
@@ -86,21 +84,20 @@ class Truth:
 
 
 def truth_of(
-    party: DataParty,
+    preprocessor: Preprocessor,
     examples: Sequence[Example],
     rows: Sequence[TokenRow],
-    max_length: int,
     *,
     known: int = 0,
     members: Tensor | None = None,
 ) -> Truth:
     """Return what really was there, for grading only; it never leaves this process.
 
-    Positions are those of the rows that were sent. The secrets are the original ones, as they would have been sent
+    `preprocessor` is the one that the rows were made with; its defenses are left out. Positions are those of the rows that were sent. The secrets are the original ones, as they would have been sent
     if no defense had changed the text: who blanks a name must not have it count as never there.
     """
-    reading = attrs.evolve(reader_of(party, max_length).reading, tally=Tally())
-    plain = Preprocessor(party.tokenizer, reading, max_length)  # type: ignore[arg-type]
+    reading = attrs.evolve(preprocessor.reading, tally=Tally())  # these are not counted
+    plain = attrs.evolve(preprocessor, reading=reading, defenses=None)
     untouched = [plain.batch([example], first_only=True).rows[0] for example in examples]
     labels = [example.label for example in examples]
     whole = all(isinstance(label, int) for label in labels)

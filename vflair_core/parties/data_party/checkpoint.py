@@ -3,41 +3,49 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from vflair_core.partition.adapters import adapter_facts
-from vflair_core.partition.checkpoint import owned, write_part
-
-if TYPE_CHECKING:
-    from vflair_core.parties.data_party.party import DataParty
-from vflair_core.partition.checkpoint import DATA_FILE, TOKENIZER, Tensors
+from vflair_core.partition.checkpoint import DATA_FILE, TOKENIZER, owned, write_part
 
 
-def save_data_party(party: DataParty, folder: Path, extra: Tensors, **more: Any) -> Path:
-    """Write the data party's part."""
-    model: Any = party.model
+def save_data_party(
+    folder: Path,
+    model: Any,
+    *,
+    fingerprint: str,
+    session: str,
+    step: int,
+    untied: Sequence[str],
+    extra: Mapping[str, Tensor],
+    **facts: Any,
+) -> Path:
+    """Write the data party's part: what it owns of `model`, `extra` tensors, and `facts`."""
     config = json.loads(model.config.to_json_string(use_diff=False))
-    facts = {
+    known = {
         "party": "data_party",
-        "fingerprint": party.connection.fingerprint,
-        "session": party.connection.session,
-        "step": party.step,
+        "fingerprint": fingerprint,
+        "session": session,
+        "step": step,
         "architecture": type(model).__name__,
         "config": config,
         "generation": model.generation_config.to_dict() if model.can_generate() else None,
         "base": model.name_or_path,
-        "untied": list(party.untied),
+        "untied": list(untied),
         "adapter": adapter_facts(model),
-        **more,
+        **facts,
     }
-    return write_part(folder / DATA_FILE, {**owned(model), **extra}, facts)
+    return write_part(folder / DATA_FILE, {**owned(model), **extra}, known)
 
 
-def save_tokenizer(party: DataParty, folder: Path) -> None:
+def save_tokenizer(folder: Path, tokenizer: Any) -> None:
     """Write the tokenizer beside the parts, once."""
-    if party.tokenizer is None or (folder / TOKENIZER).exists():
+    if tokenizer is None or (folder / TOKENIZER).exists():
         return
     unfinished = folder / f"{TOKENIZER}.part"
-    party.tokenizer.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
     unfinished.rename(folder / TOKENIZER)

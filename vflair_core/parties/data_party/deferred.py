@@ -5,7 +5,7 @@ Operations of the program's list are recorded. Anything else needs the value, an
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from torch import Tensor
 from vflair_core.communication.program import MIXING, OPERATIONS, Tree
 from vflair_core.errors import PartitionError
 from vflair_core.parties.data_party.scored_positions import SCORED, is_a_pick
-
-if TYPE_CHECKING:
-    from vflair_core.parties.data_party.recorder import Recorder
 
 _OPERATION_NAMES: dict[Any, str] = {
     **{function: name for name, function in OPERATIONS.items()},
@@ -55,16 +52,37 @@ _FREE = frozenset(
 )
 
 
+class Recording(Protocol):
+    """What a deferred tensor needs of who records: the recorder."""
+
+    fetched: dict[Tree, Tensor]  # of outputs of the program at hand
+    picks: bool  # whether chosen positions may be asked for
+
+    def apply(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, picked: str = ""
+    ) -> Any:
+        """Record an operation."""
+
+    def realise(self, deferred: Deferred) -> Tensor:
+        """Fetch a value."""
+
+    def is_between_parts(self) -> bool:
+        """Whether nothing can be sent back now."""
+
+    def gave_last(self, deferred: Deferred) -> bool:
+        """Whether a value is all that the last step gives, and no view."""
+
+
 class Deferred(Tensor):
     """A tensor inside the model party: shape, dtype and device are known, the value is not."""
 
     meta: Tensor
-    recorder: Recorder
+    recorder: Recording
     node: Tree
     known: dict[Tree, Tensor]  # of the outputs of its program, once the model party gave them
 
     @staticmethod
-    def of(meta: Tensor, device: torch.device, recorder: Recorder, node: Tree) -> Deferred:
+    def of(meta: Tensor, device: torch.device, recorder: Recording, node: Tree) -> Deferred:
         deferred: Deferred = Tensor._make_wrapper_subclass(
             Deferred, meta.shape, dtype=meta.dtype, device=device
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import torch
@@ -20,19 +20,21 @@ from vflair_core.errors import PartitionError
 from vflair_core.parties.data_party import remote_cache
 from vflair_core.parties.data_party.inputs import all_ones, cache_in
 from vflair_core.parties.data_party.probes import FixedAnswer, Probe, ProbeStopped
+from vflair_core.parties.data_party.recorder import Recorder
 from vflair_core.parties.data_party.roles import Call, find_roles
-
-if TYPE_CHECKING:
-    from vflair_core.parties.data_party.party import DataParty
+from vflair_core.partition.stages import Stage
 
 MAX_PATHS = 4096  # remembered ways of calling the model; forgetting them costs time only
 
 
 @define(eq=False)
 class DryRuns:
-    """What was found by runs of `party`'s local part in which a `probe` answered instead of the model party."""
+    """Runs of the data party's local part in which a `probe` answers instead of the model party, and what they showed."""
 
-    party: DataParty
+    model: nn.Module
+    recorder: Recorder
+    stages: tuple[Stage, ...]
+    disclose: tuple[str, ...]
     roles: dict[str, tuple[Role, ...]] = field(factory=dict)  # of what a program takes, by its id
     probe: Probe | None = None  # of the run under way
     seen_paths: set[Any] = field(factory=set)
@@ -40,24 +42,24 @@ class DryRuns:
     @contextmanager
     def probing(self, probe: Probe) -> Iterator[None]:
         """While this lasts, nothing is sent: `probe` answers instead of the model party."""
-        before, calls = self.probe, self.party.recorder.calls.copy()
+        before, calls = self.probe, self.recorder.calls.copy()
         self.probe = probe
-        self.party.recorder.begin()
+        self.recorder.begin()
         try:
             yield
         finally:
             self.probe = before
-            self.party.recorder.reset()
-            self.party.recorder.calls = calls
+            self.recorder.reset()
+            self.recorder.calls = calls
 
     def smashed(self, inputs: dict[str, Any]) -> Tensor:
         """Run the head alone and return what it would send."""
-        cache, layers = cache_in(inputs), self.party.layers(self.party.stages[-1].names)
+        cache, layers = cache_in(inputs), self.recorder.layers(self.stages[-1].names)
         if cache is not None:
             remote_cache.attach(cache, layers, lambda _id: None)
         try:
             with self.probing(Probe()):
-                self.party.model(**inputs)
+                self.model(**inputs)
         except ProbeStopped as captured:
             hidden = captured.first_argument()
             if cache is not None:
@@ -69,7 +71,7 @@ class DryRuns:
         """Run the head, and then in `body` what the model party would be asked to run, with gradients through both."""
         try:
             with self.probing(Probe()):
-                self.party.model(**inputs)
+                self.model(**inputs)
         except ProbeStopped as captured:
 
             def call(name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -81,7 +83,7 @@ class DryRuns:
     def complete(self, returned: Tensor, inputs: dict[str, Any]) -> Any:
         """Run the tail alone on what the model party would have returned."""
         with self.probing(FixedAnswer(returned)):
-            return self.party.model(**inputs)
+            return self.model(**inputs)
 
     def past(self, inputs: dict[str, Any]) -> Cache | None:
         """Copy the cache before a call takes a path not seen yet: its roles must be found from there."""
@@ -91,7 +93,7 @@ class DryRuns:
         length, ids = remote_cache.length_of(cache), inputs.get("input_ids")
         given = tuple(key for key, value in inputs.items() if value is not None)
         positions = None if ids is None else ids.shape[-1]
-        path = (given, length == 0, positions == 1, self.party.model.training, all_ones(inputs))
+        path = (given, length == 0, positions == 1, self.model.training, all_ones(inputs))
         if path in self.seen_paths:
             return None
         if len(self.seen_paths) >= MAX_PATHS:
@@ -111,9 +113,7 @@ class DryRuns:
             )
         if cache is not None and call.past is None:
             call = attrs.evolve(call, past=self._rewound(cache, call.inputs, program.modules))
-        roles = find_roles(
-            self.party.model, call, program, leaves, self.party.partition.disclose, self.probing
-        )
+        roles = find_roles(self.model, call, program, leaves, self.disclose, self.probing)
         self.roles[program.id] = roles
         return roles
 
@@ -126,6 +126,6 @@ class DryRuns:
             past = copy.deepcopy(cache)
             ids = inputs.get("input_ids")
             new = ids.shape[-1] if ids is not None else inputs["inputs_embeds"].shape[1]
-            remote_cache.advance(past, new, self.party.layers(modules))
+            remote_cache.advance(past, new, self.recorder.layers(modules))
             past.crop(-new)
         return past

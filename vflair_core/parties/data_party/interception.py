@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from vflair_core.errors import PartitionError
 
-if TYPE_CHECKING:
-    from vflair_core.parties.data_party.party import DataParty
+# Takes the original forward and its arguments by name.
+Run = Callable[[Callable[..., Any], dict[str, Any]], Any]
 
 
-def hand_over_forward(model: PreTrainedModel, party: DataParty) -> PreTrainedModel:
-    """Give the model a class of its own whose forward goes through the party; all else stays inherited."""
+def hand_over_forward(model: PreTrainedModel, run: Run) -> PreTrainedModel:
+    """Give the model a class of its own whose forward is handed to `run`; all else stays inherited."""
     original = type(model)
-    forward = _through(original, party.run_forward)
+    forward = _through(original, run)
 
     def save_pretrained(_self: Any, *_: Any, **__: Any) -> None:
         raise PartitionError(
@@ -32,23 +32,23 @@ def hand_over_forward(model: PreTrainedModel, party: DataParty) -> PreTrainedMod
     return model
 
 
-def hand_over_parts(model: PreTrainedModel, party: DataParty) -> None:
+def hand_over_parts(model: PreTrainedModel, absent: Sequence[str], run: Run) -> None:
     """The same for the models inside it that were cut: `generate` may call one of them by itself."""
     for name, part in model.named_modules():
-        cut = any(absent.startswith(f"{name}.") for absent in party.absent)
+        cut = any(module.startswith(f"{name}.") for module in absent)
         if cut and isinstance(part, PreTrainedModel) and part is not model:
-            _hand_over_part(part, party)
+            _hand_over_part(part, run)
 
 
-def _hand_over_part(part: PreTrainedModel, party: DataParty) -> None:
+def _hand_over_part(part: PreTrainedModel, run: Run) -> None:
     original = type(part)
-    forward = _through(original, party.run_part)
+    forward = _through(original, run)
     # Under the very name of the original: transformers finds what it records of a class by that.
     own = {"__module__": original.__module__, "__qualname__": original.__qualname__}
     part.__class__ = type(original.__name__, (original,), {**own, "forward": forward})
 
 
-def _through(original: Any, run: Callable[[Any, dict[str, Any]], Any]) -> Callable[..., Any]:
+def _through(original: Any, run: Run) -> Callable[..., Any]:
     """A forward that hands the original one and its arguments by name to `run`."""
     names = [name for name in inspect.signature(original.forward).parameters if name != "self"]
 

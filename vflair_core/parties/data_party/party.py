@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,11 @@ from vflair_core.communication.connection import Connection
 from vflair_core.communication.locks import Lock
 from vflair_core.communication.message import Phase, Role
 from vflair_core.communication.program import Program
-from vflair_core.defenses.calibration import CalibrationCache
+from vflair_core.defenses.calibration import CalibrationCache, Report, Situation
 from vflair_core.defenses.defense import Defense, Exchange
 from vflair_core.defenses.pipeline import Defenses
 from vflair_core.errors import DefenseError, PartitionError
 from vflair_core.parties.data_party import remote_cache
-from vflair_core.parties.data_party import text as asking
 from vflair_core.parties.data_party.checkpoint import save_data_party, save_tokenizer
 from vflair_core.parties.data_party.dry_runs import DryRuns
 from vflair_core.parties.data_party.inputs import (
@@ -41,32 +40,39 @@ from vflair_core.parties.data_party.interception import (
     hand_over_parts,
     token_tables,
 )
+from vflair_core.parties.data_party.recorder import Recorder
 from vflair_core.parties.data_party.roles import Call
 from vflair_core.parties.data_party.round import LossScale, round_trip
-from vflair_core.parties.data_party.scored_positions import only_scored
+from vflair_core.parties.data_party.scored_positions import SCORED, only_scored
+from vflair_core.parties.data_party.stubs import put_stubs
+from vflair_core.parties.data_party.text import answer_texts
 from vflair_core.partition.slices import Slices
 from vflair_core.partition.stages import Stage, names_in, stage_of
-from vflair_core.randomness import states
-from vflair_core.tasks.collation import Batch
+from vflair_core.randomness import random_states
+from vflair_core.tasks.collation import Batch, is_defended
+from vflair_core.tasks.preprocessor import Preprocessor
+from vflair_core.tasks.tokenization import InputFormat, reading_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from vflair_core.parties.data_party.recorder import Recorder
     from vflair_core.partition.partition import Partition
-    from vflair_core.tasks.task import Example
-    from vflair_core.tasks.tokenization import InputFormat
+    from vflair_core.tasks.task import Example, Task
 
 
 class DataParty:
     """Owns `model`, which stays a transformers model: call it, train it, generate with it as always.
 
     Args:
-        model: A transformers model whose modules `absent` are stand-ins (made by `split`).
+        model: A transformers model; it keeps its local modules, and stubs come where `absent` ones were.
         partition: The cut.
         channel: The way to the model party.
         stages: What the model party runs in one exchange each, in call order.
         fingerprint: Of model and cut; the model party must have the same.
+        absent: The modules of `stages` by name; only their structure is used.
+        local: Blocks that both parties need: for each call, whether it is made here.
+        order: Names of all weights, in the order of the whole model.
+        slices: Which part of the model each weight belongs to.
         defenses: Applied in this order on the way out, in reverse on the way back.
         tokenizer: Needed for `encode` and `ask`.
         seed: Seed of the defenses' noise; None draws it from the operating system.
@@ -77,13 +83,7 @@ class DataParty:
     Set `loss_scale` to what the loss was multiplied with (by a `GradScaler`): defenses see gradients without it.
     """
 
-    recorder: Recorder
-    slices: Slices = Slices({})
-    order: tuple[str, ...] = ()  # names of all weights, in the order of the whole model
     sent: RowPlacement | None = None  # how the rows of the last call crossed
-    reading: InputFormat | None = (
-        None  # how the model reads the task at hand; None goes by `task_kind`
-    )
 
     def __init__(
         self,
@@ -92,19 +92,24 @@ class DataParty:
         channel: Channel,
         stages: tuple[Stage, ...],
         fingerprint: str,
+        absent: Mapping[str, nn.Module],
         *,
+        local: Mapping[str, tuple[bool, ...]],
+        order: tuple[str, ...],
+        slices: Slices,
+        untied: tuple[str, ...] = (),
         defenses: Sequence[Defense] = (),
         tokenizer: PreTrainedTokenizerBase | None = None,
         seed: int | None = None,
-        untied: tuple[str, ...] = (),
     ) -> None:
-        self.partition, self.channel, self.stages, self.untied = partition, channel, stages, untied
+        self.partition, self.channel, self.stages = partition, channel, stages
+        self.order, self.slices, self.untied = order, slices, untied
         self.connection = Connection(channel, fingerprint)
         self.tokenizer = tokenizer
         self.defenses = Defenses(defenses, partition.kind, seed)
-        self.preparing = CalibrationCache()
-        self.rehearsals = DryRuns(self)
+        self.calibration = CalibrationCache()
         self.loss_scaling = LossScale()
+        self._format: InputFormat | None = None  # how the model reads the task at hand
         self._lock = Lock()
         self._exchanges = 0
         self._call: Call | None = None
@@ -112,8 +117,12 @@ class DataParty:
         self._done: list[Exchange] = []  # all of the call at hand
         self._begun: Exchange | None = None
         self._asking = False
-        self.model = hand_over_forward(model, self)
-        hand_over_parts(model, self)
+        self.model = hand_over_forward(model, self.run_forward)
+        hand_over_parts(model, self.absent, self.run_part)
+        self.recorder = Recorder(self.exchange, stages, picks=SCORED in partition.disclose)
+        stubs = put_stubs(model, absent, local, self.recorder.call, self.recorder.calls)
+        self.recorder.absent.update(stubs)
+        self.dry_runs = DryRuns(model, self.recorder, stages, partition.disclose)
         tables = token_tables(model)
         if not tables and self.defenses.at("on_embeddings"):
             raise PartitionError(
@@ -152,7 +161,7 @@ class DataParty:
     @property
     def roles(self) -> dict[str, tuple[Role, ...]]:
         """Roles of what crosses, by the id of the program that takes it."""
-        return self.rehearsals.roles
+        return self.dry_runs.roles
 
     @property
     def disclosed(self) -> set[str]:
@@ -178,8 +187,30 @@ class DataParty:
 
     def save(self, folder: str | Path) -> Path:
         """Write what this party owns, and nothing else, to ``data_party.safetensors``; `merge` reads it."""
-        save_tokenizer(self, Path(folder))
-        return save_data_party(self, Path(folder), {})
+        save_tokenizer(Path(folder), self.tokenizer)
+        return self.save_part(Path(folder), {})
+
+    def save_part(self, folder: Path, extra: Mapping[str, Tensor], **facts: Any) -> Path:
+        """The same with `extra` tensors and `facts`, of a run that goes on from there."""
+        return save_data_party(
+            folder,
+            self.model,
+            fingerprint=self.connection.fingerprint,
+            session=self.connection.session,
+            step=self.step,
+            untied=self.untied,
+            extra=extra,
+            **facts,
+        )
+
+    @property
+    def exchanges(self) -> int:
+        """Forwards across the cut so far."""
+        return self._exchanges
+
+    def go_on_from(self, step: int, exchanges: int) -> None:
+        """Count steps and exchanges from here: a run is taken up again."""
+        self.connection.step, self._exchanges = step, exchanges
 
     # -- calling the model ------------------------------------------------------------------------------
 
@@ -189,7 +220,7 @@ class DataParty:
             return self._run_forward(forward, inputs)
 
     def _run_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
-        if self.rehearsals.probe is not None:
+        if self.dry_runs.probe is not None:
             return forward(**inputs)
         self.defenses.check(self._phase(cache_in(inputs)))
         self._refuse_raw_text(inputs)
@@ -200,8 +231,8 @@ class DataParty:
         if trains:
             check_trainable(self.model)
         self.recorder.begin()
-        random = states(self.model.device) if self.model.training else ()
-        self._call = Call(forward, inputs, self.rehearsals.past(inputs), random)
+        random = random_states(self.model.device) if self.model.training else ()
+        self._call = Call(forward, inputs, self.dry_runs.past(inputs), random)
         try:
             if trains and inputs.get("labels") is not None:
                 inputs = {**inputs, "labels": self._defended_labels(inputs["labels"])}
@@ -228,7 +259,7 @@ class DataParty:
 
         `generate` calls the encoder of a sequence-to-sequence model alone, for example.
         """
-        if self.rehearsals.probe is not None or self._call is not None:
+        if self.dry_runs.probe is not None or self._call is not None:
             return forward(**inputs)
         if self.defenses.at("expand"):
             raise DefenseError(
@@ -238,8 +269,8 @@ class DataParty:
         self.defenses.check(self._phase(cache_in(inputs)))
         self._refuse_raw_text(inputs)
         self.recorder.begin()
-        random = states(self.model.device) if self.model.training else ()
-        self._call = Call(forward, inputs, self.rehearsals.past(inputs), random)
+        random = random_states(self.model.device) if self.model.training else ()
+        self._call = Call(forward, inputs, self.dry_runs.past(inputs), random)
         try:
             return forward(**inputs)
         finally:
@@ -258,7 +289,7 @@ class DataParty:
         Nothing crosses. With a cache, the local and the absent layers both advance.
         """
         with self._lock:
-            return self.rehearsals.smashed(inputs)
+            return self.dry_runs.smashed(inputs)
 
     def complete(self, returned: Tensor, **inputs: Any) -> Any:
         """Run the local tail on `returned` as if the model party had sent it, and return the outputs.
@@ -271,15 +302,15 @@ class DataParty:
                 f"{type(self.model).__name__} takes {len(self.stages)} answers of the model party; one is given."
             )
         with self._lock:
-            return self.rehearsals.complete(returned, inputs)
+            return self.dry_runs.complete(returned, inputs)
 
     def exchange(
         self, program: Program, leaves: list[Tensor], cache: Cache | None, shapes: list[Tensor]
     ) -> list[Tensor]:
         """Take a finished program from the recorder and carry out the round."""
-        if self.rehearsals.probe is not None:
-            return self.rehearsals.probe.answer(program, leaves, shapes)
-        roles = self.roles.get(program.id) or self.rehearsals.find_roles(
+        if self.dry_runs.probe is not None:
+            return self.dry_runs.probe.answer(program, leaves, shapes)
+        roles = self.roles.get(program.id) or self.dry_runs.find_roles(
             self._call, program, leaves, cache
         )
         positions = positions_of(leaves, roles)
@@ -290,7 +321,7 @@ class DataParty:
         if cache is not None:
             remote = remote_cache.attach(
                 cache,
-                self.layers(stage_of(program.modules, self.stages).names),
+                self.recorder.layers(stage_of(program.modules, self.stages).names),
                 self.connection.caches.append,
                 lambda old, new: self.connection.copies.append((old, new)),
             )
@@ -311,7 +342,7 @@ class DataParty:
         if cache is not None:
             remote.deeds.clear()
             remote.known = True
-            remote_cache.advance(cache, positions, self.layers(program.modules))
+            remote_cache.advance(cache, positions, self.recorder.layers(program.modules))
         return returned
 
     def _begin(self, positions: int) -> Exchange:
@@ -325,10 +356,6 @@ class DataParty:
         mask = answer_mask(inputs, positions) if of_answer else mask_of(inputs, positions)
         return Exchange(self._exchanges, self.connection.step, phase, mask=mask, batch=inputs)
 
-    def layers(self, names: Sequence[str]) -> list[int]:
-        """Numbers of the cache layers that the modules `names` fill."""
-        return sorted({index for name in names for index in self.recorder.absent[name].layers})
-
     def _phase(self, cache: Cache | None) -> Phase:
         if self.model.training and torch.is_grad_enabled():
             return "train"
@@ -338,7 +365,7 @@ class DataParty:
 
     def _on_embeddings(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
         if (
-            self.rehearsals.probe is not None
+            self.dry_runs.probe is not None
             or self._call is None
             or not self.defenses.at("on_embeddings")
         ):
@@ -361,7 +388,7 @@ class DataParty:
         Raises:
             DefenseError: There is no tokenizer.
         """
-        return asking.encode_examples(self, examples, max_length)
+        return self.preprocessor(max_length).batch(examples).batch
 
     def ask(self, texts: Sequence[str], **options: Any) -> list[str]:
         """Generate an answer to each text, through the defenses that act on text, tokens and answers.
@@ -373,8 +400,27 @@ class DataParty:
         Raises:
             DefenseError: There is no tokenizer.
         """
+        tokenizer = self._needed_tokenizer()
         with self.answering():
-            return asking.ask(self, texts, options)
+            return answer_texts(self.model, tokenizer, self.defenses, texts, options)
+
+    def preprocessor(self, max_length: int) -> Preprocessor:
+        """Return what turns examples of the task at hand into batches, through the defenses of text and tokens.
+
+        Raises:
+            DefenseError: There is no tokenizer.
+        """
+        reading = self._format
+        if reading is None:
+            kind: Any = "causal-lm" if self.task_kind == "*" else self.task_kind
+            reading = InputFormat(kind=kind, two_stacks=bool(self.model.config.is_encoder_decoder))
+        tokenizer = self._needed_tokenizer()
+        return Preprocessor(tokenizer, reading, max_length, self.defenses, self.model.device)
+
+    def _needed_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise DefenseError("Text needs a tokenizer: split(model, partition, tokenizer=...).")
+        return self.tokenizer
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -388,19 +434,71 @@ class DataParty:
 
     def _refuse_raw_text(self, inputs: dict[str, Any]) -> None:
         """A batch that did not come through `encode` would go round the defenses that act on text."""
-        there = self.defenses.at("on_text") + self.defenses.at("on_tokens")
-        encoded = getattr(inputs.get("input_ids"), "vflair_encoded", False)
-        if there and not encoded and not self._asking:
+        changing = self.defenses.at("on_text") + self.defenses.at("on_tokens")
+        if changing and not is_defended(inputs.get("input_ids")) and not self._asking:
             raise DefenseError(
-                f"{type(there[0]).__name__} changes text before it is sent, and this batch did not come "
+                f"{type(changing[0]).__name__} changes text before it is sent, and this batch did not come "
                 "through it. Use data_party.encode(examples) or data_party.ask(texts)."
             )
+
+    # -- the task at hand -------------------------------------------------------------------------------
+
+    def take_up(self, task: Task, *, processor: Any = None, packing: bool = False) -> InputFormat:
+        """Read examples of `task` from now on, and let defenses know its kind; return how it is read.
+
+        Args:
+            task: The task.
+            processor: Of pictures and text, for a task of kind ``image-text``.
+            packing: Training puts several texts into one row.
+        """
+        reading = reading_of(task, self.model, processor=processor, packing=packing)
+        return self.take_up_format(reading)
+
+    def take_up_format(self, reading: InputFormat) -> InputFormat:
+        """The same for who knows how the model should read, whatever the task says."""
+        self._format, self.defenses.task_kind = reading, reading.kind
+        return reading
 
     @property
     def task_kind(self) -> str:
         """The kind of the task at hand; ``"*"`` while nobody said."""
         return self.defenses.task_kind
 
-    @task_kind.setter
-    def task_kind(self, kind: str) -> None:
-        self.defenses.task_kind = kind
+    def prepare(
+        self,
+        public_texts: Sequence[str],
+        *,
+        cache: Path | None = None,
+        report: Report = lambda *_: None,
+    ) -> None:
+        """Let every defense calibrate itself on public text, in order, before anything private is touched.
+
+        Args:
+            public_texts: Text that anyone can have.
+            cache: A folder where what takes long is kept for the next time; None keeps nothing.
+            report: Told (what, done, total) now and then.
+        """
+        self.calibration = CalibrationCache(cache, report)
+        for defense in self.defenses.each:
+            defense.prepare(public_texts, self)
+
+    def remember(
+        self,
+        defense: Defense,
+        public_texts: Sequence[str],
+        make: Callable[[], dict[str, Tensor]],
+        **facts: str,
+    ) -> dict[str, Tensor]:
+        """Return what `make` makes: by calling it, or from the cache (`CalibrationCache.remember`)."""
+        situation = Situation(
+            self.model,
+            self.tokenizer,
+            self.connection.fingerprint,
+            self.untied,
+            self.defenses.each,
+        )
+        return self.calibration.remember(defense, public_texts, make, situation, **facts)
+
+    def tell(self, defense: Defense, done: int, total: int) -> None:
+        """Say how far `defense` is with its preparation."""
+        self.calibration.tell(defense, done, total)

@@ -7,8 +7,8 @@ the protocol and real tensors come back. Nothing here knows a model family.
 from __future__ import annotations
 
 from collections import Counter, UserDict
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from attrs import define, field
@@ -32,10 +32,8 @@ from vflair_core.errors import LeakError, PartitionError, ProtocolError
 from vflair_core.parties.data_party.deferred import Deferred
 from vflair_core.parties.data_party.shape_inference import Shapes, first_tensor, rebuilt
 from vflair_core.parties.data_party.shared_states import coming_back, fill, open_store
+from vflair_core.parties.data_party.stubs import ModuleStub
 from vflair_core.partition.stages import Stage, stage_of
-
-if TYPE_CHECKING:
-    from vflair_core.parties.data_party.stubs import ModuleStub
 
 # Hands a program, the tensors it takes, the cache and the form of the answer (meta tensors) to the protocol;
 # returns the answer's tensors.
@@ -63,9 +61,9 @@ class Recorder:
     """Writes down the calls of absent modules until a program is complete, then hands it over."""
 
     handover: Handover
-    stages: tuple[Stage, ...] = ()  # what the model party runs at a time: a program is one of them
-    picks: bool = False  # whether chosen positions may be asked for: which they are crosses
-    absent: dict[str, ModuleStub] = field(factory=dict)  # the stand-ins that record here
+    stages: tuple[Stage, ...]  # what the model party runs at a time: a program is one of them
+    picks: bool  # whether chosen positions may be asked for: which they are crosses
+    absent: dict[str, ModuleStub] = field(factory=dict)  # the stubs that record here
     steps: list[Step] = field(factory=list)
     tensors: list[Tensor] = field(factory=list)
     leaves: list[Leaf] = field(factory=list)
@@ -137,6 +135,10 @@ class Recorder:
         self.steps.append(("op", name, trees, named))
         shapes = OPERATIONS[name](*map(_on_meta, args), **kwargs)
         return self._deferred(shapes, args[0].device)
+
+    def layers(self, names: Sequence[str]) -> list[int]:
+        """Numbers of the cache layers that the modules `names` fill."""
+        return sorted({index for name in names for index in self.absent[name].layers})
 
     def is_between_parts(self) -> bool:
         """Whether the model party has still blocks to run, so that nothing can be sent back now."""

@@ -23,7 +23,7 @@ from vflair_core.communication.program import Program, tensors_of
 from vflair_core.errors import LeakError
 from vflair_core.parties.data_party.probes import Probe, ProbeStopped
 from vflair_core.parties.data_party.scored_positions import SCORED
-from vflair_core.randomness import set_states
+from vflair_core.randomness import set_random_states
 
 PROBES = 3
 
@@ -93,7 +93,7 @@ def _run(model: nn.Module, call: Call, probe: Probe) -> ProbeStopped:
     """Run the local part with other text. Nothing is sent, and no state of the caller changes."""
     devices = list(range(torch.cuda.device_count()))
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
-        set_states(call.random)  # the dropout of the call at hand
+        set_random_states(call.random)  # the dropout of the call at hand
         inputs = {
             key: _copy_cache(call.past)
             if isinstance(value, Cache)

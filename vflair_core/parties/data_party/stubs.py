@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 
 from vflair_core.communication.cache_kinds import layers_of
 from vflair_core.errors import PartitionError
-
-if TYPE_CHECKING:
-    from vflair_core.parties.data_party.recorder import Recorder
-from vflair_core.partition.module_tree import on_meta
+from vflair_core.partition.module_tree import on_meta, replace_module
 
 # What may be set on a stand-in: its own facts, and what only concerns the party where the block is run.
 _OWN = frozenset({"name", "layers", "parameter_names", "training", "gradient_checkpointing"})
 
 
+Record = Callable[["ModuleStub", tuple[Any, ...], dict[str, Any]], Any]  # a recorder's `call`
+
+
 class ModuleStub(nn.Module):
     """Stands where the model party's module `name` was. It has its attributes, none of its weights."""
 
-    def __init__(self, name: str, module: nn.Module, recorder: Recorder) -> None:
+    def __init__(self, name: str, module: nn.Module, record: Record) -> None:
         super().__init__()
-        # Past nn.Module's bookkeeping: neither the skeleton nor the recorder is a submodule.
+        # Past nn.Module's bookkeeping: the skeleton is no submodule.
         object.__setattr__(self, "skeleton", on_meta(module))
-        object.__setattr__(self, "recorder", recorder)
+        object.__setattr__(self, "record", record)
         self.name = name
         self.layers = layers_of(module)
         signature = inspect.signature(module.forward)
@@ -35,7 +37,7 @@ class ModuleStub(nn.Module):
         self.training = module.training
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("skeleton", "recorder", "name") or name.startswith("__"):
+        if name in ("skeleton", "record", "name") or name.startswith("__"):
             raise AttributeError(name)
         try:
             return super().__getattr__(name)
@@ -57,20 +59,49 @@ class ModuleStub(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.recorder.call(self, args, kwargs)
+        return self.record(self, args, kwargs)  # type: ignore[no-any-return]
 
 
-def call_here_and_there(module: nn.Module, absent: ModuleStub, here: tuple[bool, ...]) -> None:
-    """Let call number n of `module` run here if ``here[n]``, else be recorded: for blocks that share weights."""
+def put_stubs(
+    model: nn.Module,
+    absent: Mapping[str, nn.Module],
+    local: Mapping[str, tuple[bool, ...]],
+    record: Record,
+    calls: Counter[str],
+) -> dict[str, ModuleStub]:
+    """Put stubs where the modules `absent` are or were, and return them by name.
+
+    Args:
+        model: Keeps all other modules.
+        absent: The modules by name; only their structure is used.
+        local: Blocks that both parties need: for each call, whether it is made here.
+        record: What a stub calls in its forward.
+        calls: Counts the calls of blocks that both parties need.
+    """
+    stubs = {name: ModuleStub(name, module, record) for name, module in absent.items()}
+    for name, stub in stubs.items():
+        if name in local:
+            call_here_and_there(model.get_submodule(name), stub, calls, local[name])
+        else:
+            replace_module(model, name, stub)
+    return stubs
+
+
+def call_here_and_there(
+    module: nn.Module, stub: ModuleStub, calls: Counter[str], here: tuple[bool, ...]
+) -> None:
+    """Let call number n of `module` run here if ``here[n]``, else be recorded: for blocks that share weights.
+
+    `calls` counts the calls since the model was last called.
+    """
     original = type(module)
-    recorder = absent.recorder
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        number = recorder.calls[absent.name]
-        recorder.calls[absent.name] += 1
+        number = calls[stub.name]
+        calls[stub.name] += 1
         if here[number]:
             return original.forward(self, *args, **kwargs)
-        absent.training = self.training
-        return absent(*args, **kwargs)
+        stub.training = self.training
+        return stub(*args, **kwargs)
 
     module.__class__ = type(original.__name__, (original,), {"forward": forward})

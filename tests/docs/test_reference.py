@@ -16,6 +16,7 @@ import attrs
 import pytest
 
 import vflair_core
+from support.paths import DOCS
 from vflair_core import hookspecs
 from vflair_core.attacks.knowledge import PRESETS, VOCABULARY
 from vflair_core.communication.message import Role
@@ -23,7 +24,6 @@ from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.experiment import Experiment
 from vflair_core.plugins import HOOKS
 
-DOCS = Path(__file__).parents[2] / "docs"
 SHORTEST = {"task": {"name": "t"}, "model": {"name": "m"}}  # what an experiment cannot do without
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import attrs
 import pytest
 
+from support.paths import ROOT
 from vflair_core import Result
 from vflair_core.cli.app import app
 from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.run import run
 from vflair_core.plugins import PROJECT, plugin_manager
 
-ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
 PAGES += sorted((ROOT / "plugins").glob("*/README.md"))
 SHORTEST = {"task": {"name": "t"}, "model": {"name": "m"}}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
+from support.paths import EXAMPLES
 from vflair_core import plugin_manager, read_experiment, run
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 SHORTER = ["pretrain.steps=60", "train.steps=60", "victims.count=4", "victims.bypass=2"]
 
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from foreign_device import DEVICES, device_called, same_attention
+from support.foreign_device import DEVICES, device_called, same_attention
 from vflair_attacks import vflair_attacks
 from vflair_core import Partition
 from vflair_core.attacks.attack import call, launch

@@ -1,4 +1,4 @@
-"""A warm-up moves the data party's weights, and retention keeps them; tests/contract/test_ranking.py attacks that."""
+"""A warm-up moves the data party's weights, and retention keeps them; tests/experiments/grading/test_ranking.py attacks that."""
 
 from __future__ import annotations
 

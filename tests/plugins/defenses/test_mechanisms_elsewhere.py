@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from foreign_device import DEVICES, device_called
+from support.foreign_device import DEVICES, device_called
 from vflair_core.attacks.adaptive import rebuilt_mechanism
 from vflair_core.defenses.defense import Defense
 from vflair_core.offers import load_target, target_of

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from pathlib import Path
 
 import pytest
 
 import vflair_tasks
+from support.paths import DOCS
 from vflair_core import TaskCard
 
-PAGE = (Path(__file__).parents[3] / "docs" / "tasks.md").read_text()
+PAGE = (DOCS / "tasks.md").read_text()
 OFFERED = vflair_tasks.vflair_tasks()
 
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 import vflair_defenses
-from small import LLAMA
+from support.paths import CHEATING_ATTACKS, SAMPLE_PLUGIN
+from support.small_models import LLAMA
 from vflair_core import plugin_manager, run
 from vflair_core.experiments.config import experiment_from
 
-HERE = Path(__file__).parent
 WIDE = {**LLAMA, "initializer_range": 1.0}
 
 
 @pytest.fixture
 def pm():
-    manager = plugin_manager(
-        [HERE / "mine.py", HERE / "cheats.py"], entry_point_group="vflair.none"
-    )
+    manager = plugin_manager([SAMPLE_PLUGIN, CHEATING_ATTACKS], entry_point_group="vflair.none")
     manager.register(vflair_defenses)
     return manager
 

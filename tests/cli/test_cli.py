@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from support.paths import SAMPLE_PLUGIN, TASK_KINDS
 from vflair_core import Partition, split
 from vflair_core.testing import tiny_model
 
-MINE, KINDS = (Path(__file__).with_name(name) for name in ("mine.py", "kinds.py"))
 EXPERIMENT = """
 [task]
 name = "words"
@@ -62,7 +61,7 @@ def file(tmp_path_factory):
 
 
 def test_a_run_with_a_one_file_plugin_shows_and_writes_its_result(file, tmp_path):
-    done = vflair("run", file, "--plugin", MINE, "--out", tmp_path, "-o", "train.steps=2")
+    done = vflair("run", file, "--plugin", SAMPLE_PLUGIN, "--out", tmp_path, "-o", "train.steps=2")
     for word in (
         "undefended",
         "defended",
@@ -85,15 +84,15 @@ def test_a_run_with_a_one_file_plugin_shows_and_writes_its_result(file, tmp_path
     result = json.loads((tmp_path / "result.json").read_text())
     assert len(result["numbers"]["defended"]["losses"]) == 2
     again = vflair(
-        "run", tmp_path / "experiment.toml", "--plugin", MINE, "--out", tmp_path, "--json"
+        "run", tmp_path / "experiment.toml", "--plugin", SAMPLE_PLUGIN, "--out", tmp_path, "--json"
     )
     assert json.loads(again.stdout)["numbers_hash"] == result["numbers_hash"]
 
 
 def test_kept_evidence_is_attacked_again_with_the_same_outcome(file, tmp_path):
-    vflair("run", file, "--plugin", MINE, "--out", tmp_path, "--keep-evidence")
+    vflair("run", file, "--plugin", SAMPLE_PLUGIN, "--out", tmp_path, "--keep-evidence")
     then = json.loads((tmp_path / "result.json").read_text())["numbers"]
-    options = ("first-row", "--knowledge", "K1", "--plugin", MINE)
+    options = ("first-row", "--knowledge", "K1", "--plugin", SAMPLE_PLUGIN)
     now = json.loads(vflair("attack", tmp_path, *options, "--json").stdout)
     for arm in ("undefended", "defended"):
         assert now[arm][0]["attack_performance"] == then[arm]["attacks"][0]["attack_performance"]
@@ -101,7 +100,7 @@ def test_kept_evidence_is_attacked_again_with_the_same_outcome(file, tmp_path):
     table = vflair("attack", tmp_path, *options).stdout
     assert "first-row" in table
     assert "undefended" in table
-    refused = vflair("attack", tmp_path, "--plugin", MINE, code=1)
+    refused = vflair("attack", tmp_path, "--plugin", SAMPLE_PLUGIN, code=1)
     assert "Name one or more attacks" in refused.stderr
     refused = vflair("attack", tmp_path, *options, "--device", "gpu", code=1)
     assert "'gpu'" in refused.stderr
@@ -109,7 +108,7 @@ def test_kept_evidence_is_attacked_again_with_the_same_outcome(file, tmp_path):
 
 
 def test_explain_says_what_crosses_and_who_owns_what(file):
-    facts = json.loads(vflair("explain", file, "--plugin", MINE, "--json").stdout)
+    facts = json.loads(vflair("explain", file, "--plugin", SAMPLE_PLUGIN, "--json").stdout)
     roles = {(row["role"], row["direction"]) for row in facts["crossings"]}
     assert {("smashed", "sent"), ("returned", "received"), ("hidden_grad", "sent")} <= roles
     assert facts["owners"]["model.embed_tokens.weight"] == "data party"
@@ -118,16 +117,16 @@ def test_explain_says_what_crosses_and_who_owns_what(file):
 
 
 def test_show_lists_options_knowledge_and_text():
-    facts = json.loads(vflair("show", "first-row", "--plugin", MINE, "--json").stdout)
+    facts = json.loads(vflair("show", "first-row", "--plugin", SAMPLE_PLUGIN, "--json").stdout)
     assert facts["knowledge"]["needs"] == ["smashed", "mask", "embeddings"]
-    shift = json.loads(vflair("show", "shift", "--plugin", MINE, "--json").stdout)
+    shift = json.loads(vflair("show", "shift", "--plugin", SAMPLE_PLUGIN, "--json").stdout)
     assert shift["options"] == [{"name": "by", "type": "float", "default": "1.0"}]
 
 
 def test_list_names_what_plugins_offer_and_which_models_are_verified():
     names = {
         row["name"]
-        for row in json.loads(vflair("list", "tasks", "--plugin", MINE, "--json").stdout)
+        for row in json.loads(vflair("list", "tasks", "--plugin", SAMPLE_PLUGIN, "--json").stdout)
     }
     assert {"words", "two-words"} <= names
     assert "llama · causal-lm" in json.loads(vflair("list", "models", "--json").stdout)
@@ -136,28 +135,30 @@ def test_list_names_what_plugins_offer_and_which_models_are_verified():
 def test_a_task_is_listed_by_its_card_and_shown_with_an_example_and_its_private_spans():
     listed = {
         row["name"]: row
-        for row in json.loads(vflair("list", "tasks", "--plugin", KINDS, "--json").stdout)
+        for row in json.loads(vflair("list", "tasks", "--plugin", TASK_KINDS, "--json").stdout)
     }
     card = listed["passages"]
     assert card["kind"] == "question-answering"
     assert card["sizes"] == {"train": 48, "test": 12}
     assert card["metric"] == "exact_match"
     assert "kind" not in listed["pairs"]  # it has no card
-    table = vflair("list", "tasks", "--plugin", KINDS).stdout
+    table = vflair("list", "tasks", "--plugin", TASK_KINDS).stdout
     assert "question-answering" in table
     assert "train 48, test 12" in " ".join(table.split())
-    shown = json.loads(vflair("show", "colours", "--plugin", KINDS, "--json").stdout)["example"]
+    shown = json.loads(vflair("show", "colours", "--plugin", TASK_KINDS, "--json").stdout)[
+        "example"
+    ]
     assert shown["text"] == "Read: «Ada» wears red. Colour:"
     assert shown["answer"] == ["red"]
     bare = json.loads(
-        vflair("show", "colours", "-o", "template=false", "--plugin", KINDS, "--json").stdout
+        vflair("show", "colours", "-o", "template=false", "--plugin", TASK_KINDS, "--json").stdout
     )
     assert bare["example"]["text"] == "«Ada» wears red."
     assert bare["options"] == [{"name": "template", "type": "bool", "default": "True"}]
 
 
 def test_a_task_that_cannot_be_made_is_shown_all_the_same_with_the_reason():
-    done = vflair("show", "absent", "--plugin", KINDS)
+    done = vflair("show", "absent", "--plugin", TASK_KINDS)
     assert "There is no table at nowhere" in " ".join(done.stdout.split())
 
 
@@ -179,7 +180,7 @@ def test_merge_joins_two_folders_and_lists_what_it_wrote(tmp_path):
     ("arguments", "said"),
     [
         (["run", "nowhere.toml"], "There is no experiment file nowhere.toml"),
-        (["show", "first-rwo", "--plugin", MINE], "Did you mean 'first-row'"),
+        (["show", "first-rwo", "--plugin", SAMPLE_PLUGIN], "Did you mean 'first-row'"),
         (["list", "attcks"], "Possible: attacks, defenses, tasks, commands, models"),
         (["plugins", "--plugin", "nowhere.py"], "There is no Python file"),
         (["merge", "nowhere", "nowhere", "--out", "x"], "no data_party.safetensors in nowhere"),

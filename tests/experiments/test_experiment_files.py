@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
+from support.paths import EXAMPLES
 from vflair_core import read_experiment
 from vflair_core.errors import ExperimentError, PartitionError
 from vflair_core.experiments.config import experiment_from, to_toml
 
 SMALL = {"task": {"name": "t"}, "model": {"config": {"model_type": "llama"}}}
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def mistake(table) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 
 import vflair_defenses
+from support.paths import TASK_KINDS
 from vflair_core import Partition, plugin_manager, run, split
 from vflair_core.errors import ExperimentError
 from vflair_core.experiments.base_model import prepare_model
@@ -19,7 +19,6 @@ from vflair_core.tasks.preprocessor import Preprocessor
 from vflair_core.tasks.tokenization import reading_of
 from vflair_core.training.evaluation import evaluate, evaluate_party
 
-KINDS = Path(__file__).with_name("kinds.py")
 SIZES = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -69,7 +68,7 @@ HT, HBT = {"head": 1, "tail": 0}, {"head": 1, "tail": 1}
 
 @pytest.fixture
 def pm():
-    return plugin_manager([KINDS], entry_point_group="vflair.none")
+    return plugin_manager([TASK_KINDS], entry_point_group="vflair.none")
 
 
 def experiment(task, cut, **changes):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 import vflair_defenses
-from small import LLAMA
+from support.paths import ACTIVE_ADVERSARIES, SAMPLE_PLUGIN
+from support.small_models import LLAMA
 from vflair_core import AttackError, Message, plugin_manager, read_experiment, run
 from vflair_core.attacks.adversary import plausible
 from vflair_core.cli.terminal import show_result
@@ -18,14 +17,10 @@ from vflair_core.experiments.attack_phase import attack_again
 from vflair_core.experiments.config import experiment_from, to_toml
 from vflair_core.experiments.experiment import AttackSpec
 
-HERE = Path(__file__).parent
-
 
 @pytest.fixture(scope="module")
 def pm():
-    manager = plugin_manager(
-        [HERE / "mine.py", HERE / "cheaters.py"], entry_point_group="vflair.none"
-    )
+    manager = plugin_manager([SAMPLE_PLUGIN, ACTIVE_ADVERSARIES], entry_point_group="vflair.none")
     manager.register(vflair_defenses)
     return manager
 

@@ -8,22 +8,20 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
+from support.paths import KILLED_RUN
 from vflair_core import Defense, Partition, split
 from vflair_core.errors import CheckpointError, ProtocolError
 from vflair_core.testing import tiny_batch, tiny_model
 from vflair_core.training.fine_tuning import FineTuning, Train, train_unsplit
 
-SCRIPT = Path(__file__).with_name("killed.py")
-
 
 @pytest.fixture(scope="module")
 def killed():
-    spec = importlib.util.spec_from_file_location("killed", SCRIPT)
+    spec = importlib.util.spec_from_file_location("killed", KILLED_RUN)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -87,7 +85,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_losses_of_one_that_was_not(ki
     losses, kills = {}, 0
     while len(losses) < killed.STEPS:
         run = subprocess.Popen(
-            [sys.executable, SCRIPT, tmp_path], stdout=subprocess.PIPE, text=True
+            [sys.executable, KILLED_RUN, tmp_path], stdout=subprocess.PIPE, text=True
         )
         patience = chosen.randint(1, 6) if kills < 2 else killed.STEPS
         for line in run.stdout:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import attrs
 import pytest
 
 import vflair_attacks
 import vflair_defenses
+from support.paths import WORD_SWAPS
 from vflair_core import plugin_manager, run
 from vflair_core.errors import AttackError
 from vflair_core.experiments.attack_phase import attack_again
 from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.experiment import AttackSpec
 
-HERE = Path(__file__).parent
-
 
 @pytest.fixture
 def pm():
-    manager = plugin_manager([HERE / "swaps.py"], entry_point_group="vflair.none")
+    manager = plugin_manager([WORD_SWAPS], entry_point_group="vflair.none")
     manager.register(vflair_attacks)
     manager.register(vflair_defenses)
     return manager

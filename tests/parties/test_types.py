@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 
+from support.paths import SWEEP
 from vflair_core.parties.verified_models import VERIFIED
-
-SWEEP = str(Path(__file__).parents[1] / "sweep")
 
 
 @pytest.fixture(scope="module")
 def examine():
     """The sweep's comparison of one type."""
-    sys.path.insert(0, SWEEP)
+    sys.path.insert(0, str(SWEEP))
     try:
         import cells
     finally:
-        sys.path.remove(SWEEP)
+        sys.path.remove(str(SWEEP))
     return cells.examine
 
 

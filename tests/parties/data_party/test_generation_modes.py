@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import TextStreamer
 
+from support.paths import SWEEP
 from vflair_core import Partition, Transcript, split
 from vflair_core.errors import PartitionError, ProtocolError
 from vflair_core.testing import tiny_batch, tiny_model
@@ -25,7 +25,7 @@ def both(whole, head, tail):
 @pytest.fixture(scope="module")
 def build():
     """Make a small model of any type, as the sweep does."""
-    folder = str(Path(__file__).parents[1] / "sweep")
+    folder = str(SWEEP)
     sys.path.insert(0, folder)
     try:
         import cases

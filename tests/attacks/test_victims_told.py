@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 import vflair_attacks
+from support.paths import SAMPLE_PLUGIN
 from vflair_core import plugin_manager, run
 from vflair_core.errors import AttackError, ExperimentError
 from vflair_core.experiments.attack_phase import attack_again
 from vflair_core.experiments.config import experiment_from
 
-MINE = Path(__file__).with_name("mine.py")
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 32,
@@ -26,7 +24,7 @@ LLAMA = {
 
 @pytest.fixture
 def pm():
-    manager = plugin_manager([MINE], entry_point_group="vflair.none")
+    manager = plugin_manager([SAMPLE_PLUGIN], entry_point_group="vflair.none")
     manager.register(vflair_attacks)
     return manager
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 import vflair_defenses
-from small import LLAMA
+from support.paths import SAMPLE_PLUGIN
+from support.small_models import LLAMA
 from vflair_attacks import vflair_attacks as offered
 from vflair_core import AttackError, hookimpl, plugin_manager, run
 from vflair_core.cli.terminal import show_result
@@ -16,8 +15,6 @@ from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.grading.grades import Grade
 from vflair_core.experiments.grading.ranking import evaluated, strongest
 from vflair_core.experiments.grading.statistics import paired_interval
-
-HERE = Path(__file__).parent
 
 
 def grade(attack, knowledge, performance, *, development=None, **facts) -> Grade:
@@ -105,7 +102,7 @@ def pm():
         def vflair_attacks(self):
             return offered()
 
-    manager = plugin_manager([HERE / "mine.py"], entry_point_group="vflair.none")
+    manager = plugin_manager([SAMPLE_PLUGIN], entry_point_group="vflair.none")
     manager.register(Attacks())
     manager.register(vflair_defenses)
     return manager

@@ -53,7 +53,7 @@ def victim(cut):
             said.setdefault(message.kind, message)
 
     with parties.data_party.channel.tap(watch):
-        parties.data_party.connection.open(())
+        parties.data_party.connection.open()
         parties.data_party.model(**batch, use_cache=True).loss.backward()
     expected = parties.whole(**batch).logits
     return Victim(parties.data_party, parties.model_party, batch, expected, said)

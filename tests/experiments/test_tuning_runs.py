@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
+from support.paths import SAMPLE_PLUGIN
 from vflair_core import plugin_manager, run
 from vflair_core.errors import ExperimentError
 from vflair_core.experiments.config import experiment_from, read_experiment, to_toml
 
-MINE = Path(__file__).with_name("mine.py")
 SIZES = {
     "hidden_size": 16,
     "num_hidden_layers": 3,
@@ -26,7 +24,7 @@ LORA_OF_BLOCK = 2 * (4 * 32 + 3 * 48)  # rank 2: 16 → 16 four times, 16 ↔ 32
 
 @pytest.fixture
 def pm():
-    return plugin_manager([MINE], entry_point_group="vflair.none")
+    return plugin_manager([SAMPLE_PLUGIN], entry_point_group="vflair.none")
 
 
 def small(config=LLAMA, *, tail=1, train=None, **changes):

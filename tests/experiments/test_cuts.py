@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
 import pytest
 
+from support.paths import SAMPLE_PLUGIN
 from vflair_core import plugin_manager, run
 from vflair_core.cli.app import app
 from vflair_core.errors import ExperimentError, VflairError
 from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.cut_sweep import run_cuts
 
-MINE = Path(__file__).with_name("mine.py")
 MODEL = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3,
     "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -39,7 +38,7 @@ def small(**changes):
 
 @pytest.fixture
 def pm():
-    return plugin_manager([MINE], entry_point_group="vflair.none")
+    return plugin_manager([SAMPLE_PLUGIN], entry_point_group="vflair.none")
 
 
 def test_each_cut_gives_what_a_run_of_its_own_gives(pm, tmp_path):

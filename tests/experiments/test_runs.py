@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from small import LLAMA
+from support.paths import SAMPLE_PLUGIN
+from support.small_models import LLAMA
 from vflair_core import Transcript, hookimpl, plugin_manager, run
 from vflair_core.errors import AttackError, ExperimentError, PluginError, VflairError
 from vflair_core.experiments.config import experiment_from
 
-MINE = Path(__file__).with_name("mine.py")
 BERT = {
     "model_type": "bert",
     "hidden_size": 16,
@@ -34,7 +34,7 @@ BASE = {
 
 @pytest.fixture
 def pm():
-    return plugin_manager([MINE], entry_point_group="vflair.none")
+    return plugin_manager([SAMPLE_PLUGIN], entry_point_group="vflair.none")
 
 
 def small(**changes):

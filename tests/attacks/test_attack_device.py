@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import attrs
 import pytest
 import torch
 
 import vflair_defenses
-from foreign_device import DEVICES, device_called, same_attention
-from small import LLAMA
+from support.foreign_device import DEVICES, device_called, same_attention
+from support.paths import SAMPLE_PLUGIN
+from support.small_models import LLAMA
 from vflair_attacks import vflair_attacks as offered
 from vflair_core import hookimpl, plugin_manager, run
 from vflair_core.attacks import isolation as devices
@@ -22,7 +21,6 @@ from vflair_core.experiments.attack_phase import attack_again
 from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.experiment import AttackSpec
 
-HERE = Path(__file__).parent
 INFORMED = AttackSpec("vocabulary-search", {"beam": 2, "chunk": 300}, "K4")
 HIJACKING = {
     "name": "feature-space-hijacking",
@@ -38,7 +36,7 @@ def pm():
         def vflair_attacks(self):
             return offered()
 
-    manager = plugin_manager([HERE / "mine.py"], entry_point_group="vflair.none")
+    manager = plugin_manager([SAMPLE_PLUGIN], entry_point_group="vflair.none")
     manager.register(Attacks())
     manager.register(vflair_defenses)
     return manager

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import vflair_attacks
-from small import LLAMA
+from support.paths import SAMPLE_PLUGIN, TASK_KINDS
+from support.small_models import LLAMA
 from vflair_core import plugin_manager, run
 from vflair_core.attacks.guess_files import Progression
 from vflair_core.cli.terminal import show_result
 from vflair_core.experiments.config import experiment_from
 
-HERE = Path(__file__).parent
-
 
 @pytest.fixture(scope="module")
 def pm():
-    manager = plugin_manager([HERE / "mine.py", HERE / "kinds.py"], entry_point_group="vflair.none")
+    manager = plugin_manager([SAMPLE_PLUGIN, TASK_KINDS], entry_point_group="vflair.none")
     manager.register(vflair_attacks)
     return manager
 

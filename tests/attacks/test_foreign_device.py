@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from foreign_device import (
+from support.foreign_device import (
     DEVICES,
     Foreign,
     MixedDevicesError,

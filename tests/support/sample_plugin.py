@@ -65,7 +65,9 @@ def peek(smashed, mask) -> Guess:
     from vflair_core.experiments.grading.truth import Truth
 
     truths = [thing for thing in gc.get_objects() if type(thing) is Truth]
-    modules = [m for name, m in sys.modules.items() if name.endswith(("mine", "vflair_tasks"))]
+    modules = [
+        m for name, m in sys.modules.items() if name.endswith(("sample_plugin", "vflair_tasks"))
+    ]
     if truths:
         longest = mask.shape[1]
         rows = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,8 @@ from safetensors.torch import load_file
 
 import vflair_attacks
 import vflair_defenses
-from small import LLAMA
+from support.paths import SAMPLE_PLUGIN, TASK_KINDS
+from support.small_models import LLAMA
 from vflair_attacks.label_enumeration import LabelEnumeration
 from vflair_attacks.label_reconstruction import BatchLabelReconstruction
 from vflair_core import Example, Partition, Task, plugin_manager, run, split
@@ -31,7 +31,6 @@ from vflair_defenses.decoy_rows import DecoyRows
 from vflair_defenses.gaussian_noise import GaussianNoise
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-MINE = Path(__file__).with_name("mine.py")
 HBT = Partition(1, 1)
 
 
@@ -195,7 +194,7 @@ def test_guarantees_count_the_rounds_of_a_companion():
 
 @pytest.fixture
 def pm():
-    manager = plugin_manager([MINE, MINE.with_name("kinds.py")], entry_point_group="vflair.none")
+    manager = plugin_manager([SAMPLE_PLUGIN, TASK_KINDS], entry_point_group="vflair.none")
     manager.register(vflair_attacks)
     manager.register(vflair_defenses)
     return manager

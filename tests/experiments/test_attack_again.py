@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 import vflair_defenses
-from small import LLAMA
+from support.paths import SAMPLE_PLUGIN
+from support.small_models import LLAMA
 from vflair_attacks import vflair_attacks as offered
 from vflair_core import AttackError, hookimpl, plugin_manager, run
 from vflair_core.attacks.evidence import needed
@@ -19,7 +19,6 @@ from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.experiment import AttackSpec
 from vflair_core.experiments.grading.answer_key import AnswerKey
 
-HERE = Path(__file__).parent
 ATTACKS = (
     AttackSpec("vocabulary-search", {"beam": 2}, "K4"),
     AttackSpec("inverter", {"steps": 3}, ("K1", "queries")),
@@ -34,7 +33,7 @@ def pm():
         def vflair_attacks(self):
             return offered()
 
-    manager = plugin_manager([HERE / "mine.py"], entry_point_group="vflair.none")
+    manager = plugin_manager([SAMPLE_PLUGIN], entry_point_group="vflair.none")
     manager.register(Attacks())
     manager.register(vflair_defenses)
     return manager

@@ -16,13 +16,10 @@ from types import ModuleType
 from typing import Any
 
 import pluggy
-import structlog
 from attrs import frozen
 
 from vflair_core.errors import PluginError, did_you_mean
 from vflair_core.hookspecs import KINDS, PROJECT
-
-log = structlog.get_logger()
 
 
 @frozen
@@ -77,11 +74,17 @@ def plugin_manager(
         except Exception as error:  # noqa: BLE001 - whatever a plugin's import raises is its own failure
             failure = f"{type(error).__name__}: {error}"
             manager.failures.append(PluginInfo(point.name, source, version, error=failure))
-            log.warning("plugin_failed", plugin=point.name, source=source, error=failure)
+            _warn("plugin_failed", plugin=point.name, source=source, error=failure)
     for file in files:
         path = Path(file).resolve()
         _register(manager, load_file(path), path.stem, str(path), "")
     return manager
+
+
+def _warn(event: str, **facts: Any) -> None:
+    import structlog  # only now: it brings rich along, where that is installed
+
+    structlog.get_logger().warning(event, **facts)
 
 
 def load_file(path: Path) -> ModuleType:
@@ -180,7 +183,7 @@ def observe(
         try:
             implementation.function(**{key: facts[key] for key in implementation.argnames})
         except Exception as error:
-            log.warning(
+            _warn(
                 "observer_failed", plugin=implementation.plugin_name, hook=hook, error=repr(error)
             )
             if strict:

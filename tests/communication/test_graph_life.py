@@ -255,8 +255,8 @@ def test_memory_is_flat_over_ten_thousand_forwards_without_backward(cut):
     assert (len(session.caches), len(session.jobs)) == (0, 1)
     held = (
         party.roles,
-        party.dry_runs.seen_paths,
-        party.recorder._shapes._structures,
+        party.calls.dry_runs.seen_paths,
+        party.calls.recorder._shapes._structures,
         line.graphs,
         line.caches,
     )

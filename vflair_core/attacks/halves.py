@@ -56,7 +56,7 @@ class Head:
                 "it cannot be run as one chain."
             )
         inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
-        return self._party.dry_runs.returned({**inputs, "use_cache": False}, body)
+        return self._party.calls.dry_runs.returned({**inputs, "use_cache": False}, body)
 
     @property
     def partition(self) -> Partition:

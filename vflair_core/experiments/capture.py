@@ -130,7 +130,7 @@ def record_victims(
 
 def _spot(party: DataParty, rows: Sequence[TokenRow], transcript: Transcript) -> VictimRow:
     """Where the first row of the batch that was sent last is in its messages."""
-    sent = party.sent
+    sent = party.calls.sent
     assert sent is not None  # the batch was sent
     if len(rows) > 1:
         smashed = next(r.tensor for r in reversed(transcript.messages) if r.role == "smashed")

@@ -213,4 +213,4 @@ def test_who_has_the_head_looks_decoys_up_in_the_public_text(defended):
         (sent,) = [r.tensor for r in transcript.messages if r.role == "smashed"]
         away = (sent[:, None] - public).flatten(2).norm(dim=2).amin(1)
         found = (away > 1e-3).nonzero().flatten()
-        assert found.tolist() == sorted(party.sent.places.tolist())
+        assert found.tolist() == sorted(party.calls.sent.places.tolist())

@@ -3,53 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from vflair_core.communication import counterparts
 from vflair_core.communication.channel import Channel
 from vflair_core.communication.connection import Connection
-from vflair_core.communication.locks import Lock
-from vflair_core.communication.message import Phase, Role
-from vflair_core.communication.program import Program
+from vflair_core.communication.message import Role
 from vflair_core.defenses.calibration import CalibrationCache, Report, Situation
-from vflair_core.defenses.defense import Defense, Exchange
+from vflair_core.defenses.defense import Defense
 from vflair_core.defenses.pipeline import Defenses
 from vflair_core.errors import DefenseError, PartitionError
-from vflair_core.parties.data_party import remote_cache
 from vflair_core.parties.data_party.checkpoint import save_data_party, save_tokenizer
-from vflair_core.parties.data_party.dry_runs import DryRuns
-from vflair_core.parties.data_party.inputs import (
-    RowPlacement,
-    answer_mask,
-    cache_in,
-    learnt_of,
-    mask_of,
-    positions_of,
-    rows_of,
-)
-from vflair_core.parties.data_party.interception import (
-    check_trainable,
-    hand_over_forward,
-    hand_over_parts,
-    token_tables,
-)
-from vflair_core.parties.data_party.recorder import Recorder
-from vflair_core.parties.data_party.roles import Call
-from vflair_core.parties.data_party.round import LossScale, round_trip
-from vflair_core.parties.data_party.scored_positions import SCORED, only_scored
-from vflair_core.parties.data_party.stubs import put_stubs
+from vflair_core.parties.data_party.model_calls import ModelCalls
 from vflair_core.parties.data_party.text import answer_texts
 from vflair_core.partition.slices import Slices
-from vflair_core.partition.stages import Stage, names_in, stage_of
-from vflair_core.randomness import random_states
-from vflair_core.tasks.collation import Batch, is_defended
+from vflair_core.partition.stages import Stage, names_in
+from vflair_core.tasks.collation import Batch
 from vflair_core.tasks.preprocessor import Preprocessor
 from vflair_core.tasks.tokenization import InputFormat, reading_of
 
@@ -83,8 +57,6 @@ class DataParty:
     Set `loss_scale` to what the loss was multiplied with (by a `GradScaler`): defenses see gradients without it.
     """
 
-    sent: RowPlacement | None = None  # how the rows of the last call crossed
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -108,28 +80,11 @@ class DataParty:
         self.tokenizer = tokenizer
         self.defenses = Defenses(defenses, partition.kind, seed)
         self.calibration = CalibrationCache()
-        self.loss_scaling = LossScale()
         self._format: InputFormat | None = None  # how the model reads the task at hand
-        self._lock = Lock()
-        self._exchanges = 0
-        self._call: Call | None = None
-        self._last: Exchange | None = None
-        self._done: list[Exchange] = []  # all of the call at hand
-        self._begun: Exchange | None = None
-        self._asking = False
-        self.model = hand_over_forward(model, self.run_forward)
-        hand_over_parts(model, self.absent, self.run_part)
-        self.recorder = Recorder(self.exchange, stages, picks=SCORED in partition.disclose)
-        stubs = put_stubs(model, absent, local, self.recorder.call, self.recorder.calls)
-        self.recorder.absent.update(stubs)
-        self.dry_runs = DryRuns(model, self.recorder, stages, partition.disclose)
-        tables = token_tables(model)
-        if not tables and self.defenses.at("on_embeddings"):
-            raise PartitionError(
-                f"{type(model).__name__} has no table of token embeddings for a defense to stand at."
-            )
-        for table in tables:
-            table.register_forward_hook(self._on_embeddings)
+        self.calls = ModelCalls(
+            model, partition, stages, absent, local, self.connection, self.defenses
+        )
+        self.model = self.calls.model
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Weights by the names they have in the whole model."""
@@ -152,16 +107,16 @@ class DataParty:
     @property
     def loss_scale(self) -> float:
         """What the loss is multiplied with before its backward; 1 without a `GradScaler`."""
-        return self.loss_scaling.factor
+        return self.calls.loss_scaling.factor
 
     @loss_scale.setter
     def loss_scale(self, factor: float) -> None:
-        self.loss_scaling.factor = factor
+        self.calls.loss_scaling.factor = factor
 
     @property
     def roles(self) -> dict[str, tuple[Role, ...]]:
         """Roles of what crosses, by the id of the program that takes it."""
-        return self.dry_runs.roles
+        return self.calls.dry_runs.roles
 
     @property
     def disclosed(self) -> set[str]:
@@ -206,90 +161,21 @@ class DataParty:
     @property
     def exchanges(self) -> int:
         """Forwards across the cut so far."""
-        return self._exchanges
+        return self.calls.exchanges
 
     def go_on_from(self, step: int, exchanges: int) -> None:
         """Count steps and exchanges from here: a run is taken up again."""
-        self.connection.step, self._exchanges = step, exchanges
+        self.connection.step, self.calls.exchanges = step, exchanges
 
-    # -- calling the model ------------------------------------------------------------------------------
-
-    def run_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
-        """Run the model's own forward with the defenses that act on whole batches around it."""
-        with self._lock:
-            return self._run_forward(forward, inputs)
-
-    def _run_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
-        if self.dry_runs.probe is not None:
-            return forward(**inputs)
-        self.defenses.check(self._phase(cache_in(inputs)))
-        self._refuse_raw_text(inputs)
-        around = Exchange(self._exchanges + 1, self.connection.step, self._phase(cache_in(inputs)))
-        inputs = self.defenses.expand(inputs, around)
-        self.sent = self._how_sent(inputs, around)
-        trains = self.model.training and torch.is_grad_enabled()
-        if trains:
-            check_trainable(self.model)
-        self.recorder.begin()
-        random = random_states(self.model.device) if self.model.training else ()
-        self._call = Call(forward, inputs, self.dry_runs.past(inputs), random)
-        try:
-            if trains and inputs.get("labels") is not None:
-                inputs = {**inputs, "labels": self._defended_labels(inputs["labels"])}
-                inputs = only_scored(self.model, self.partition, inputs)
-                self._call.inputs = inputs
-            outputs = forward(**inputs)
-            if trains:
-                for exchange in self._done:
-                    self.defenses.penalise(outputs, exchange)
-        finally:
-            self._call = self._last = self._begun = None
-            self._done = []
-        return self.defenses.contract(outputs, around)
-
-    def _how_sent(self, inputs: dict[str, Any], around: Exchange) -> RowPlacement:
-        numbers = torch.arange(rows_of(inputs), device=self.model.device)
-        shifted = not self.model.config.is_encoder_decoder
-        return RowPlacement(
-            self.defenses.places(numbers, around), learnt_of(inputs, shifted=shifted)
-        )
-
-    def run_part(self, forward: Any, inputs: dict[str, Any]) -> Any:
-        """Run an inner model that was cut: within a call of the whole as it is; alone, as a call of its own.
-
-        `generate` calls the encoder of a sequence-to-sequence model alone, for example.
-        """
-        if self.dry_runs.probe is not None or self._call is not None:
-            return forward(**inputs)
-        if self.defenses.at("expand"):
-            raise DefenseError(
-                f"{type(self.defenses.at('expand')[0]).__name__} adds rows to calls of the whole model; here a "
-                "part of it is called alone."
-            )
-        self.defenses.check(self._phase(cache_in(inputs)))
-        self._refuse_raw_text(inputs)
-        self.recorder.begin()
-        random = random_states(self.model.device) if self.model.training else ()
-        self._call = Call(forward, inputs, self.dry_runs.past(inputs), random)
-        try:
-            return forward(**inputs)
-        finally:
-            self._call = self._last = self._begun = None
-            self._done = []
-
-    def _defended_labels(self, labels: Tensor) -> Tensor:
-        if self.defenses.at("on_labels"):
-            self._begun = self._begun or self._begin(labels.shape[-1])
-            labels = self.defenses.apply("on_labels", labels, self._begun, name="labels")
-        return labels
+    # -- its layers alone -------------------------------------------------------------------------------
 
     def smashed(self, **inputs: Any) -> Tensor:
         """Run the head alone and return the undefended hidden states it would send: (B, T, D).
 
         Nothing crosses. With a cache, the local and the absent layers both advance.
         """
-        with self._lock:
-            return self.dry_runs.smashed(inputs)
+        with self.calls.lock:
+            return self.calls.dry_runs.smashed(inputs)
 
     def complete(self, returned: Tensor, **inputs: Any) -> Any:
         """Run the local tail on `returned` as if the model party had sent it, and return the outputs.
@@ -301,80 +187,8 @@ class DataParty:
             raise PartitionError(
                 f"{type(self.model).__name__} takes {len(self.stages)} answers of the model party; one is given."
             )
-        with self._lock:
-            return self.dry_runs.complete(returned, inputs)
-
-    def exchange(
-        self, program: Program, leaves: list[Tensor], cache: Cache | None, shapes: list[Tensor]
-    ) -> list[Tensor]:
-        """Take a finished program from the recorder and carry out the round."""
-        if self.dry_runs.probe is not None:
-            return self.dry_runs.probe.answer(program, leaves, shapes)
-        roles = self.roles.get(program.id) or self.dry_runs.find_roles(
-            self._call, program, leaves, cache
-        )
-        positions = positions_of(leaves, roles)
-        exchange, self._begun = self._begun or self._begin(positions), None
-        self._last = exchange
-        self._done.append(exchange)
-        spec = None
-        if cache is not None:
-            remote = remote_cache.attach(
-                cache,
-                self.recorder.layers(stage_of(program.modules, self.stages).names),
-                self.connection.caches.append,
-                lambda old, new: self.connection.copies.append((old, new)),
-            )
-            spec = {"id": remote.id, "deeds": list(remote.deeds)}
-            if not remote.known:
-                spec["parts"] = remote.parts
-        returned = round_trip(
-            self.connection,
-            self.defenses,
-            self.loss_scaling,
-            exchange,
-            program,
-            leaves,
-            roles,
-            cache=spec,
-            training=self.model.training,
-        )
-        if cache is not None:
-            remote.deeds.clear()
-            remote.known = True
-            remote_cache.advance(cache, positions, self.recorder.layers(program.modules))
-        return returned
-
-    def _begin(self, positions: int) -> Exchange:
-        """Number the next exchange. It begins at the embeddings if a defense stands there."""
-        self._exchanges += 1
-        inputs = self._call.inputs if self._call else {}
-        phase = self._phase(cache_in(inputs))
-        # A model with two stacks asks for its second after the first, or with what the first gave before.
-        second = self._last is not None or inputs.get("encoder_outputs") is not None
-        of_answer = second and bool(self.model.config.is_encoder_decoder)
-        mask = answer_mask(inputs, positions) if of_answer else mask_of(inputs, positions)
-        return Exchange(self._exchanges, self.connection.step, phase, mask=mask, batch=inputs)
-
-    def _phase(self, cache: Cache | None) -> Phase:
-        if self.model.training and torch.is_grad_enabled():
-            return "train"
-        if cache is None:
-            return "eval"
-        return "prefill" if getattr(cache, "vflair_remote", None) is None else "decode"
-
-    def _on_embeddings(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-        if (
-            self.dry_runs.probe is not None
-            or self._call is None
-            or not self.defenses.at("on_embeddings")
-        ):
-            return None
-        self._begun = self._begun or self._begin(output.shape[1])
-        defended: Tensor = self.defenses.apply(
-            "on_embeddings", output, self._begun, name="embeddings", role="smashed"
-        )
-        return defended
+        with self.calls.lock:
+            return self.calls.dry_runs.complete(returned, inputs)
 
     # -- text in, text out ------------------------------------------------------------------------------
 
@@ -422,24 +236,9 @@ class DataParty:
             raise DefenseError("Text needs a tokenizer: split(model, partition, tokenizer=...).")
         return self.tokenizer
 
-    @contextmanager
-    def answering(self) -> Iterator[None]:
+    def answering(self) -> AbstractContextManager[None]:
         """While this lasts, the model may be given tokens: they have been through the defenses that act on text."""
-        with self._lock:
-            self._asking = True
-            try:
-                yield
-            finally:
-                self._asking = False
-
-    def _refuse_raw_text(self, inputs: dict[str, Any]) -> None:
-        """A batch that did not come through `encode` would go round the defenses that act on text."""
-        changing = self.defenses.at("on_text") + self.defenses.at("on_tokens")
-        if changing and not is_defended(inputs.get("input_ids")) and not self._asking:
-            raise DefenseError(
-                f"{type(changing[0]).__name__} changes text before it is sent, and this batch did not come "
-                "through it. Use data_party.encode(examples) or data_party.ask(texts)."
-            )
+        return self.calls.answering()
 
     # -- the task at hand -------------------------------------------------------------------------------
 

@@ -1,0 +1,269 @@
+"""Every call of the data party's model, from inputs to outputs: the exchanges it takes, and the defenses around it.
+
+The model runs its own forward. A stub that is reached records (`recorder.py`); when a program is complete, `exchange`
+takes it through one round (`round.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from vflair_core.communication.connection import Connection
+from vflair_core.communication.locks import Lock
+from vflair_core.communication.message import Phase
+from vflair_core.communication.program import Program
+from vflair_core.defenses.defense import Exchange
+from vflair_core.defenses.pipeline import Defenses
+from vflair_core.errors import DefenseError, PartitionError
+from vflair_core.parties.data_party import remote_cache
+from vflair_core.parties.data_party.dry_runs import DryRuns
+from vflair_core.parties.data_party.inputs import (
+    RowPlacement,
+    answer_mask,
+    cache_in,
+    learnt_of,
+    mask_of,
+    positions_of,
+    rows_of,
+)
+from vflair_core.parties.data_party.interception import (
+    check_trainable,
+    hand_over_forward,
+    hand_over_parts,
+    token_tables,
+)
+from vflair_core.parties.data_party.recorder import Recorder
+from vflair_core.parties.data_party.roles import Call
+from vflair_core.parties.data_party.round import LossScale, round_trip
+from vflair_core.parties.data_party.scored_positions import SCORED, only_scored
+from vflair_core.parties.data_party.stubs import put_stubs
+from vflair_core.partition.partition import Partition
+from vflair_core.partition.stages import Stage, names_in, stage_of
+from vflair_core.randomness import random_states
+from vflair_core.tasks.collation import is_defended
+
+
+class ModelCalls:
+    """Takes the model's forward over, and remembers what lies between the exchanges of one call.
+
+    Args:
+        model: A transformers model; it keeps its local modules, and stubs come where `absent` ones were.
+        partition: The cut.
+        stages: What the model party runs in one exchange each, in call order.
+        absent: The modules of `stages` by name; only their structure is used.
+        local: Blocks that both parties need: for each call, whether it is made here.
+        connection: To the model party.
+        defenses: The data party's.
+
+    Raises:
+        PartitionError: A defense stands at the embeddings, and the model has none.
+    """
+
+    sent: RowPlacement | None = None  # how the rows of the last call crossed
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        partition: Partition,
+        stages: tuple[Stage, ...],
+        absent: Mapping[str, nn.Module],
+        local: Mapping[str, tuple[bool, ...]],
+        connection: Connection,
+        defenses: Defenses,
+    ) -> None:
+        self.partition, self.stages = partition, stages
+        self.connection, self.defenses = connection, defenses
+        self.loss_scaling = LossScale()
+        self.lock = Lock()
+        self.exchanges = 0  # forwards across the cut so far
+        self._call: Call | None = None
+        self._last: Exchange | None = None
+        self._done: list[Exchange] = []  # all of the call at hand
+        self._begun: Exchange | None = None
+        self._asking = False
+        self.model = hand_over_forward(model, self.run_forward)
+        hand_over_parts(model, names_in(stages), self.run_part)
+        self.recorder = Recorder(self.exchange, stages, picks=SCORED in partition.disclose)
+        stubs = put_stubs(model, absent, local, self.recorder.call, self.recorder.calls)
+        self.recorder.absent.update(stubs)
+        self.dry_runs = DryRuns(model, self.recorder, stages, partition.disclose)
+        tables = token_tables(model)
+        if not tables and defenses.at("on_embeddings"):
+            raise PartitionError(
+                f"{type(model).__name__} has no table of token embeddings for a defense to stand at."
+            )
+        for table in tables:
+            table.register_forward_hook(self._on_embeddings)
+
+    # -- a call of the whole model, or of a part of it --------------------------------------------------
+
+    def run_forward(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        """Run the model's own forward with the defenses that act on whole batches around it."""
+        with self.lock:
+            if self.dry_runs.probe is not None:
+                return forward(**inputs)
+            self._check(inputs)
+            number, phase = self.exchanges + 1, self._phase(cache_in(inputs))
+            around = Exchange(number, self.connection.step, phase)
+            inputs = self.defenses.expand(inputs, around)
+            self.sent = self._how_sent(inputs, around)
+            with self._calling(forward, inputs) as call:
+                outputs = self._defended_forward(call)
+            return self.defenses.contract(outputs, around)
+
+    def run_part(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        """Run an inner model that was cut: within a call of the whole as it is; alone, as a call of its own.
+
+        `generate` calls the encoder of a sequence-to-sequence model alone, for example.
+        """
+        if self.dry_runs.probe is not None or self._call is not None:
+            return forward(**inputs)
+        if self.defenses.at("expand"):
+            raise DefenseError(
+                f"{type(self.defenses.at('expand')[0]).__name__} adds rows to calls of the whole model; here a "
+                "part of it is called alone."
+            )
+        self._check(inputs)
+        with self._calling(forward, inputs):
+            return forward(**inputs)
+
+    def _defended_forward(self, call: Call) -> Any:
+        trains = self.model.training and torch.is_grad_enabled()
+        if not trains:
+            return call.forward(**call.inputs)
+        check_trainable(self.model)
+        if call.inputs.get("labels") is not None:
+            labelled = {**call.inputs, "labels": self._defended_labels(call.inputs["labels"])}
+            call.inputs = only_scored(self.model, self.partition, labelled)
+        outputs = call.forward(**call.inputs)
+        for exchange in self._done:
+            self.defenses.penalise(outputs, exchange)
+        return outputs
+
+    @contextmanager
+    def _calling(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> Iterator[Call]:
+        """While this lasts, exchanges belong to this call."""
+        self.recorder.begin()
+        random = random_states(self.model.device) if self.model.training else ()
+        self._call = Call(forward, inputs, self.dry_runs.past(inputs), random)
+        try:
+            yield self._call
+        finally:
+            self._call = self._last = self._begun = None
+            self._done = []
+
+    def _check(self, inputs: dict[str, Any]) -> None:
+        """See that every defense supports the call, and that none which changes text is gone round."""
+        self.defenses.check(self._phase(cache_in(inputs)))
+        changing = self.defenses.at("on_text") + self.defenses.at("on_tokens")
+        if changing and not is_defended(inputs.get("input_ids")) and not self._asking:
+            raise DefenseError(
+                f"{type(changing[0]).__name__} changes text before it is sent, and this batch did not come "
+                "through it. Use data_party.encode(examples) or data_party.ask(texts)."
+            )
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """While this lasts, the model may be given tokens: they have been through the defenses that act on text."""
+        with self.lock:
+            self._asking = True
+            try:
+                yield
+            finally:
+                self._asking = False
+
+    def _how_sent(self, inputs: dict[str, Any], around: Exchange) -> RowPlacement:
+        numbers = torch.arange(rows_of(inputs), device=self.model.device)
+        shifted = not self.model.config.is_encoder_decoder
+        return RowPlacement(
+            self.defenses.places(numbers, around), learnt_of(inputs, shifted=shifted)
+        )
+
+    def _defended_labels(self, labels: Tensor) -> Tensor:
+        if self.defenses.at("on_labels"):
+            self._begun = self._begun or self._begin(labels.shape[-1])
+            labels = self.defenses.apply("on_labels", labels, self._begun, name="labels")
+        return labels
+
+    # -- its exchanges ----------------------------------------------------------------------------------
+
+    def exchange(
+        self, program: Program, leaves: list[Tensor], cache: Cache | None, shapes: list[Tensor]
+    ) -> list[Tensor]:
+        """Take a finished program from the recorder and carry out the round."""
+        if self.dry_runs.probe is not None:
+            return self.dry_runs.probe.answer(program, leaves, shapes)
+        roles = self.dry_runs.roles.get(program.id) or self.dry_runs.find_roles(
+            self._call, program, leaves, cache
+        )
+        positions = positions_of(leaves, roles)
+        exchange, self._begun = self._begun or self._begin(positions), None
+        self._last = exchange
+        self._done.append(exchange)
+        with self._remote(cache, program, positions) as spec:
+            return round_trip(
+                self.connection,
+                self.defenses,
+                self.loss_scaling,
+                exchange,
+                program,
+                leaves,
+                roles,
+                cache=spec,
+                training=self.model.training,
+            )
+
+    @contextmanager
+    def _remote(
+        self, cache: Cache | None, program: Program, positions: int
+    ) -> Iterator[dict[str, Any] | None]:
+        """What the model party is told of a cache; when it has answered, both halves have grown."""
+        if cache is None:
+            yield None
+            return
+        remote = remote_cache.attach(
+            cache,
+            self.recorder.layers(stage_of(program.modules, self.stages).names),
+            self.connection.caches.append,
+            lambda old, new: self.connection.copies.append((old, new)),
+        )
+        spec = {"id": remote.id, "deeds": list(remote.deeds)}
+        yield spec if remote.known else {**spec, "parts": remote.parts}
+        remote.deeds.clear()
+        remote.known = True
+        remote_cache.advance(cache, positions, self.recorder.layers(program.modules))
+
+    def _begin(self, positions: int) -> Exchange:
+        """Number the next exchange. It begins at the embeddings if a defense stands there."""
+        self.exchanges += 1
+        inputs = self._call.inputs if self._call else {}
+        phase = self._phase(cache_in(inputs))
+        # A model with two stacks asks for its second after the first, or with what the first gave before.
+        second = self._last is not None or inputs.get("encoder_outputs") is not None
+        of_answer = second and bool(self.model.config.is_encoder_decoder)
+        mask = answer_mask(inputs, positions) if of_answer else mask_of(inputs, positions)
+        return Exchange(self.exchanges, self.connection.step, phase, mask=mask, batch=inputs)
+
+    def _phase(self, cache: Cache | None) -> Phase:
+        if self.model.training and torch.is_grad_enabled():
+            return "train"
+        if cache is None:
+            return "eval"
+        return "prefill" if getattr(cache, "vflair_remote", None) is None else "decode"
+
+    def _on_embeddings(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        away = self.dry_runs.probe is not None or self._call is None
+        if away or not self.defenses.at("on_embeddings"):
+            return None
+        self._begun = self._begun or self._begin(output.shape[1])
+        defended: Tensor = self.defenses.apply(
+            "on_embeddings", output, self._begun, name="embeddings", role="smashed"
+        )
+        return defended

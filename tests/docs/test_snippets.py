@@ -15,7 +15,7 @@ import pytest
 
 from support.paths import ROOT
 from vflair_core import Result
-from vflair_core.cli.app import app
+from vflair_core.cli.main import app
 from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.run import run
 from vflair_core.plugins import PROJECT, plugin_manager

@@ -10,7 +10,7 @@ import pytest
 
 from support.paths import SAMPLE_PLUGIN
 from vflair_core import plugin_manager, run
-from vflair_core.cli.app import app
+from vflair_core.cli.main import app
 from vflair_core.errors import ExperimentError, VflairError
 from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.cut_sweep import run_cuts

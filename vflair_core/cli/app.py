@@ -27,7 +27,8 @@ Overrides = Annotated[
 ]
 
 
-def _configure_logging(*, verbose: bool, level: int = logging.WARNING) -> None:
+def configure_logging(*, verbose: bool, level: int = logging.WARNING) -> None:
+    """Show events of this level, with colours on a terminal; `verbose` shows all."""
     import structlog
 
     structlog.configure(

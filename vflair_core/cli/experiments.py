@@ -8,12 +8,11 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from vflair_core.cli.app import Json, Overrides, Plugin, _configure_logging, app
+from vflair_core.cli.app import Json, Overrides, Plugin, configure_logging
 from vflair_core.cli.tables import say, table
 from vflair_core.errors import VflairError
 
 
-@app.command
 def run(
     file: Path,
     *,
@@ -40,7 +39,7 @@ def run(
     verbose: Annotated[bool, Parameter(help="Log every step.")] = False,
 ) -> None:
     """Run the experiment in FILE and write result.json, transcript.safetensors and experiment.toml."""
-    _configure_logging(verbose=verbose)
+    configure_logging(verbose=verbose)
     from vflair_core.cli import terminal
     from vflair_core.experiments.config import read_experiment
     from vflair_core.experiments.run import run as run_experiment
@@ -76,7 +75,6 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-@app.command
 def attack(
     folder: Path,
     *names: str,
@@ -94,7 +92,7 @@ def attack(
     json_: Json = False,
 ) -> None:
     """Attack the evidence that `vflair run --keep-evidence` left in FOLDER, without running either party."""
-    _configure_logging(verbose=False)
+    configure_logging(verbose=False)
     from vflair_core.cli import terminal
     from vflair_core.experiments.attack_phase import attack_again
     from vflair_core.experiments.config import override
@@ -118,12 +116,11 @@ def attack(
         terminal.show_grades(grades)
 
 
-@app.command
 def explain(
     file: Path, *, override: Overrides = None, plugin: Plugin = None, json_: Json = False
 ) -> None:
     """Say what an experiment sends across the cut: tensors, roles, bytes, and who owns each weight."""
-    _configure_logging(verbose=False)
+    configure_logging(verbose=False)
     from vflair_core.experiments.config import read_experiment
     from vflair_core.experiments.explain import explain as explain_experiment
     from vflair_core.plugins import plugin_manager

@@ -6,17 +6,19 @@ import itertools
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from vflair_core.cli.app import Json, _configure_logging, app
+from vflair_core.cli.app import Json, app, configure_logging
+from vflair_core.cli.experiments import attack, explain, run
+from vflair_core.cli.plugins import list_, plugins, show
 from vflair_core.cli.tables import say
 from vflair_core.errors import VflairError
 
 
-@app.command
 def merge(
     data: Path,
     *model: Path,
@@ -30,7 +32,7 @@ def merge(
     json_: Json = False,
 ) -> None:
     """Join what the data party saved in DATA and the model parties in MODEL … into one Hugging Face checkpoint."""
-    _configure_logging(verbose=False)
+    configure_logging(verbose=False)
     from transformers.utils import logging as transformers_logging
 
     from vflair_core.parties.merge import merge as merge_parts
@@ -42,6 +44,19 @@ def merge(
         say(json.dumps({"out": str(folder), "files": files}, indent=2))
     else:
         say(f"{folder}: {', '.join(files)}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "run": run,
+    "attack": attack,
+    "explain": explain,
+    "plugins": plugins,
+    "list": list_,
+    "show": show,
+    "merge": merge,
+}
+for _name, _command in COMMANDS.items():
+    app.command(_command, name=_name)
 
 
 def main() -> None:
@@ -57,13 +72,13 @@ def main() -> None:
 def _add_plugin_commands(arguments: list[str]) -> None:
     """Plugins' commands are looked up only for help, and where the core has no command of that name."""
     name = next((word for word in arguments if not word.startswith("-")), "")
-    if name in {"run", "attack", "plugins", "list", "show", "explain", "merge"}:
+    if name in COMMANDS:
         return
     from vflair_core.offers import find, offers
     from vflair_core.plugins import plugin_manager
 
     after = itertools.pairwise(arguments)
-    _configure_logging(verbose=False, level=logging.ERROR)
+    configure_logging(verbose=False, level=logging.ERROR)
     manager = plugin_manager([value for flag, value in after if flag == "--plugin"])
     offered = [find(manager, "commands", name)] if name else offers(manager, "commands").values()
     for command in offered:

@@ -9,19 +9,18 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from vflair_core.cli.app import Json, Plugin, _configure_logging, app
+from vflair_core.cli.app import Json, Plugin, configure_logging
 from vflair_core.cli.tables import plain, say, summary, table
 from vflair_core.errors import VflairError
 
 
-@app.command
 def plugins(*, plugin: Plugin = None, json_: Json = False) -> None:
     """List every plugin, where it came from, what it implements, and why it failed if it did."""
     import attrs
 
     from vflair_core.plugins import plugin_manager
 
-    _configure_logging(verbose=False, level=logging.ERROR)
+    configure_logging(verbose=False, level=logging.ERROR)
     infos = plugin_manager(plugin or ()).about()
     if json_:
         say(json.dumps([attrs.asdict(info) for info in infos], indent=2))
@@ -33,7 +32,6 @@ def plugins(*, plugin: Plugin = None, json_: Json = False) -> None:
     table(("plugin", "from", "hooks, or why it failed"), rows)
 
 
-@app.command(name="list")
 def list_(what: str, *, plugin: Plugin = None, json_: Json = False) -> None:
     """List attacks, defenses, tasks or models (types that `verify` found exact)."""
     if what == "models":
@@ -66,7 +64,6 @@ def list_(what: str, *, plugin: Plugin = None, json_: Json = False) -> None:
         table(("name", "from", "what it does"), rows)
 
 
-@app.command
 def show(
     name: str,
     *,

@@ -1,4 +1,4 @@
-"""Finding plugins and asking them. A manager is a value: make one, pass it on, never share it globally.
+"""The plugin manager: a value that is made and passed on, never shared globally.
 
 Entry points are loaded one by one. A plugin that cannot be imported is remembered with its reason, shown
 by ``vflair plugins``, and breaks nothing else.

@@ -1,4 +1,4 @@
-"""Named random streams, the random state of the process, and seeds that nobody guesses."""
+"""Named random streams, and the random state of the process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ``vflair`` program. Nothing here imports torch until a command needs it."""
+"""The program `vflair`: its commands, and its errors as one message."""
 
 from __future__ import annotations
 

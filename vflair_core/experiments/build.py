@@ -1,4 +1,4 @@
-"""The outset of a run: from an experiment to what all its arms share, and the model they cut."""
+"""From an experiment to what all its arms share, and the model they cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The companions of each victim: the other examples of the batch that it crosses in."""
+"""Who is attacked, in whose company, and what an attacker has of others."""
 
 from __future__ import annotations
 

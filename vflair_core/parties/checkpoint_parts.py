@@ -1,4 +1,4 @@
-"""Finding the parties' parts that fit each other: one model, one cut, one run, one step."""
+"""The parties' parts that fit each other: one model, one cut, one run, one step."""
 
 from __future__ import annotations
 

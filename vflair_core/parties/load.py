@@ -1,4 +1,4 @@
-"""Loading one party's half of a checkpoint, without ever holding the other's.
+"""One party's half of a checkpoint, loaded without ever holding the other's.
 
 transformers' own `from_pretrained` does the work, on a subclass of the architecture whose `__init__` puts
 an empty module where a weight is not ours: so dtype, device_map, quantisation, shards, revisions and the

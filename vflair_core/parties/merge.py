@@ -1,4 +1,4 @@
-"""Joining what the parties saved into an ordinary Hugging Face checkpoint, or one peft adapter.
+"""What the parties saved, joined into an ordinary Hugging Face checkpoint, or one peft adapter.
 
 Nobody joins by accident: it takes all folders and an explicit call. What comes out is what the unsplit
 model would have been; it is written aside and renamed when it is whole.

@@ -1,4 +1,4 @@
-"""Where a model is cut, and the cut itself.
+"""A model in memory cut in two.
 
 HT (head | tail): the data party holds the embeddings and the first `head` blocks; the model party holds
 everything after them and returns logits. HBT (head | body | tail): the model party holds only middle

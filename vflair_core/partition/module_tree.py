@@ -1,4 +1,4 @@
-"""Making room in a model that is about to be loaded: what the other party holds is put out of its tree."""
+"""Modules taken out of a model's tree, put into another, or replaced by nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stacks of a model's blocks, and which modules a cut gives to the model party.
+"""What a cut gives to the model party: one stage for each stack of blocks, in the order of their calls.
 
 A *stack* is a list of blocks that the model calls one after the other; a cut goes through every stack: one
 for most models, two (encoder and decoder) for sequence-to-sequence ones. `locating.py` finds them.

@@ -1,4 +1,4 @@
-"""How predictions are scored where a task does not say it, and the defense score DCS of VFLAIR-LLM."""
+"""How predictions are scored where a task does not say it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Examples to batches, through the defenses that act on text and tokens: the one way into a model."""
+"""Examples to batches, through the defenses of text and tokens: the one way into a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which parts a party writes and reads, with what else must come back for a run to go on as if never stopped.
+"""A run saved by both parties, and taken up again as if it had never stopped.
 
 The model party writes first, so that a step whose data party's part exists is complete unless the model
 party lost its own. Which step counts is agreed when a session is opened again: the last that both have.

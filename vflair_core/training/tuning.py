@@ -1,4 +1,4 @@
-"""What is trained: whole slices, or adapters in them. Each party decides it for the weights it holds.
+"""What is trained: whole slices, or adapters in them; each party decides it for the weights it holds.
 
     tune(data_party, ["head", "tail"], adapters=Lora(r=8))
     tune(model_party, ["body"])

@@ -1,4 +1,4 @@
-"""How the parties agree on an optimizer step: both report, the data party decides, both commit.
+"""An optimizer step that both parties take or neither: both report, the data party decides, both commit.
 
 The data party sees the norm of every weight's gradient, its own and the model party's, in the order of the
 whole model, and decides scale, rate and skip from them as the unsplit loop would.

@@ -1,4 +1,4 @@
-"""The verdict on an attack: its controls, and what it reached where nothing defends."""
+"""One attack's grade, its controls, and the verdict on both."""
 
 from __future__ import annotations
 

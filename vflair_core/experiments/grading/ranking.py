@@ -1,4 +1,4 @@
-"""Which attack was the strongest at each preset, and what all of it says over several seeds."""
+"""Which attack was the strongest at each preset of knowledge."""
 
 from __future__ import annotations
 

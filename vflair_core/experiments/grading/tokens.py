@@ -1,4 +1,4 @@
-"""Grading of tokens: only the core knows the truth. Every grade stands beside its floor and its two controls."""
+"""Grading of tokens, each beside its floor and its two controls."""
 
 from __future__ import annotations
 

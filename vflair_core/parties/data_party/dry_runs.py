@@ -1,4 +1,4 @@
-"""Running the data party's local part without sending anything: to find roles, and for an attacker's head and tail."""
+"""Runs of the data party's local part that send nothing: to find roles, and for an attacker's head and tail."""
 
 from __future__ import annotations
 

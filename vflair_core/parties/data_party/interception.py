@@ -1,4 +1,4 @@
-"""How a model is handed over to the data party: its forward goes through the party, all else stays its own."""
+"""The model's forward, led through the data party; all else of the model stays its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stand-ins for the modules a data party does not hold: their attributes, none of their weights."""
+"""What stands where the model party's modules were: their attributes, none of their weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A chain of model parties: what one passes on to the next, as whose data party it then acts.
+"""What a model party of a chain passes on to the next, which takes it for a data party.
 
 The data party talks to the first and knows nothing of the others. The first runs the modules it holds and
 sends the rest of the program on with what that takes; the gradients come back the same way. `divide` makes

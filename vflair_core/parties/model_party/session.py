@@ -1,4 +1,4 @@
-"""What the model party remembers of one data party, and the caps on it.
+"""What the model party remembers of one data party.
 
 A request over a cap is refused; nothing that is in use is ever dropped.
 """

@@ -17,6 +17,7 @@ _HOMES = {
     "Message": "communication.message",
     "Partition": "partition.partition",
     "split": "parties.split",
+    "join": "parties.split",
     "divide": "parties.divide",
     "load_data_party": "parties.load",
     "load_model_party": "parties.load",
@@ -133,6 +134,7 @@ if TYPE_CHECKING:
     from vflair_core.parties.load import load_model_party as load_model_party
     from vflair_core.parties.merge import merge as merge
     from vflair_core.parties.model_party.party import ModelParty as ModelParty
+    from vflair_core.parties.split import join as join
     from vflair_core.parties.split import split as split
     from vflair_core.parties.verify import verify as verify
     from vflair_core.partition.partition import Blocks as Blocks

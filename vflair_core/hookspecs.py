@@ -56,7 +56,7 @@ class Decide:
 
     @hookspec
     def vflair_partition(self, model: torch.nn.Module, partition: Partition) -> Partition | None:
-        """Choose the cut when the experiment names this plugin as its ``cut``; None takes its partition."""
+        """Choose the cut when the experiment names this plugin as its ``partition_plugin``; None takes its partition."""
 
     @hookspec
     def vflair_open_channel(self, url: str, options: Mapping[str, Any]) -> Channel | None:

@@ -203,10 +203,10 @@ def test_generation_in_several_threads_gives_what_each_would_give_alone(parties)
 
 
 def test_two_data_parties_in_two_threads_do_not_mix_their_gradients(cut):
-    from vflair_core import Partition, split
+    from vflair_core import Partition, join
 
     parties = cut("llama")
-    second, _ = split(tiny_model("llama"), Partition(1, 1), model_party=parties.model_party)
+    second = join(tiny_model("llama"), parties.model_party, Partition(1, 1))
     batches = [tiny_batch(parties.whole, labels="tokens", seed=n) for n in range(2)]
     both = (parties.data_party, second)
 

@@ -269,7 +269,7 @@ def test_disclosed_positions_of_a_batch_are_refused(pm):
     table = {
         "task": {"name": "words"},
         "model": {"vocab_size": 300, "config": LLAMA},
-        "partition": {"head": 1, "tail": 0, "disclose": ["scored_positions"]},
+        "partition": {"head": 1, "tail": 0, "only_scored": True},
         "victims": {"count": 4, "companions": 2},
     }
     with pytest.raises(

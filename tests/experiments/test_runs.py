@@ -251,7 +251,7 @@ def test_a_failed_run_is_told_and_raised(pm):
         ({"partition": {"head": 3, "tail": 1}}, VflairError, "must lie between 0 and 2"),
         ({"channel": "grpc://x"}, VflairError, "No plugin opens the channel 'grpc://x'"),
         ({"devices": ["cpu", "cpu"]}, VflairError, "No plugin places the model party on cpu, cpu"),
-        ({"cut": "me"}, ExperimentError, "No plugin 'me' answers vflair_partition"),
+        ({"partition_plugin": "me"}, ExperimentError, "No plugin 'me' answers vflair_partition"),
         ({"save": True}, ExperimentError, "needs an output folder"),
     ],
 )
@@ -284,7 +284,9 @@ def test_decisions_of_plugins_are_taken_when_the_experiment_asks(pm):
     plain = run(small(), plugins=pm)
     assert not asked
     assert plain.numbers["undefended"]["partition"]["head"] == 1
-    chosen = run(small(cut="decider", channel="test:1", devices=["cpu", "cpu"]), plugins=pm)
+    chosen = run(
+        small(partition_plugin="decider", channel="test:1", devices=["cpu", "cpu"]), plugins=pm
+    )
     assert chosen.numbers["undefended"]["partition"]["head"] == 0
     assert asked == [("cpu", "cpu"), "test:1"]
     assert chosen.config_hash != plain.config_hash

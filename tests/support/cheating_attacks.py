@@ -57,14 +57,14 @@ def look_around(mask) -> Guess:
 
 def guess_the_seed(smashed, mask, embeddings, mechanism=None) -> Guess:
     """Draw the noise again from every small seed, in torch's way and in the core's, and keep what fits best."""
-    from vflair_core.randomness import _generator
+    from vflair_core.randomness import generator_from
 
     sigma = mechanism.parts[-1].sigma if mechanism is not None else 0.0
     tokens = torch.full(mask.shape, -1)
     for n, row in enumerate(smashed):
         row = row[mask[n]]
         streams = [torch.Generator().manual_seed(seed) for seed in range(TRIED)]
-        streams += [_generator(seed, 0) for seed in range(TRIED)]
+        streams += [generator_from(seed, 0) for seed in range(TRIED)]
         best = float("inf")
         for stream in streams:
             clean = row - sigma * torch.randn(row.shape, generator=stream)

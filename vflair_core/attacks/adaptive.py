@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from vflair_core.attacks.attack import Launch, wants
+from vflair_core.attacks.attack import Launch
 from vflair_core.defenses.defense import Defense
 from vflair_core.defenses.mechanism import ComposedMechanism, Mechanism, Replacement
 from vflair_core.errors import AttackError
@@ -65,9 +65,7 @@ def check_one_replaces(defenses: Sequence[Defense], launches: Sequence[Launch]) 
         AttackError: Several defenses replace words, one after the other.
     """
     several = [d for d in defenses if type(d).replacement is not Defense.replacement]
-    asking = [
-        launch.name for launch in launches if "replacement" in sum(wants(launch.attack), ()) and "replacement" in launch.granted
-    ]  # fmt: skip
+    asking = [launch.name for launch in launches if "replacement" in launch.asked]
     if len(several) > 1 and asking:
         raise AttackError(f"{len(several)} {ONE_REPLACES}")
 

@@ -65,11 +65,11 @@ def hosted_adversary(
 
 def _build(folder: Path) -> Adversary:
     """Make the adversary that the job in a folder describes, with what is granted there."""
-    room = Workspace(folder)
-    (spec,) = room.job["attacks"]
+    workspace = Workspace(folder)
+    (spec,) = workspace.job["attacks"]
     attack: Any = load_target(spec["target"])(**spec["options"])
     torch.manual_seed(spec["seed"])
-    adversary = call(attack.adversary, GrantedKnowledge(room, spec, "main", lambda *_: None))
+    adversary = call(attack.adversary, GrantedKnowledge(workspace, spec, "main", lambda *_: None))
     if not isinstance(adversary, Adversary):
         raise AttackError(
             f"{spec['target']}.adversary returned a {type(adversary).__name__}, not an Adversary."

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-from attrs import frozen
+from attrs import field, frozen
 from torch import Tensor
 
-from vflair_core.attacks.knowledge import PRESETS, VOCABULARY, granted
+from vflair_core.attacks.knowledge import PRESETS, VOCABULARY, granted, names_of
 from vflair_core.errors import AttackError, did_you_mean
 
 Attack = Callable[..., "Guess"]
@@ -93,7 +94,7 @@ def wants(attack: Attack) -> tuple[tuple[str, ...], tuple[str, ...]]:
     )
 
 
-@frozen(eq=False)
+@frozen(eq=False, slots=False)
 class Launch:
     """One attack of a run: the callable, what it may know, and the seed of its random stream.
 
@@ -102,7 +103,7 @@ class Launch:
 
     name: str
     attack: Callable[..., Any]
-    knowledge: str | tuple[str, ...] = "K4"
+    knowledge: tuple[str, ...] = field(default=("K4",), converter=names_of)
     seed: int = 0
     opening: bool = False
 
@@ -111,19 +112,29 @@ class Launch:
         """What is called with knowledge."""
         return self.attack.adversary if self.opening else self.attack  # type: ignore[attr-defined, no-any-return]
 
-    @property
+    @cached_property
+    def required(self) -> tuple[str, ...]:
+        """Names the attack cannot do without."""
+        return wants(self.called)[0]
+
+    @cached_property
+    def optional(self) -> tuple[str, ...]:
+        """Names the attack can use."""
+        return wants(self.called)[1]
+
+    @cached_property
     def granted(self) -> frozenset[str]:
         """All names the attack may use."""
         return granted(self.knowledge)
 
+    @property
+    def asked(self) -> frozenset[str]:
+        """Names the attack asks for and may use."""
+        return self.granted.intersection((*self.required, *self.optional))
+
     def check(self) -> None:
         """See that the attack asks for nothing it is not granted; raises `AttackError`."""
         check(self.called, self.granted)
-
-    @property
-    def label(self) -> str:
-        """The knowledge as a result shows it."""
-        return self.knowledge if isinstance(self.knowledge, str) else "+".join(self.knowledge)
 
 
 def check(

@@ -17,7 +17,7 @@ from attrs import field, frozen
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vflair_core.attacks.attack import Launch, wants
+from vflair_core.attacks.attack import Launch
 from vflair_core.attacks.knowledge import AUXILIARY, DEFENSE
 from vflair_core.attacks.observables import Capture
 from vflair_core.errors import AttackError
@@ -86,7 +86,7 @@ def needed(launches: Sequence[Launch]) -> set[str]:
 
 
 def _asked(launches: Sequence[Launch]) -> set[str]:
-    names = {name for launch in launches for kind in wants(launch.called) for name in kind}
+    names = {name for launch in launches for name in (*launch.required, *launch.optional)}
     return names & {name for launch in launches for name in launch.granted}
 
 
@@ -162,7 +162,7 @@ def check_held(store: Path, launch: Launch) -> None:
         AttackError: It does not: the run did not make it.
     """
     made = read_facts(store)["auxiliary"]
-    for name in wants(launch.attack)[0]:
+    for name in launch.required:
         files = [
             f
             for f, names in FILES.items()

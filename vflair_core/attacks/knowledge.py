@@ -76,15 +76,24 @@ BEFORE = frozenset(ALWAYS | WEIGHTS) - {"progress", "current_head", "current_tai
 PRESETS = {"K0": _K0, "K1": _K1, "K2": _K2, "K3": _K3, "K4": _K4}
 
 
+def names_of(knowledge: str | Iterable[str]) -> tuple[str, ...]:
+    """Presets and names as they were given, one or several."""
+    return (knowledge,) if isinstance(knowledge, str) else tuple(knowledge)
+
+
+def shown(knowledge: Iterable[str]) -> str:
+    """The same as results and tables print it: ``"K4+queries"``."""
+    return "+".join(knowledge)
+
+
 def granted(knowledge: str | Iterable[str]) -> frozenset[str]:
     """Return the names behind a preset, a name, or a list of presets and names.
 
     Raises:
         AttackError: A name is not in the vocabulary.
     """
-    wanted = [knowledge] if isinstance(knowledge, str) else list(knowledge)
     names = set(ALWAYS)
-    for name in wanted:
+    for name in names_of(knowledge):
         if name in PRESETS:
             names |= PRESETS[name]
         elif name in VOCABULARY:

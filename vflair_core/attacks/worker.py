@@ -34,8 +34,8 @@ Progress = Callable[[str, int, int], None]
 
 def run_job(folder: Path, progress: Progress) -> None:
     """Run every attack of the job on every pass it is asked for, and write the guesses."""
-    room = Workspace(folder)
-    for attack in room.job["attacks"]:
+    workspace = Workspace(folder)
+    for attack in workspace.job["attacks"]:
         callable_ = load_target(attack["target"])
         callable_ = callable_(**attack["options"]) if isinstance(callable_, type) else callable_
         for which in attack["passes"]:
@@ -63,7 +63,7 @@ def run_job(folder: Path, progress: Progress) -> None:
                 progress(shown, done, total)
 
             torch.manual_seed(attack["seed"])
-            guess = launch(callable_, GrantedKnowledge(room, attack, which, report))
+            guess = launch(callable_, GrantedKnowledge(workspace, attack, which, report))
             found = TimedGuess(guess, time.perf_counter() - start, course)
             write_guess(folder / f"guess-{attack['number']}-{which}", found)
 

@@ -15,6 +15,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from vflair_core.attacks.knowledge import shown
 from vflair_core.experiments.attack_phase import REFERENCES
 from vflair_core.experiments.cut_sweep import Recovery
 from vflair_core.experiments.grading.grades import Grade
@@ -91,7 +92,12 @@ def show_grades(grades: Mapping[str, Sequence[Grade]]) -> None:
         for grade in each:
             reached, floor = _performance(grade.to_dict()), f"{grade.floor:.3f}"
             table.add_row(
-                grade.attack, grade.knowledge, arm, escape(reached), floor, escape(grade.verdict)
+                grade.attack,
+                shown(grade.knowledge),
+                arm,
+                escape(reached),
+                floor,
+                escape(grade.verdict),
             )
     Console().print(table)
 

@@ -28,10 +28,6 @@ LAYERS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("sliding_window", "number_of_states"),
     ),
     "DummyLayer": (_COMMON, ()),
-    "UnlimitedOcrDynamicReferenceSlidingWindowLayer": (
-        "transformers.models.unlimited_ocr.modeling_unlimited_ocr",
-        ("sliding_window",),
-    ),
 }
 # Caches that keep states of their own besides their layers, which they make as they are filled.
 GROWING: dict[str, str] = {"MiniMaxCache": "transformers.models.minimax.modeling_minimax"}

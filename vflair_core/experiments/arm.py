@@ -107,7 +107,7 @@ def run_arm(
         "attacks": [grade.numbers() for grade in grades],
         **_promised(defenses, party, setting, reading, len(evaluations)),
         "trained_weights": trained,
-        "partition": attrs.asdict(party.partition),
+        "partition": party.partition.facts(),
         "untied": list(party.untied),
         "disclosed": sorted(party.disclosed),
         "isolation": e.isolation,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vflair_core.attacks.attack import Launch, wants
+from vflair_core.attacks.attack import Launch
 from vflair_core.attacks.evidence import (
     FILES,
     Evidence,
@@ -124,7 +124,7 @@ def _answer_key(
 
 def is_active(launch: Launch) -> bool:
     """Whether it can only guess after an active adversary of its own."""
-    return "adversary_state" in wants(launch.attack)[0]
+    return "adversary_state" in launch.required
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vflair_core.attacks.adaptive import check_one_replaces
-from vflair_core.attacks.attack import Launch, wants
+from vflair_core.attacks.attack import Launch
 from vflair_core.attacks.isolation import attack_device
-from vflair_core.attacks.knowledge import BEFORE
+from vflair_core.attacks.knowledge import BEFORE, names_of
 from vflair_core.defenses.defense import Defense
 from vflair_core.errors import ExperimentError
 from vflair_core.experiments.base_model import prepare_model
@@ -20,7 +20,6 @@ from vflair_core.experiments.experiment import AttackSpec, Experiment, Victims
 from vflair_core.experiments.pretraining import prior_guess
 from vflair_core.experiments.victims import companions_of
 from vflair_core.offers import build, find
-from vflair_core.parties.data_party.scored_positions import SCORED
 from vflair_core.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -89,9 +88,9 @@ def build_run(
 
 def _check_disclosed(e: Experiment) -> None:
     """Refuse batches in which a victim's own positions would not be known."""
-    if e.victims.companions and SCORED in e.partition.disclose:
+    if e.victims.companions and e.partition.only_scored:
         raise ExperimentError(
-            f"partition.disclose has {SCORED!r}, and positions that some row of a batch scores come back for all, so "
+            "partition.only_scored returns positions that some row of a batch scores for all of its rows, so "
             "victims cross alone: set victims.companions = 0."
         )
 
@@ -132,8 +131,7 @@ def make_adversary(spec: AttackSpec, plugins: pluggy.PluginManager, seed: int) -
             f"{spec.name!r} under [adversary] only watches: it has no method `adversary`. List it under [[attacks]]; "
             "an active one is feature-space-hijacking."
         )
-    asked = (spec.knowledge,) if isinstance(spec.knowledge, str) else spec.knowledge
-    launch = Launch(spec.name, attack, (*asked, "adversary_state"), seed)
+    launch = Launch(spec.name, attack, (*names_of(spec.knowledge), "adversary_state"), seed)
     launch.check()
     briefing_of(launch).check()
     return launch
@@ -166,7 +164,7 @@ def _check_offered(launch: Launch, victims: Victims, *, active: bool = False) ->
         "known_labels": (victims.known, "victims.known = 8"),
         "candidates": (victims.candidates, "victims.candidates = 8"),
     }
-    for name in wants(launch.attack)[0]:
+    for name in launch.required:
         there, how = made.get(name, (True, ""))
         if not there:
             raise ExperimentError(
@@ -201,13 +199,15 @@ def choose_partition(model: Any, e: Experiment, plugins: pluggy.PluginManager) -
     Raises:
         ExperimentError: The plugin it names does not answer.
     """
-    if not e.cut:
+    if not e.partition_plugin:
         return e.partition
     answers = plugins.hook.vflair_partition.get_hookimpls()
-    chosen = [i for i in answers if i.plugin_name == e.cut]
+    chosen = [i for i in answers if i.plugin_name == e.partition_plugin]
     if not chosen:
         there = ", ".join(i.plugin_name for i in answers) or "none"
-        raise ExperimentError(f"No plugin {e.cut!r} answers vflair_partition. Possible: {there}.")
+        raise ExperimentError(
+            f"No plugin {e.partition_plugin!r} answers vflair_partition. Possible: {there}."
+        )
     given: dict[str, Any] = {"model": model, "partition": e.partition}
     answer: Any = chosen[0].function(**{n: given[n] for n in chosen[0].argnames})
     return e.partition if answer is None else answer

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from vflair_core.attacks.attack import wants
 from vflair_core.attacks.observables import Capture
 from vflair_core.experiments.context import RunContext
 from vflair_core.experiments.releases import crosses_again
@@ -88,7 +87,7 @@ def crossing_again(setting: RunContext) -> list[Example]:
 def _asked(setting: RunContext, name: str) -> bool:
     """Whether an attack of this run, or perhaps one of kept evidence, asks for it."""
     return setting.keep or any(
-        name in names for launch in setting.launches for names in wants(launch.attack)
+        name in (*launch.required, *launch.optional) for launch in setting.launches
     )
 
 

@@ -176,7 +176,7 @@ class Experiment:
         adversary: An attack whose model party cheats in fine-tuning; both arms run once more under it, and are reported apart.
         victims: Whose messages are attacked.
         check_unsplit: Train the unsplit model beside the undefended split and compare all losses.
-        cut: Name of the plugin that chooses the cut by `vflair_partition`; empty takes `partition` as it is.
+        partition_plugin: Name of the plugin that chooses the cut by `vflair_partition`; empty takes `partition` as it is.
         channel: Where messages go: "local:", or a URL that a plugin opens.
         wire: Pass every message through the codec.
         devices: Where the model party computes; with more than one, a plugin places it.
@@ -198,7 +198,7 @@ class Experiment:
     adversary: AttackSpec | None = None
     victims: Victims = Victims()
     check_unsplit: bool = False
-    cut: str = ""
+    partition_plugin: str = ""
     channel: str = "local:"
     wire: bool = False
     devices: tuple[str, ...] = ()

@@ -85,8 +85,8 @@ def _notes(experiment: Experiment, task: Task, party: DataParty) -> list[str]:
         f"{name} was tied to a weight of the data party; each side now has its own."
         for name in party.untied
     ]
-    if party.partition.disclose:
-        names = ", ".join(party.partition.disclose)
+    if party.partition.disclosing:
+        names = ", ".join(party.partition.disclosing)
         notes.append(
             f"Crosses although it depends on the text, because the experiment says so: {names}."
         )

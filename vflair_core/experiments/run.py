@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
+from vflair_core.attacks.knowledge import shown
 from vflair_core.communication.transcript import Transcript
 from vflair_core.experiments.arm import Arm, choose, run_arm
 from vflair_core.experiments.build import build_run, make_defenses
@@ -193,7 +194,7 @@ def _scores(undefended: Arm, defended: Arm) -> dict[str, Any]:
     chance = undefended.numbers["chance"]
     rows: list[dict[str, Any]] = []
     for before, after in zip(undefended.grades, defended.grades, strict=True):
-        row: dict[str, Any] = {"attack": after.attack, "knowledge": after.knowledge}
+        row: dict[str, Any] = {"attack": after.attack, "knowledge": shown(after.knowledge)}
         row["target"] = after.target
         row["dcs"] = dcs(after.attack_performance, main, best)
         row["normalised"] = (

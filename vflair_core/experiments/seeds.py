@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vflair_core.attacks.knowledge import shown
 from vflair_core.experiments.grading.grades import Grade
 from vflair_core.experiments.grading.statistics import paired_interval
 
@@ -28,7 +29,7 @@ def over_seeds(runs: Mapping[int, Mapping[str, Arm]]) -> dict[str, Any]:
     }
     for number, grade in enumerate(arms[0][names[0]].grades):
         each = {name: [run[name].grades[number] for run in arms] for name in names}
-        row: dict[str, Any] = {"attack": grade.attack, "knowledge": grade.knowledge}
+        row: dict[str, Any] = {"attack": grade.attack, "knowledge": shown(grade.knowledge)}
         row["target"] = grade.target
         row |= {name: _mean([g.attack_performance for g in each[name]]) for name in names}
         row["floor"] = _mean([g.floor for g in each[names[-1]]])
@@ -60,8 +61,8 @@ def _against_blind(grades: Sequence[Sequence[Grade]]) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "attack": blind.attack,
-                    "blind": blind.knowledge,
-                    "adaptive": knowing.knowledge,
+                    "blind": shown(blind.knowledge),
+                    "adaptive": shown(knowing.knowledge),
                     "attack_performance": rates,
                     "gain": rates[1] - rates[0],
                     "gain_interval": list(paired_interval(pairs)),

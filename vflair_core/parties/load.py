@@ -149,8 +149,7 @@ def load_model_party(
                 model, twin, nn.Module()
             )  # the tied weight has been read; it is ours alone now
     held, _ = take(model, ours, frozenset(plan.local))
-    model_party = ModelParty(held, cut, plan.fingerprint(model))
-    model_party.slices = plan.slices
+    model_party = ModelParty(held, cut, plan.fingerprint(model), plan.slices)
     if onward is not None:
         model_party.pass_on(cut, open_channel(onward, plugins, wire=False))
     return model_party

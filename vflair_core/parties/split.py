@@ -7,11 +7,13 @@ blocks; the last `tail` blocks, the final norm and the task head stay with the d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from attrs import frozen
 from torch import nn
 
+from vflair_core.communication.channel import Channel
 from vflair_core.errors import PartitionError
 from vflair_core.parties.channels import open_channel
 from vflair_core.parties.data_party.party import DataParty
@@ -19,7 +21,7 @@ from vflair_core.parties.model_party.party import ModelParty
 from vflair_core.partition.block_discovery import locate_blocks
 from vflair_core.partition.fingerprint import fingerprint, sample_digest, weights_in
 from vflair_core.partition.slices import Slices
-from vflair_core.partition.stages import names_in, stages
+from vflair_core.partition.stages import Stage, names_in, stages
 from vflair_core.plugins import decide, observe
 
 if TYPE_CHECKING:
@@ -43,7 +45,6 @@ def split(
     devices: Sequence[str] = (),
     seed: int | None = None,
     plugins: pluggy.PluginManager | None = None,
-    model_party: ModelParty | None = None,
 ) -> tuple[DataParty, ModelParty]:
     """Cut `model` in two. Its weights move into the parties: do not use it afterwards.
 
@@ -57,52 +58,125 @@ def split(
         devices: Where the model party computes; with more than one, a plugin places it.
         seed: Seed of the defenses' noise; None draws it from the operating system.
         plugins: Asked for the blocks of a model whose blocks cannot be found.
-        model_party: One that exists, to join as a further data party: its weights are used, and those that `model`
-            has in their place are dropped.
 
     Raises:
         PartitionError: The blocks cannot be found, or the cut leaves the legal range.
-        ProtocolError: `model_party` was cut from another model, or in another place.
+        ProtocolError: No plugin opens the channel.
     """
-    partition = partition or Partition()
-    refuse_wrapped(model)
-    stacks = locate_blocks(model, plugins)
-    cut = stages(model, stacks, partition)
-    local = called_here(model, stacks, partition)
-    order = tuple(name for name, _ in model.named_parameters())
-    slices = Slices.find(model, stacks, cut, partition)
-    # Who joins an existing model party uses its weights, whatever `model` has in their place.
-    weights = weights_in(model_party.fingerprint) if model_party else sample_digest(model)
-    agreed = fingerprint(type(model).__name__, model.config, partition, weights, dtype=model.dtype)
-    held, untied = take(model, names_in(cut), frozenset(local))
-    if model_party is None:
-        model_party = ModelParty(held, cut, agreed)
-        model_party.slices = slices
-        _place(model_party, devices, plugins)
-    data_party = DataParty(
-        model,
-        partition,
-        open_channel(channel, plugins, wire=wire, handle=model_party.handle),
-        cut,
+    cut = _Cut.through(model, partition or Partition(), plugins)
+    agreed = cut.fingerprint(sample_digest(model))
+    held, untied = take(model, names_in(cut.stages), frozenset(cut.local))
+    model_party = ModelParty(held, cut.stages, agreed, cut.slices)
+    _place(model_party, devices, plugins)
+    data_party = cut.data_party(
         agreed,
-        {name: held.get_submodule(name) for name in names_in(cut)},
-        order=order,
-        local=local,
+        held,
+        open_channel(channel, plugins, wire=wire, handle=model_party.handle),
         untied=untied,
-        slices=slices,
         defenses=defenses,
         tokenizer=tokenizer,
         seed=seed,
     )
-    data_party.open()
     observe(
         plugins,
         "vflair_model_partitioned",
-        partition=partition,
+        partition=cut.partition,
         data_party_weights=sum(p.numel() for p in data_party.parameters()),
         model_party_weights=sum(p.numel() for p in model_party.parameters()),
     )
     return data_party, model_party
+
+
+def join(
+    model: PreTrainedModel,
+    model_party: ModelParty,
+    partition: Partition | None = None,
+    *,
+    defenses: Sequence[Defense] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    wire: bool = False,
+    seed: int | None = None,
+    plugins: pluggy.PluginManager | None = None,
+) -> DataParty:
+    """Make a further data party of a model party that exists: it keeps its own layers of `model`.
+
+    The model party's weights are used, and those that `model` has in their place are dropped. Do not use `model`
+    afterwards.
+
+    Args:
+        model: The same architecture as the model party's, with whatever weights.
+        model_party: Made by `split` or `load_model_party`.
+        partition: The cut, the same as the model party's.
+        defenses: As in `split`.
+        tokenizer: As in `split`.
+        wire: As in `split`.
+        seed: As in `split`.
+        plugins: As in `split`.
+
+    Raises:
+        PartitionError: The blocks cannot be found, or the cut leaves the legal range.
+        ProtocolError: `model_party` holds another architecture, or was cut in another place.
+    """
+    cut = _Cut.through(model, partition or Partition(), plugins)
+    agreed = cut.fingerprint(weights_in(model_party.fingerprint))
+    held, untied = take(model, names_in(cut.stages), frozenset(cut.local))
+    return cut.data_party(
+        agreed,
+        held,
+        open_channel(model_party.handle, plugins, wire=wire),
+        untied=untied,
+        defenses=defenses,
+        tokenizer=tokenizer,
+        seed=seed,
+    )
+
+
+@frozen(eq=False)
+class _Cut:
+    """Where a model in memory is cut, as both parties must know it before it is."""
+
+    model: PreTrainedModel
+    partition: Partition
+    stages: tuple[Stage, ...]
+    local: Mapping[str, tuple[bool, ...]]  # blocks that both parties need
+    order: tuple[str, ...]
+    slices: Slices
+
+    @classmethod
+    def through(
+        cls, model: PreTrainedModel, partition: Partition, plugins: pluggy.PluginManager | None
+    ) -> _Cut:
+        refuse_wrapped(model)
+        stacks = locate_blocks(model, plugins)
+        cut = stages(model, stacks, partition)
+        order = tuple(name for name, _ in model.named_parameters())
+        slices = Slices.find(model, stacks, cut, partition)
+        return cls(model, partition, cut, called_here(model, stacks, partition), order, slices)
+
+    def fingerprint(self, weights: str) -> str:
+        model = self.model
+        return fingerprint(
+            type(model).__name__, model.config, self.partition, weights, dtype=model.dtype
+        )
+
+    def data_party(
+        self, agreed: str, held: nn.Module, channel: Channel, **options: Any
+    ) -> DataParty:
+        """Put stubs where the `held` modules were, and open the session."""
+        party = DataParty(
+            self.model,
+            self.partition,
+            channel,
+            self.stages,
+            agreed,
+            {name: held.get_submodule(name) for name in names_in(self.stages)},
+            local=self.local,
+            order=self.order,
+            slices=self.slices,
+            **options,
+        )
+        party.open()
+        return party
 
 
 def _place(

@@ -46,7 +46,7 @@ def fingerprint(
         "dtype": str(dtype).removeprefix("torch."),
         "head": partition.head,
         "tail": partition.tail,
-        "disclose": ",".join(partition.disclose),
+        "disclose": ",".join(partition.disclosing),
     }
     return "; ".join(f"{key}={value}" for key, value in parts.items())
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from attrs import field, frozen
+from attrs import asdict, field, frozen
 from torch import nn
 
 from vflair_core.errors import PartitionError
+
+SCORED = "scored_positions"  # the tensor that tells which positions enter the loss
 
 
 def _not_negative(_instance: object, attribute: Any, value: int) -> None:
@@ -16,6 +18,14 @@ def _not_negative(_instance: object, attribute: Any, value: int) -> None:
         raise PartitionError(
             f"{attribute.name} must be a whole number of blocks >= 0, not {value!r}; "
             "try Partition(head=2, tail=2)."
+        )
+
+
+def _names_of_tensors(_instance: object, _attribute: Any, names: tuple[str, ...]) -> None:
+    if SCORED in names:
+        raise PartitionError(
+            f"{SCORED!r} is no tensor that a model sends. To get the logits of scored positions only, say "
+            "Partition(head, 0, only_scored=True)."
         )
 
 
@@ -28,11 +38,23 @@ class Partition:
         tail: Blocks before the final norm; 0 gives norm and task head to the model party (HT).
         disclose: Names of tensors that depend on the text and may cross all the same, although they are
             not hidden states. Everything of that sort is refused unless named here, and the name is recorded.
+        only_scored: In HT, let a training step return the logits of those positions only that some row of the batch
+            scores. Which these are crosses in the clear, as the tensor ``scored_positions``, and is recorded.
     """
 
     head: int = field(default=2, validator=_not_negative)
     tail: int = field(default=2, validator=_not_negative)
-    disclose: tuple[str, ...] = field(default=(), converter=tuple)
+    disclose: tuple[str, ...] = field(default=(), converter=tuple, validator=_names_of_tensors)
+    only_scored: bool = field(default=False, kw_only=True)
+
+    def facts(self) -> dict[str, Any]:
+        """The cut as a result tells it; what is off is left out."""
+        return asdict(self, filter=lambda _, value: value is not False)
+
+    @property
+    def disclosing(self) -> tuple[str, ...]:
+        """Names of all tensors that may cross although they depend on the text and are no hidden states."""
+        return (*self.disclose, SCORED) if self.only_scored else self.disclose
 
     @property
     def kind(self) -> Literal["HT", "HBT"]:

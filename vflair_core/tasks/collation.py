@@ -167,25 +167,27 @@ def _first(tokenizer: PreTrainedTokenizerBase, row: TokenRow) -> int:
 def _whole(row: TokenRow) -> int:
     label = row.example.label
     if not isinstance(label, int) or isinstance(label, bool):
-        raise TaskError(f"{_name(row)} has the label {label!r}, which is no index of a class.")
+        raise TaskError(
+            f"{row.example.title} has the label {label!r}, which is no index of a class."
+        )
     return label
 
 
 def _number(row: TokenRow) -> float:
     label = row.example.label
     if label is None:
-        raise TaskError(f"{_name(row)} has no label to learn: give it a number, or leave it out.")
+        raise TaskError(
+            f"{row.example.title} has no label to learn: give it a number, or leave it out."
+        )
     return float(label)
 
 
 def _wanted(row: TokenRow) -> list[int]:
     if not row.target:
-        raise TaskError(f"{_name(row)} has no answer to learn: give it one, or leave it out.")
+        raise TaskError(
+            f"{row.example.title} has no answer to learn: give it one, or leave it out."
+        )
     return row.target
-
-
-def _name(row: TokenRow) -> str:
-    return f"Example {row.example.id or row.example.text[:40]!r}"
 
 
 def _padding(tokenizer: PreTrainedTokenizerBase) -> int:

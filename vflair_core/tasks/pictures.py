@@ -39,7 +39,7 @@ def picture_row(processor: Any, example: Example) -> TokenRow:
     example = with_places(example, token)
     if example.text.count(token) != len(example.images):
         raise TaskError(
-            f"Example {example.id or example.text[:40]!r} has {len(example.images)} pictures and "
+            f"{example.title} has {len(example.images)} pictures and "
             f"{example.text.count(token)} places {token!r} for them: write one place for each, or none at all."
         )
     text = example.text if example.pair is None else f"{example.text}\n{example.pair}"

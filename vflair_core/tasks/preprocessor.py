@@ -125,8 +125,6 @@ def _right(example: Example) -> Example:
         return example
     if example.choices:
         if not isinstance(example.label, int):
-            raise TaskError(
-                f"Example {example.id or example.text[:40]!r} has choices and no label that says which is right."
-            )
+            raise TaskError(f"{example.title} has choices and no label that says which is right.")
         return attrs.evolve(example, answer=example.choices[example.label])
     return attrs.evolve(example, answer=example.answers[0]) if example.answers else example

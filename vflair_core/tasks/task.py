@@ -76,9 +76,14 @@ class Example:
             self.pair is not None and 0 <= self.span[0] < self.span[1] <= len(self.pair)
         ):
             raise TaskError(
-                f"Example {self.id or self.text[:40]!r}: its answer cannot stand at characters {self.span} of "
+                f"{self.title}: its answer cannot stand at characters {self.span} of "
                 f"a passage of {len(self.pair or '')} characters."
             )
+
+    @property
+    def title(self) -> str:
+        """What errors call it: its id, else the beginning of its text."""
+        return f"Example {self.id or self.text[:40]!r}"
 
     @property
     def secrets(self) -> tuple[str, ...]:

@@ -137,7 +137,7 @@ def _windows(
     room = max_length - taken
     if room <= stride:
         raise TaskError(
-            f"Example {example.id or example.text[:40]!r}: of max_length = {max_length} tokens its question "
+            f"{example.title}: of max_length = {max_length} tokens its question "
             f"leaves {room} for the passage, and windows share {stride}. Set train.max_length to "
             f"{taken + stride + 1} or more, or a smaller stride."
         )
@@ -174,7 +174,7 @@ def _continued(
     free = [n for n, is_fixed in enumerate(fixed) if not is_fixed]
     if surplus > len(free):
         raise TaskError(
-            f"Example {example.id or example.text[:40]!r}: of max_length = {max_length} tokens its answer needs "
+            f"{example.title}: of max_length = {max_length} tokens its answer needs "
             f"{len(target)} and {len(row.ids) - len(free)} are special or stand for pictures. Set "
             f"train.max_length to {max_length + surplus - len(free)} or more, or drop the example."
         )

@@ -51,7 +51,7 @@ def test_an_attack_whose_control_failed_is_never_the_strongest():
 def test_what_no_preset_grants_makes_rows_of_its_own():
     grades = [
         grade("plain", "K1", 0.5),
-        grade("asking", "K1+queries", 0.8),
+        grade("asking", ("K1", "queries"), 0.8),
         grade("strong", "K3", 0.9),
     ]
     assert best(grades) == {
@@ -67,7 +67,7 @@ def test_what_no_preset_grants_makes_rows_of_its_own():
 
 
 def test_an_attack_on_updates_never_stands_for_what_messages_alone_give_away():
-    grades = [grade("on-messages", "K2", 0.3), grade("on-updates", "K2+updates", 1.0)]
+    grades = [grade("on-messages", "K2", 0.3), grade("on-updates", ("K2", "updates"), 1.0)]
     assert best(grades) == {
         "K2": "on-messages",
         "K3": "on-messages",

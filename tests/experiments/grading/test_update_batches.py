@@ -79,7 +79,7 @@ def test_the_order_within_an_update_does_not_count_and_the_order_of_updates_does
     swapped = padded([tokens[n] for n in (1, 0, 3, 2)])
     exchanged = padded([tokens[n] for n in (2, 3, 0, 1)])
     whole = grade_tokens(
-        Guess(tokens=swapped), there, None, lambda _: "", name="a", knowledge="K3+updates"
+        Guess(tokens=swapped), there, None, lambda _: "", name="a", knowledge=("K3", "updates")
     )
     assert whole.hits == [(10, 10), (11, 11)]
     assert (whole.attack_performance, whole.details["exact_sequences"]) == (1.0, 1.0)
@@ -129,7 +129,12 @@ def test_the_floor_of_labels_is_the_best_set_of_labels_for_every_update(size):
     labels = torch.tensor([0, 1, 1, 0, 2, 1, 0, 0, 1, 2, 0, 1])
     there = truth_of([torch.tensor([1])] * 12, size, labels=labels)
     found = grade(
-        Guess(labels=torch.zeros(12).long()), there, None, None, name="a", knowledge="K0+updates"
+        Guess(labels=torch.zeros(12).long()),
+        there,
+        None,
+        None,
+        name="a",
+        knowledge=("K0", "updates"),
     )
 
     def share(said):
@@ -150,7 +155,7 @@ def test_the_floor_of_labels_is_the_best_set_of_labels_for_every_update(size):
 def test_labels_of_one_update_are_counted_in_any_order_and_have_no_ranks():
     there = truth_of([torch.tensor([1])] * 4, 2, labels=torch.tensor([0, 1, 1, 1]))
     guess = Guess(labels=torch.tensor([1, 0, 1, 0]), scores=torch.rand(4))
-    found = grade(guess, there, None, None, name="a", knowledge="K0+updates")
+    found = grade(guess, there, None, None, name="a", knowledge=("K0", "updates"))
     assert found.attack_performance == 3 / 4
     assert "auc" not in found.details
     assert performance(guess, there, range(4)) == 3 / 4

@@ -13,7 +13,7 @@ from vflair_core.errors import PartitionError
 from vflair_core.testing import tiny_batch, tiny_model
 from vflair_core.training.fine_tuning import FineTuning, Train, train_unsplit
 
-OPTED_IN = Partition(1, 0, disclose=("scored_positions",))
+OPTED_IN = Partition(1, 0, only_scored=True)
 
 
 def answers(model, seed=0):
@@ -98,7 +98,7 @@ def test_a_chain_passes_the_positions_on():
 @pytest.mark.parametrize(
     ("model", "partition"),
     [
-        (tiny_model("llama"), Partition(1, 1, disclose=("scored_positions",))),
+        (tiny_model("llama"), Partition(1, 1, only_scored=True)),
         (tiny_model("bert", "classification"), OPTED_IN),
     ],
     ids=["HBT", "classification"],
@@ -107,7 +107,7 @@ def test_where_there_are_no_logits_to_restrict_it_is_refused(model, partition):
     data_party, _ = split(model, partition)
     labels = "tokens" if partition.tail else "classes"
     data_party.model.train()
-    with pytest.raises(PartitionError, match=r"'scored_positions' restricts the logits"):
+    with pytest.raises(PartitionError, match="only_scored restricts the logits"):
         data_party.model(**tiny_batch(model, labels=labels))
 
 
@@ -124,3 +124,8 @@ def test_the_model_party_picks_no_position_twice(positions):
     assert torch.equal(run.step(step, {}), hidden[:, [1, 3]])
     with pytest.raises(ProtocolError, match="each at most once"):
         Execution(lambda *_: None, [hidden, positions]).step(step, {})
+
+
+def test_it_is_asked_for_by_an_option_and_by_no_name_of_a_tensor():
+    with pytest.raises(PartitionError, match="only_scored=True"):
+        Partition(1, 0, disclose=("scored_positions",))

@@ -13,6 +13,7 @@ from vflair_core import (
     Partition,
     Transcript,
     divide,
+    join,
     load_data_party,
     load_model_party,
     merge,
@@ -178,7 +179,7 @@ def test_a_chain_that_was_stopped_goes_on_to_the_same_losses_and_merges(tail, tm
 def test_two_data_parties_share_a_chain_by_the_mean_of_their_gradients():
     whole = deep()
     one, first = split(copy.deepcopy(whole), Partition(1, 1))
-    two, _ = split(copy.deepcopy(whole), Partition(1, 1), model_party=first)
+    two = join(copy.deepcopy(whole), first, Partition(1, 1))
     second = divide(first, 2)
     first.sharing = "mean"
     train = Train(steps=1, learning_rate=0.05, optimizer="sgd")

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from vflair_core import Partition, split
+from vflair_core import Partition, join, split
 from vflair_core.errors import ProtocolError
 from vflair_core.testing import tiny_batch, tiny_model
 from vflair_core.training.fine_tuning import FineTuning, Train
@@ -23,13 +23,10 @@ class Crowd:
     def __init__(self, kind="llama", partition=None, count=2):
         partition = partition or Partition(1, 1)
         self.wholes = [tiny_model(kind, seed=n) for n in range(count)]
-        model_party, self.parties = None, []
-        for whole in self.wholes:
-            party, model_party = split(
-                copy.deepcopy(whole), partition, model_party=model_party, wire=True
-            )
-            self.parties.append(party)
-        self.model_party = model_party
+        first, *others = map(copy.deepcopy, self.wholes)
+        party, model_party = split(first, partition, wire=True)
+        joining = [join(other, model_party, partition, wire=True) for other in others]
+        self.parties, self.model_party = [party, *joining], model_party
         self.held = dict(model_party.named_parameters())
         for whole in self.wholes:
             self.give_body(whole)
@@ -249,7 +246,7 @@ def test_each_party_may_have_adapters_of_its_own(crowd):
 def test_a_model_cut_elsewhere_cannot_join():
     _, model_party = split(tiny_model("llama"), Partition(1, 1))
     with pytest.raises(ProtocolError, match="do not hold two halves of the same model"):
-        split(tiny_model("llama"), Partition(2, 1), model_party=model_party)
+        join(tiny_model("llama"), model_party, Partition(2, 1))
 
 
 def test_a_rule_that_does_not_exist_is_refused():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vflair_core.attacks.adaptive import Side, has_mechanism
-from vflair_core.attacks.attack import Guess, Launch, wants
+from vflair_core.attacks.attack import Guess, Launch
 from vflair_core.attacks.evidence import read_facts
 from vflair_core.attacks.guess_files import TimedGuess, read_guess, take_so_far
 from vflair_core.attacks.isolation import Isolation, attack_device
@@ -64,7 +64,7 @@ def attack_and_grade(
     for launch in launches:
         launch.check()
     facts = read_facts(store)
-    keys = [key.for_updates() if "updates" in _asked(launch) else key for launch in launches]
+    keys = [key.for_updates() if "updates" in launch.asked else key for launch in launches]
     with tempfile.TemporaryDirectory(prefix="vflair-") as name:
         folder = Path(name)
         there = attack_device(device)
@@ -104,13 +104,13 @@ def _graded(
 ) -> Grade:
     main = read_guess(folder / f"guess-{number}-main")
     guess = main.guess
-    if guess.tokens is not None and "candidates" in sum(wants(launch.attack), ()):
+    if guess.tokens is not None and "candidates" in (*launch.required, *launch.optional):
         raise AttackError(
             f"{launch.name} was offered candidates, among which are the victims' texts, so it may not guess tokens."
         )
     truth, reported = key.truth, key.reported
     found = grade(
-        guess.of(reported), truth.of(reported), key.prior, decode, name=launch.name, knowledge=launch.label
+        guess.of(reported), truth.of(reported), key.prior, decode, name=launch.name, knowledge=launch.knowledge
     )  # fmt: skip
     found.adaptive = _is_adaptive(launch, facts)
     if key.development:
@@ -157,12 +157,7 @@ def _is_adaptive(launch: Launch, facts: Mapping[str, Any]) -> bool:
         used |= {"mechanism", "parameters"}
     sides: tuple[Side, ...] = ("gradient_mechanism", "replacement")
     used |= {side for side in sides if has_mechanism(specs, side)}
-    return bool(specs) and bool(_asked(launch) & used)
-
-
-def _asked(launch: Launch) -> set[str]:
-    """What the attack asks for and is granted."""
-    return {name for kind in wants(launch.attack) for name in kind} & launch.granted
+    return bool(specs) and bool(launch.asked & used)
 
 
 def _accuracy_of(guess: Any, key: AnswerKey) -> float:
@@ -172,7 +167,13 @@ def _accuracy_of(guess: Any, key: AnswerKey) -> float:
 
 
 def grade(
-    guess: Guess, truth: Truth, prior: Tensor | None, decode: Any, *, name: str, knowledge: str
+    guess: Guess,
+    truth: Truth,
+    prior: Tensor | None,
+    decode: Any,
+    *,
+    name: str,
+    knowledge: tuple[str, ...],
 ) -> Grade:
     """Grade a guess of whatever kind; `prior` and `decode` are for tokens.
 

@@ -7,6 +7,8 @@ from typing import Any
 import attrs
 from attrs import define, field, frozen
 
+from vflair_core.attacks.knowledge import names_of, shown
+
 
 @frozen
 class Reference:
@@ -50,7 +52,7 @@ class Grade:
     """
 
     attack: str
-    knowledge: str
+    knowledge: tuple[str, ...] = field(converter=names_of)
     target: str  # "tokens" (of prompts), "response" (tokens), "labels", "answers", "members"
     attack_performance: float
     interval: tuple[float, float]
@@ -72,7 +74,8 @@ class Grade:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for a result file, without what is kept of each victim."""
-        return attrs.asdict(self, filter=lambda a, _: a.name not in ("recovered", "hits"))
+        plain = attrs.asdict(self, filter=lambda a, _: a.name not in ("recovered", "hits"))
+        return plain | {"knowledge": shown(self.knowledge)}
 
     def numbers(self) -> dict[str, Any]:
         """The same without seconds: what equal seeds reproduce."""

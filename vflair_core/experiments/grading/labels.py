@@ -23,7 +23,7 @@ from vflair_core.experiments.grading.statistics import (
 from vflair_core.experiments.grading.truth import Truth
 
 
-def grade_labels(guess: Guess, truth: Truth, *, name: str, knowledge: str) -> Grade:
+def grade_labels(guess: Guess, truth: Truth, *, name: str, knowledge: tuple[str, ...]) -> Grade:
     """Grade a guess of labels on victims whose label the attacker was not told; the floor is the largest class.
 
     Raises:
@@ -42,7 +42,7 @@ def grade_labels(guess: Guess, truth: Truth, *, name: str, knowledge: str) -> Gr
     return _grade("labels", hits, floors, details, guess, name, knowledge, size)
 
 
-def grade_answers(guess: Guess, truth: Truth, *, name: str, knowledge: str) -> Grade:
+def grade_answers(guess: Guess, truth: Truth, *, name: str, knowledge: tuple[str, ...]) -> Grade:
     """Grade a guess of which positions hold an answer; the floor is to say the same of all positions.
 
     Raises:
@@ -56,7 +56,7 @@ def grade_answers(guess: Guess, truth: Truth, *, name: str, knowledge: str) -> G
     return _grade("answers", hits, floors, {}, guess, name, knowledge, size)
 
 
-def grade_members(guess: Guess, truth: Truth, *, name: str, knowledge: str) -> Grade:
+def grade_members(guess: Guess, truth: Truth, *, name: str, knowledge: tuple[str, ...]) -> Grade:
     """Grade a guess of which candidates are victims: a candidate scored above 0 is called one.
 
     The floor is to call all candidates the same; permuted candidates are the negative control.
@@ -180,7 +180,7 @@ def _grade(
     details: dict[str, float],
     guess: Guess,
     name: str,
-    knowledge: str,
+    knowledge: tuple[str, ...],
     size: int = 1,
 ) -> Grade:
     drawn = together(hits, size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vflair_core.attacks.knowledge import PRESETS, granted
+from vflair_core.attacks.knowledge import PRESETS, granted, shown
 from vflair_core.experiments.grading.grades import Grade
 
 NOT_EVALUATED = (
@@ -42,7 +42,7 @@ def _row(best: Grade, preset: str, extra: tuple[str, ...]) -> dict[str, Any]:
         "knowledge": " + ".join((preset, *extra)),
         "target": best.target,
         "attack": best.attack,
-        "attack_knowledge": best.knowledge,
+        "attack_knowledge": shown(best.knowledge),
         "attack_performance": best.attack_performance,
         "interval": list(best.interval),
         "floor": best.floor,
@@ -52,7 +52,7 @@ def _row(best: Grade, preset: str, extra: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _granted(grade: Grade) -> frozenset[str]:
-    return granted(grade.knowledge.split("+"))
+    return granted(grade.knowledge)
 
 
 def _beyond(grade: Grade) -> tuple[str, ...]:

@@ -24,7 +24,13 @@ from vflair_core.experiments.grading.truth import Truth
 
 
 def grade_tokens(
-    guess: Guess, truth: Truth, prior: Tensor | None, decode: Any, *, name: str, knowledge: str
+    guess: Guess,
+    truth: Truth,
+    prior: Tensor | None,
+    decode: Any,
+    *,
+    name: str,
+    knowledge: tuple[str, ...],
 ) -> Grade:
     """Grade a guess of tokens. `prior` (T,) is the best guess of someone who saw no message.
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vflair_core.communication.program import MIXING, OPERATIONS, Tree
 from vflair_core.errors import PartitionError
-from vflair_core.parties.data_party.scored_positions import SCORED, is_a_pick
+from vflair_core.parties.data_party.scored_positions import is_a_pick
+from vflair_core.partition.partition import SCORED
 
 _OPERATION_NAMES: dict[Any, str] = {
     **{function: name for name, function in OPERATIONS.items()},

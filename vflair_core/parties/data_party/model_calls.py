@@ -42,7 +42,7 @@ from vflair_core.parties.data_party.interception import (
 from vflair_core.parties.data_party.recorder import Recorder
 from vflair_core.parties.data_party.roles import Call
 from vflair_core.parties.data_party.round import LossScale, round_trip
-from vflair_core.parties.data_party.scored_positions import SCORED, only_scored
+from vflair_core.parties.data_party.scored_positions import only_scored
 from vflair_core.parties.data_party.stubs import put_stubs
 from vflair_core.partition.partition import Partition
 from vflair_core.partition.stages import Stage, names_in, stage_of
@@ -90,10 +90,10 @@ class ModelCalls:
         self._asking = False
         self.model = hand_over_forward(model, self.run_forward)
         hand_over_parts(model, names_in(stages), self.run_part)
-        self.recorder = Recorder(self.exchange, stages, picks=SCORED in partition.disclose)
+        self.recorder = Recorder(self.exchange, stages, picks=partition.only_scored)
         stubs = put_stubs(model, absent, local, self.recorder.call, self.recorder.calls)
         self.recorder.absent.update(stubs)
-        self.dry_runs = DryRuns(model, self.recorder, stages, partition.disclose)
+        self.dry_runs = DryRuns(model, self.recorder, stages, partition.disclosing)
         tables = token_tables(model)
         if not tables and defenses.at("on_embeddings"):
             raise PartitionError(

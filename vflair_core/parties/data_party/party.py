@@ -122,7 +122,7 @@ class DataParty:
     def disclosed(self) -> set[str]:
         """Tensors that crossed although they depend on the text, because the partition says they may."""
         crossing = any("disclosed" in roles for roles in self.roles.values())
-        return set(self.partition.disclose) if crossing else set()
+        return set(self.partition.disclosing) if crossing else set()
 
     def open(
         self, optimizer: Mapping[str, Any] | None = None, resume: Sequence[int] | None = None

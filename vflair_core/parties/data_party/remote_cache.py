@@ -65,7 +65,6 @@ class RemoteLayer:
     leads: bool  # speaks for all layers of its part
     length: int
     keys: Tensor
-    prefill_length: int | None
 
     def get_seq_length(self) -> int:
         return self.length
@@ -78,10 +77,6 @@ class RemoteLayer:
         self.length = self.cumulative_length = length
         self.is_initialized = length > 0
         self.keys = torch.empty(length, device="meta")  # there is something, and nothing to read
-        if hasattr(self, "prefill_length"):  # a layer that keeps the prompt apart from what follows
-            self.prefill_length = self.prefill_length or length or None
-            self.prefill_cumulative_length = min(length, self.prefill_length or 0)
-            self.cumulative_length = length - self.prefill_cumulative_length
         seen: dict[int, bool] | None = getattr(self, "has_previous_state", None)
         if seen is not None:
             seen.update(dict.fromkeys(seen, length > 0))

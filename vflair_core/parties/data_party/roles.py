@@ -22,7 +22,7 @@ from vflair_core.communication.message import Role
 from vflair_core.communication.program import Program, tensors_of
 from vflair_core.errors import LeakError
 from vflair_core.parties.data_party.probes import Probe, ProbeStopped
-from vflair_core.parties.data_party.scored_positions import SCORED
+from vflair_core.partition.partition import SCORED
 from vflair_core.randomness import set_random_states
 
 PROBES = 3

@@ -1,24 +1,20 @@
 """Logits of the scored positions only: less to send in HT, for telling the model party where the answer lies.
 
-In HT the logits of every position come back, though those of a prompt (labels -100) enter no loss. Who names
-`SCORED` in `Partition(disclose=...)` gets only the positions that are scored in some row of a batch. Which
+In HT the logits of every position come back, though those of a prompt (labels -100) enter no loss. `Partition(only_scored=True)`
+gets only the positions that are scored in some row of a batch. Which
 these are crosses in the clear, and is recorded with every result.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vflair_core.errors import PartitionError
-
-if TYPE_CHECKING:
-    from vflair_core.partition.partition import Partition
-
-SCORED = "scored_positions"
+from vflair_core.partition.partition import Partition
 
 
 def only_scored(model: nn.Module, partition: Partition, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -36,14 +32,14 @@ def only_scored(model: nn.Module, partition: Partition, inputs: dict[str, Any]) 
         PartitionError: The model cannot give the logits of chosen positions.
     """
     labels = inputs.get("labels")
-    if SCORED not in partition.disclose or not isinstance(labels, Tensor):
+    if not partition.only_scored or not isinstance(labels, Tensor):
         return inputs
     takes = inspect.signature(model.forward).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     if partition.tail or labels.dim() != 2 or "logits_to_keep" not in takes or not open_ended:
         raise PartitionError(
-            f"{SCORED!r} restricts the logits that a decoder returns in HT; {type(model).__name__} cut as "
-            f"{partition.kind} has none to restrict. Leave it out of Partition(disclose=...)."
+            f"only_scored restricts the logits that a decoder returns in HT; {type(model).__name__} cut as "
+            f"{partition.kind} has none to restrict. Leave it out of the Partition."
         )
     next_words = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # (B, T)
     positions = (next_words != -100).any(0).nonzero().flatten()  # (K,)

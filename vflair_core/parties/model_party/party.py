@@ -49,10 +49,10 @@ class ModelParty:
     Set `checkpoints` to a folder to let data parties have their runs saved there and go on from it.
     """
 
-    slices: Slices = Slices({})
-
-    def __init__(self, model: nn.Module, stages: Sequence[Stage], fingerprint: str) -> None:
-        self.model = model
+    def __init__(
+        self, model: nn.Module, stages: Sequence[Stage], fingerprint: str, slices: Slices
+    ) -> None:
+        self.model, self.slices = model, slices
         self.chains = [HeldStage(model, names) for names in stages]
         self.fingerprint = fingerprint
         self.caps = Caps()

@@ -57,7 +57,7 @@ _HOMES = {
     "Replacement": "defenses.mechanism",
     "Head": "attacks.halves",
     "Tail": "attacks.halves",
-    "TaskKind": "tasks.task",
+    "TaskKind": "tasks.kinds",
     "Score": "tasks.task",
     "Span": "tasks.task",
     "Batch": "tasks.collation",
@@ -141,6 +141,7 @@ if TYPE_CHECKING:
     from vflair_core.partition.partition import Partition as Partition
     from vflair_core.plugins import plugin_manager as plugin_manager
     from vflair_core.tasks.collation import Batch as Batch
+    from vflair_core.tasks.kinds import TaskKind as TaskKind
     from vflair_core.tasks.metrics import exact_match as exact_match
     from vflair_core.tasks.metrics import token_f1 as token_f1
     from vflair_core.tasks.spans import WORD as WORD
@@ -150,7 +151,6 @@ if TYPE_CHECKING:
     from vflair_core.tasks.task import Span as Span
     from vflair_core.tasks.task import Task as Task
     from vflair_core.tasks.task import TaskCard as TaskCard
-    from vflair_core.tasks.task import TaskKind as TaskKind
     from vflair_core.tasks.tokenizer_training import train_tokenizer as train_tokenizer
     from vflair_core.training.fine_tuning import FineTuning as FineTuning
     from vflair_core.training.fine_tuning import Train as Train

@@ -11,14 +11,11 @@ import copy
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-)
+from transformers import AutoConfig
+
+from vflair_core.tasks.kinds import KINDS as TASK_KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,12 +25,8 @@ if TYPE_CHECKING:
     from vflair_core.defenses.defense import Defense
     from vflair_core.partition.partition import Partition
 
-TASKS = {
-    "causal-lm": AutoModelForCausalLM,
-    "masked-lm": AutoModelForMaskedLM,
-    "question-answering": AutoModelForQuestionAnswering,
-    "classification": AutoModelForSequenceClassification,
-}
+AUTOS: dict[str, str] = {kind: facts.auto for kind, facts in TASK_KINDS.items()}
+AUTOS["masked-lm"] = "AutoModelForMaskedLM"  # no task of vflair, and a common form of encoders
 PAD, BOS, EOS, FIRST_WORD = 0, 1, 2, 3
 # The wide initialisation makes logits differ enough for greedy and beam search to have clear winners.
 SIZES = {
@@ -63,16 +56,16 @@ def tiny_model(
 
     Args:
         kind: gpt2, llama, qwen2, bert or roberta; any other model type of transformers may work too.
-        task: One of `TASKS`.
+        task: A kind of task, or ``masked-lm``.
         seed: Seed of the weights; the global random state stays as it was.
         overrides: Options of the config, e.g. ``num_hidden_layers=2`` or ``num_labels=3``.
     """
-    if task not in TASKS:
-        raise ValueError(f"There is no task {task!r}. Possible: {', '.join(TASKS)}.")
+    if task not in AUTOS:
+        raise ValueError(f"There is no task {task!r}. Possible: {', '.join(AUTOS)}.")
     config = AutoConfig.for_model(kind, **{**SIZES, **KINDS.get(kind, {}), **overrides})
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = TASKS[task].from_config(config)
+        model: PreTrainedModel = getattr(transformers, AUTOS[task]).from_config(config)
     return model.eval()
 
 

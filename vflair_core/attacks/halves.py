@@ -152,7 +152,7 @@ class Tail:
 
     def is_of(self, head: Head) -> bool:
         """Whether head and tail are halves of the same weights, and not of two times of one model."""
-        return self._party is head._party
+        return self._party is head._party  # noqa: SLF001 - the two are made together
 
     @property
     def device(self) -> torch.device:

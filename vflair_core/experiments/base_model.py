@@ -12,6 +12,7 @@ from vflair_core.errors import ExperimentError
 from vflair_core.experiments.experiment import Experiment
 from vflair_core.experiments.pretraining import Report, _pretrain
 from vflair_core.randomness import stream_seed
+from vflair_core.tasks.kinds import KINDS
 from vflair_core.tasks.task import Task
 from vflair_core.tasks.tokenizer_training import train_tokenizer
 
@@ -109,19 +110,6 @@ def _sees_across(model: Any) -> bool:
     return not torch.equal(first, second)
 
 
-AUTO = {
-    "causal-lm": "AutoModelForCausalLM",
-    "classification": "AutoModelForSequenceClassification",
-    "regression": "AutoModelForSequenceClassification",
-    "question-answering": "AutoModelForQuestionAnswering",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "image-text": "AutoModelForImageTextToText",
-}
-
-
-READ_AS_PAIRS = ("classification", "regression", "question-answering")
-
-
 IMAGE = "<image>"
 
 
@@ -134,12 +122,9 @@ def prepare_model(experiment: Experiment, task: Task, report: Report) -> tuple[A
     """
     import transformers
 
-    spec, auto = experiment.model, getattr(transformers, AUTO[task.kind])
-    heads = (
-        {"num_labels": max(len(task.labels), 1)}
-        if task.kind in ("classification", "regression")
-        else {}
-    )
+    spec, kind = experiment.model, KINDS[task.kind]
+    auto = getattr(transformers, kind.auto)
+    heads = {"num_labels": max(len(task.labels), 1)} if kind.labelled else {}
     processor = None
     if spec.name:
         if task.kind == "image-text":
@@ -155,7 +140,7 @@ def prepare_model(experiment: Experiment, task: Task, report: Report) -> tuple[A
             text_config.pad_token_id = tokenizer.pad_token_id
     else:
         image_token = IMAGE if task.kind == "image-text" else ""
-        pairs = task.train[0].pair is not None and task.kind in READ_AS_PAIRS
+        pairs = task.train[0].pair is not None and kind.pairs
         tokenizer = train_tokenizer(
             task.public, spec.vocab_size, pairs=pairs, image_token=image_token
         )

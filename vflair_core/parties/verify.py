@@ -12,16 +12,11 @@ from torch import Tensor
 from vflair_core.errors import PartitionError
 from vflair_core.parties.split import split
 from vflair_core.partition.partition import Partition
+from vflair_core.tasks.kinds import KINDS, TaskKind
 
 CONTENTS = 3  # texts tried
 BATCH, LENGTH = 2, 9
-AUTOS = {
-    "causal-lm": "AutoModelForCausalLM",
-    "classification": "AutoModelForSequenceClassification",
-    "question-answering": "AutoModelForQuestionAnswering",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-}
-GENERATES = frozenset({"causal-lm", "seq2seq"})
+TASKS: tuple[TaskKind, ...] = ("causal-lm", "classification", "question-answering", "seq2seq")
 
 
 @frozen
@@ -43,7 +38,7 @@ class Verification:
         return forward and self.worst_gradient <= 1e-5
 
 
-def verify(config: Any, partition: Partition, *, task: str = "causal-lm") -> Verification:
+def verify(config: Any, partition: Partition, *, task: TaskKind = "causal-lm") -> Verification:
     """Build a random model from `config` (make it small), cut a copy, and compare the two.
 
     Args:
@@ -56,15 +51,15 @@ def verify(config: Any, partition: Partition, *, task: str = "causal-lm") -> Ver
     """
     import transformers
 
-    if task not in AUTOS:
-        raise PartitionError(f"Cannot verify task {task!r}. Possible: {', '.join(AUTOS)}.")
+    if task not in TASKS:
+        raise PartitionError(f"Cannot verify task {task!r}. Possible: {', '.join(TASKS)}.")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        whole = getattr(transformers, AUTOS[task]).from_config(config)
+        whole = getattr(transformers, KINDS[task].auto).from_config(config)
         party, model_party = split(copy.deepcopy(whole), partition, wire=True)
         texts = [_batch(config, task) for _ in range(CONTENTS)]
         forwards = [_compare(whole, party, model_party, batch) for batch in texts]
-        tokens = _tokens_equal(whole, party, texts[0]) if task in GENERATES else None
+        tokens = _tokens_equal(whole, party, texts[0]) if KINDS[task].generates else None
     return Verification(
         config.model_type,
         partition,

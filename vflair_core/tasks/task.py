@@ -10,23 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 from attrs import field, frozen
 
 from vflair_core.errors import TaskError, did_you_mean
+from vflair_core.tasks.kinds import KINDS, TaskKind
 
-TaskKind = Literal[
-    "causal-lm", "classification", "regression", "question-answering", "seq2seq", "image-text"
-]
 Span = tuple[int, int]
 EAGER = 4096  # rows of a list that are checked when the task is made; others when they are used
 
 
 def _check_kind(_instance: object, _attribute: object, kind: str) -> None:
-    if kind not in get_args(TaskKind):
-        possible = ", ".join(get_args(TaskKind))
-        hint = did_you_mean(kind, get_args(TaskKind))
+    if kind not in KINDS:
+        possible, hint = ", ".join(KINDS), did_you_mean(kind, KINDS)
         raise TaskError(f"A task cannot be of kind {kind!r}. Possible: {possible}.{hint}")
 
 

@@ -12,7 +12,8 @@ import attrs
 from attrs import field, frozen
 
 from vflair_core.errors import TaskError
-from vflair_core.tasks.task import Example, Render, Span, Task, TaskKind
+from vflair_core.tasks.kinds import TaskKind
+from vflair_core.tasks.task import Example, Render, Span, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

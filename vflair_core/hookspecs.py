@@ -68,7 +68,10 @@ class Decide:
 
 
 class Observe:
-    """Hooks that watch. Results are ignored, tensors are copies, and an observer that raises is named."""
+    """Hooks that watch. Results are ignored, tensors are copies, and an observer that raises is named.
+
+    `arm` is the arm of the experiment: undefended, defended, or one of them under an active adversary.
+    """
 
     @hookspec
     def vflair_run_started(self, experiment: Experiment) -> None:
@@ -90,38 +93,38 @@ class Observe:
 
     @hookspec
     def vflair_message_sent(
-        self, kind: str, role: str, direction: str, step: int, nbytes: int, seconds: float
+        self, arm: str, kind: str, role: str, direction: str, step: int, nbytes: int, seconds: float
     ) -> None:
         """Called per tensor that the data party sent; `seconds` is the whole exchange's time."""
 
     @hookspec
     def vflair_message_received(
-        self, kind: str, role: str, direction: str, step: int, nbytes: int, seconds: float
+        self, arm: str, kind: str, role: str, direction: str, step: int, nbytes: int, seconds: float
     ) -> None:
         """Called per tensor that the data party received; `seconds` is the whole exchange's time."""
 
     @hookspec
-    def vflair_step_started(self, step: int) -> None:
+    def vflair_step_started(self, arm: str, step: int) -> None:
         """Called before each optimizer step."""
 
     @hookspec
-    def vflair_step_finished(self, step: int, loss: float) -> None:
+    def vflair_step_finished(self, arm: str, step: int, loss: float) -> None:
         """Called after each optimizer step with its training loss (nats)."""
 
     @hookspec
-    def vflair_epoch_finished(self, epoch: int, step: int) -> None:
+    def vflair_epoch_finished(self, arm: str, epoch: int, step: int) -> None:
         """Called after each pass over the training examples."""
 
     @hookspec
-    def vflair_evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+    def vflair_evaluated(self, arm: str, step: int, metrics: Mapping[str, float]) -> None:
         """Called after each evaluation on the test examples."""
 
     @hookspec
-    def vflair_checkpoint_saved(self, path: str, step: int) -> None:
+    def vflair_checkpoint_saved(self, arm: str, path: str, step: int) -> None:
         """Called after a party wrote its checkpoint."""
 
     @hookspec
-    def vflair_attack_finished(self, name: str, grade: Mapping[str, Any]) -> None:
+    def vflair_attack_finished(self, arm: str, name: str, grade: Mapping[str, Any]) -> None:
         """Called after each graded attack."""
 
 

@@ -359,3 +359,25 @@ def test_everything_that_can_be_granted_is_there_when_it_is_asked_for(pm):
     assert counts["odd_rows_of_query"] == 0
     assert (counts["in_domain"], counts["labelled"], counts["public"]) == (20, 16, 60)
     assert counts["rounds"] > 0
+
+
+def test_an_observer_hears_which_arm_it_is(pm):
+    heard = set()
+
+    class Ear:
+        @hookimpl
+        def vflair_step_finished(self, arm, step, loss):
+            heard.add(("step", arm))
+
+        @hookimpl
+        def vflair_message_sent(self, arm, role):
+            heard.add(("sent", arm))
+
+        @hookimpl
+        def vflair_evaluated(self, arm, metrics):
+            heard.add(("evaluated", arm))
+
+    pm.register(Ear())
+    run(small(defenses=[{"name": "shift"}]), plugins=pm)
+    kinds, arms = ("step", "sent", "evaluated"), ("undefended", "defended")
+    assert heard == {(kind, arm) for kind in kinds for arm in arms}

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-import attrs
 import structlog
 import torch
 from attrs import define
@@ -26,8 +25,6 @@ from vflair_core.experiments.capture import capture_victims
 from vflair_core.experiments.context import Clock, RunContext, noise_seed
 from vflair_core.experiments.experiment import Experiment
 from vflair_core.experiments.grading.grades import Grade, Reference
-from vflair_core.experiments.grading.truth import Truth
-from vflair_core.experiments.releases import Releases, releases_per_example
 from vflair_core.experiments.victims import auxiliary_of
 from vflair_core.parties.split import split
 from vflair_core.partition.slices import Slices
@@ -40,6 +37,7 @@ from vflair_core.training.tuning import tune
 if TYPE_CHECKING:
     from vflair_core.parties.data_party.party import DataParty
     from vflair_core.parties.model_party.party import ModelParty
+from vflair_core.experiments.account import cost_of, promises_of, samples_of
 
 log = structlog.get_logger()
 
@@ -81,7 +79,7 @@ def run_arm(
                 cache=setting.cache,
                 report=lambda what, done, total: setting.report(f"{name}: {what}", done, total),
             )
-        with _watched(party, setting):
+        with _watched(name, party, setting):
             with clock("fine-tuning"):
                 losses, evaluations, chance = _fine_tune(name, party, setting)
             if e.save:
@@ -94,9 +92,9 @@ def run_arm(
             name, party, model_party, setting, crossed, references, adversary=state
         )
     for grade in grades:
-        setting.tell("vflair_attack_finished", name=grade.attack, grade=grade.to_dict())
+        setting.tell("vflair_attack_finished", arm=name, name=grade.attack, grade=grade.to_dict())
     # Before defenses measure themselves, which may cross.
-    cost = _cost(party, clock, grades, e.attack_device)
+    cost = cost_of(party, clock, grades, e.attack_device)
     metric, performance = next(iter(evaluations[-1]["metrics"].items()))
     numbers = {
         "main_performance": performance,
@@ -105,7 +103,7 @@ def run_arm(
         "losses": losses,
         "evaluations": evaluations,
         "attacks": [grade.numbers() for grade in grades],
-        **_promised(defenses, party, setting, reading, len(evaluations)),
+        **promises_of(defenses, party, setting, reading, len(evaluations)),
         "trained_weights": trained,
         "partition": party.partition.facts(),
         "untied": list(party.untied),
@@ -113,7 +111,7 @@ def run_arm(
         "isolation": e.isolation,
         "assumes_shared_updates": e.victims.share_updates,
     }
-    samples = _samples(grades, truth)
+    samples = samples_of(grades, truth)
     return Arm(
         numbers, cost, crossed[0].transcript, grades, samples, references_of(grades), party.slices
     )
@@ -147,15 +145,6 @@ def _adversary(
     )
 
 
-def _samples(grades: list[Grade], truth: Truth) -> list[dict[str, Any]]:
-    """Private texts beside what each attack made of them."""
-    return [
-        {"attack": grade.attack, "private": truth.texts[n], "recovered": text}
-        for grade in grades
-        for n, text in enumerate(grade.recovered)
-    ]
-
-
 def _cut(
     model: Any, defenses: list[Defense], setting: RunContext
 ) -> tuple[DataParty, ModelParty, InputFormat, dict[str, int]]:
@@ -183,37 +172,6 @@ def _cut(
     return party, model_party, reading, trained
 
 
-def _promised(
-    defenses: list[Defense],
-    party: DataParty,
-    setting: RunContext,
-    reading: InputFormat,
-    evaluations: int,
-) -> dict[str, Any]:
-    """What the defenses guarantee and cover, of how many rows, and how many examples were read."""
-    releases = releases_per_example(
-        setting.experiment, setting.task, reading, evaluations=evaluations
-    )
-    return {
-        "guarantees": [
-            {"defense": spec.name, **_promise(defense, releases)}
-            for spec, defense in zip(setting.experiment.defenses, defenses, strict=False)
-        ],
-        "findings": _found(defenses, party, setting),
-        "covers": sorted({place for defense in defenses for place in defense.covers}),
-        "releases_per_example": releases.rows,
-        "read": {"examples": reading.tally.examples, "cut": reading.tally.cut},
-    }
-
-
-def _found(defenses: list[Defense], party: DataParty, setting: RunContext) -> list[dict[str, Any]]:
-    """What the defenses measured of themselves on public text; the run goes on as if they had not."""
-    with torch.random.fork_rng():
-        each = [defense.findings(setting.task.public, party) for defense in defenses]
-    pairs = zip(setting.experiment.defenses, each, strict=False)
-    return [{"defense": spec.name, **found} for spec, found in pairs if found]
-
-
 def choose(owner: Any, e: Experiment, slices: Slices | None = None) -> int:
     """Choose what the experiment trains of a party, or of the whole model; return how many numbers that is."""
     seed = stream_seed(e.seed, "adapters")
@@ -228,23 +186,25 @@ def _fine_tune(
     """Return the loss of each step, all evaluations, and the MP of chance."""
     e, total = setting.experiment, setting.experiment.train.steps
     rounds = FineTuning(party, e.train)
-    before = _evaluate(party, setting)
+    before = _evaluate(name, party, setting)
     evaluations, losses = [_as_row(party, before)], []
     torch.manual_seed(stream_seed(e.seed, "dropout"))
     per_epoch = -(-len(setting.task.train) // e.train.batch_size)
     reader = party.preprocessor(e.train.max_length)
     for number, examples in enumerate(setting.batches(), start=1):
-        setting.tell("vflair_step_started", step=party.step)
+        setting.tell("vflair_step_started", arm=name, step=party.step)
         losses.append(rounds.step(reader.batch(examples, pack_rows=e.train.packing).batch))
-        setting.tell("vflair_step_finished", step=party.step, loss=losses[-1])
+        setting.tell("vflair_step_finished", arm=name, step=party.step, loss=losses[-1])
         log.debug("step_finished", arm=name, step=party.step, loss=losses[-1])
         if number % per_epoch == 0:
-            setting.tell("vflair_epoch_finished", epoch=number // per_epoch, step=party.step)
+            setting.tell(
+                "vflair_epoch_finished", arm=name, epoch=number // per_epoch, step=party.step
+            )
         every = e.train.evaluate_every
         if every and number % every == 0 and number < total:
-            evaluations.append(_as_row(party, _evaluate(party, setting)))
+            evaluations.append(_as_row(party, _evaluate(name, party, setting)))
         setting.report(f"{name}: fine-tuning, loss {losses[-1]:.3f}", number, total)
-    evaluations.append(_as_row(party, _evaluate(party, setting)))
+    evaluations.append(_as_row(party, _evaluate(name, party, setting)))
     return losses, evaluations, before.chance
 
 
@@ -252,7 +212,7 @@ def _as_row(party: DataParty, evaluation: Evaluation) -> dict[str, Any]:
     return {"step": party.step, "metrics": evaluation.metrics}
 
 
-def _evaluate(party: DataParty, setting: RunContext) -> Evaluation:
+def _evaluate(name: str, party: DataParty, setting: RunContext) -> Evaluation:
     options = setting.experiment.train
     with torch.random.fork_rng():  # however often it is watched, training takes the same steps
         found = evaluate_party(
@@ -261,7 +221,7 @@ def _evaluate(party: DataParty, setting: RunContext) -> Evaluation:
             batch_size=max(options.batch_size, 16),
             max_length=options.max_length,
         )
-    setting.tell("vflair_evaluated", step=party.step, metrics=found.metrics)
+    setting.tell("vflair_evaluated", arm=name, step=party.step, metrics=found.metrics)
     return found
 
 
@@ -270,41 +230,18 @@ def _save(arm: str, party: DataParty, model_party: ModelParty, setting: RunConte
         raise ExperimentError("save = true needs an output folder: pass out= (or --out).")
     folder = setting.out / arm
     for path in (party.save(folder), model_party.save(folder)):
-        setting.tell("vflair_checkpoint_saved", path=str(path), step=party.step)
-
-
-def _promise(defense: Defense, releases: Releases) -> dict[str, Any]:
-    promised = defense.guarantee(releases.rows, releases.messages, releases.gradients)
-    if promised.mechanism is not None:
-        promised = attrs.evolve(
-            promised, randomness="seeded by the experiment and the private text"
-        )
-    return promised.to_dict()
-
-
-def _cost(party: DataParty, clock: Clock, grades: list[Grade], asked: str) -> dict[str, Any]:
-    traffic = party.channel.traffic
-    return {
-        "messages": party.channel.messages,
-        "bytes": {f"{role} {direction}": t.bytes for (role, direction), t in traffic.items()},
-        "rows": {f"{role} {direction}": t.rows for (role, direction), t in traffic.items()},
-        "total_bytes": sum(t.bytes for t in traffic.values()),
-        "channel_seconds": party.channel.seconds,
-        "seconds": clock.seconds,
-        "attack_device": str(attack_device(asked)),
-        "attack_seconds": [grade.seconds for grade in grades],
-        "course_seconds": [[point["seconds"] for point in grade.course] for grade in grades],
-    }
+        setting.tell("vflair_checkpoint_saved", arm=arm, path=str(path), step=party.step)
 
 
 @contextmanager
-def _watched(party: DataParty, setting: RunContext) -> Iterator[None]:
+def _watched(name: str, party: DataParty, setting: RunContext) -> Iterator[None]:
     """Tell the observers of messages, if there are any: a tap costs a copy of everything."""
 
     def tell(message: Message, direction: str, seconds: float) -> None:
         for crossing in message.tensors:
             setting.tell(
                 f"vflair_message_{direction}",
+                arm=name,
                 kind=message.kind,
                 role=crossing.role,
                 direction=direction,

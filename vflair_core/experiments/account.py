@@ -1,0 +1,84 @@
+"""What an arm says of itself beside its grades: what was promised, what it cost, and texts beside what was recovered of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+
+from vflair_core.attacks.isolation import attack_device
+from vflair_core.defenses.defense import Defense
+from vflair_core.experiments.context import Clock, RunContext
+from vflair_core.experiments.grading.grades import Grade
+from vflair_core.experiments.grading.truth import Truth
+from vflair_core.experiments.releases import Releases, releases_per_example
+from vflair_core.tasks.tokenization import InputFormat
+
+if TYPE_CHECKING:
+    from vflair_core.parties.data_party.party import DataParty
+
+
+def samples_of(grades: list[Grade], truth: Truth) -> list[dict[str, Any]]:
+    """Private texts beside what each attack made of them."""
+    return [
+        {"attack": grade.attack, "private": truth.texts[n], "recovered": text}
+        for grade in grades
+        for n, text in enumerate(grade.recovered)
+    ]
+
+
+def promises_of(
+    defenses: list[Defense],
+    party: DataParty,
+    setting: RunContext,
+    reading: InputFormat,
+    evaluations: int,
+) -> dict[str, Any]:
+    """What the defenses guarantee and cover, of how many rows, and how many examples were read."""
+    releases = releases_per_example(
+        setting.experiment, setting.task, reading, evaluations=evaluations
+    )
+    return {
+        "guarantees": [
+            {"defense": spec.name, **_promise(defense, releases)}
+            for spec, defense in zip(setting.experiment.defenses, defenses, strict=False)
+        ],
+        "findings": _found(defenses, party, setting),
+        "covers": sorted({place for defense in defenses for place in defense.covers}),
+        "releases_per_example": releases.rows,
+        "read": {"examples": reading.tally.examples, "cut": reading.tally.cut},
+    }
+
+
+def _found(defenses: list[Defense], party: DataParty, setting: RunContext) -> list[dict[str, Any]]:
+    """What the defenses measured of themselves on public text; the run goes on as if they had not."""
+    with torch.random.fork_rng():
+        each = [defense.findings(setting.task.public, party) for defense in defenses]
+    pairs = zip(setting.experiment.defenses, each, strict=False)
+    return [{"defense": spec.name, **found} for spec, found in pairs if found]
+
+
+def _promise(defense: Defense, releases: Releases) -> dict[str, Any]:
+    promised = defense.guarantee(releases.rows, releases.messages, releases.gradients)
+    if promised.mechanism is not None:
+        promised = attrs.evolve(
+            promised, randomness="seeded by the experiment and the private text"
+        )
+    return promised.to_dict()
+
+
+def cost_of(party: DataParty, clock: Clock, grades: list[Grade], asked: str) -> dict[str, Any]:
+    """What the arm cost: messages, bytes and rows by role, and seconds by phase."""
+    traffic = party.channel.traffic
+    return {
+        "messages": party.channel.messages,
+        "bytes": {f"{role} {direction}": t.bytes for (role, direction), t in traffic.items()},
+        "rows": {f"{role} {direction}": t.rows for (role, direction), t in traffic.items()},
+        "total_bytes": sum(t.bytes for t in traffic.values()),
+        "channel_seconds": party.channel.seconds,
+        "seconds": clock.seconds,
+        "attack_device": str(attack_device(asked)),
+        "attack_seconds": [grade.seconds for grade in grades],
+        "course_seconds": [[point["seconds"] for point in grade.course] for grade in grades],
+    }

@@ -65,11 +65,13 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("plugin", list(PLUGINS))
-def alone(session: nox.Session, plugin: str) -> None:
-    """Install core and one plugin, and run the plugin's own tests without the others."""
-    install(session, plugin, groups=("tests",))
-    session.run("pytest", "-n2", "--dist=loadfile", "-q", f"tests/plugins/{plugin}", env=TESTING)
+def alone(session: nox.Session) -> None:
+    """Install core and one plugin at a time, and run the plugin's own tests without the others."""
+    install(session, groups=("tests",))
+    for name, folder in PLUGINS.items():
+        session.run("python", "-m", "pip", "uninstall", "-qy", *(f"vflair-{n}" for n in PLUGINS))
+        session.install("-c", "constraints.txt", f"-e{folder}")
+        session.run("pytest", "-n2", "--dist=loadfile", "-q", f"tests/plugins/{name}", env=TESTING)
 
 
 @nox.session

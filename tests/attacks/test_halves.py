@@ -62,3 +62,19 @@ def test_numbers_written_as_texts_are_read_back():
     ids = torch.arange(1, 201).view(10, 20)
     tokenizer = tiny_tokenizer(201)
     assert torch.tensor(tokenizer(numbers_as_texts(ids))["input_ids"]).equal(ids)
+
+
+def test_they_tell_names_and_parts_of_the_whole_model():
+    model = tiny_model("llama")
+    head, tail = halves(model, Partition(1, 1))
+    other, _ = halves(model, Partition(1, 1))
+    assert head.partition == Partition(1, 1)
+    names = {name for name, _ in head.named_parameters()}
+    assert "model.embed_tokens.weight" in names  # of the head, and of the tail of the same model
+    assert "lm_head.weight" in names
+    assert "model.layers.1.mlp.up_proj.weight" not in names
+    assert (
+        head.get_submodule("model.layers.0.mlp") is dict(tail.named_modules())["model.layers.0.mlp"]
+    )
+    assert tail.is_of(head)
+    assert not tail.is_of(other)

@@ -1,17 +1,22 @@
-"""The program as a person uses it, in a process of its own."""
+"""The program as a person uses it: once in a process of its own, else in this one, which saves its start."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
 
 import pytest
+import structlog
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import enable_progress_bar
 
 from support.paths import SAMPLE_PLUGIN, TASK_KINDS
 from vflair_core import Partition, split
+from vflair_core.cli.main import main
 from vflair_core.testing import tiny_model
 
 EXPERIMENT = """
@@ -46,11 +51,32 @@ name = "shift"
 """
 
 
-def vflair(*arguments, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vflair_core.cli.main", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+def vflair(*arguments, code: int = 0, process: bool = False) -> subprocess.CompletedProcess[str]:
+    words = [*map(str, arguments)]
+    done = _in_process(words) if process else _here(words)
     assert done.returncode == code, done.stderr
     return done
+
+
+def _in_process(words: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vflair_core.cli.main", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def _here(words: list[str]) -> subprocess.CompletedProcess[str]:
+    """The same, called: output and code as the shell would have them, and no trace left behind."""
+    out, errors, code = io.StringIO(), io.StringIO(), 0
+    random = torch.get_rng_state()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            main(words)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            structlog.reset_defaults()
+            enable_progress_bar()
+            torch.set_rng_state(random)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), errors.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +87,8 @@ def file(tmp_path_factory):
 
 
 def test_a_run_with_a_one_file_plugin_shows_and_writes_its_result(file, tmp_path):
-    done = vflair("run", file, "--plugin", SAMPLE_PLUGIN, "--out", tmp_path, "-o", "train.steps=2")
+    run = ("run", file, "--plugin", SAMPLE_PLUGIN, "--out", tmp_path, "-o", "train.steps=2")
+    done = vflair(*run, process=True)
     for word in (
         "undefended",
         "defended",
@@ -90,7 +117,8 @@ def test_a_run_with_a_one_file_plugin_shows_and_writes_its_result(file, tmp_path
 
 
 def test_kept_evidence_is_attacked_again_with_the_same_outcome(file, tmp_path):
-    vflair("run", file, "--plugin", SAMPLE_PLUGIN, "--out", tmp_path, "--keep-evidence")
+    inline = ("-o", "isolation=inline")  # the attacks that come later run in a process of their own
+    vflair("run", file, "--plugin", SAMPLE_PLUGIN, "--out", tmp_path, "--keep-evidence", *inline)
     then = json.loads((tmp_path / "result.json").read_text())["numbers"]
     options = ("first-row", "--knowledge", "K1", "--plugin", SAMPLE_PLUGIN)
     now = json.loads(vflair("attack", tmp_path, *options, "--json").stdout)

@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -59,11 +59,12 @@ for _name, _command in COMMANDS.items():
     app.command(_command, name=_name)
 
 
-def main() -> None:
-    """Run the program; an error of ours is one message, not a traceback."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program on `arguments`, by default those it was called with; an error of ours is one message."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        _add_plugin_commands(sys.argv[1:])
-        app()
+        _add_plugin_commands(words)
+        app(words)
     except VflairError as error:
         sys.stderr.write(f"vflair: {error}\n")
         sys.exit(1)

@@ -50,22 +50,15 @@ def build_run(
     An arm consumes its model: give it a copy. `run` does the two arms of an experiment; who compares many defenses
     runs one arm for each, with the same setting.
     """
-    attack_device(e.attack_device)  # what is not there is told before anything is built
     clock = clock or Clock()
     with clock("task"):
         task: Task = build(find(plugins, "tasks", e.task.name), e.task.options)
     launches = make_launches(e.attacks, plugins, e.seed)
-    for launch in launches:
-        _check_offered(launch, e.victims)
     adversary = make_adversary(e.adversary, plugins, e.seed) if e.adversary else None
-    if adversary is not None:
-        _check_offered(adversary, e.victims, active=True)
-    companions_of(e, task)
-    _check_disclosed(e)
-    check_one_replaces(make_defenses(e, plugins), launches)  # told before the public phase
+    _check(e, task, launches, adversary, make_defenses(e, plugins))
     with clock("pretraining"):
         model, tokenizer, processor = prepare_model(e, task, report)
-    _check_stacks(e, model)
+    _check_model(e, model)
     setting = RunContext(
         experiment=e,
         plugins=plugins,
@@ -86,8 +79,21 @@ def build_run(
     return setting, model
 
 
-def _check_disclosed(e: Experiment) -> None:
-    """Refuse batches in which a victim's own positions would not be known."""
+def _check(
+    e: Experiment,
+    task: Task,
+    launches: Sequence[Launch],
+    adversary: Launch | None,
+    defenses: Sequence[Defense],
+) -> None:
+    """See that the parts fit each other, as far as that needs no model: before the public phase, which takes long."""
+    attack_device(e.attack_device)
+    for launch in launches:
+        _check_offered(launch, e.victims)
+    if adversary is not None:
+        _check_offered(adversary, e.victims, active=True)
+    companions_of(e, task)
+    check_one_replaces(defenses, launches)
     if e.victims.companions and e.partition.only_scored:
         raise ExperimentError(
             "partition.only_scored returns positions that some row of a batch scores for all of its rows, so "
@@ -95,8 +101,8 @@ def _check_disclosed(e: Experiment) -> None:
         )
 
 
-def _check_stacks(e: Experiment, model: Any) -> None:
-    """Refuse two paddings in a batch."""
+def _check_model(e: Experiment, model: Any) -> None:
+    """See that the victims can cross in batches of this model, if they are to."""
     if e.victims.companions and model.config.is_encoder_decoder:
         raise ExperimentError(
             f"{type(model).__name__} has two stacks, which pad a batch each in its own way, so victims cross alone: set "

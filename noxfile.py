@@ -40,6 +40,14 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def slowest(session: nox.Session) -> None:
+    """Run all tests as `tests` does, and name the twenty that took longest."""
+    install(session, *PLUGINS, groups=("tests",))
+    options = ("-n2", "--dist=loadfile", "-q", "--durations=20")
+    session.run("pytest", *options, *session.posargs, env=TESTING)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style, format, and who imports whom."""
     install_groups(session, "lint")

@@ -90,7 +90,7 @@ def _language_model_around(model: Any, transformers: Any) -> Any:
 
 
 def _masked(ids: Tensor, tokenizer: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Replace 15 % of the tokens by the padding token, which stands for the mask, and learn those."""
+    """Replace 15 % of the tokens by the mask token, or the end token where there is none, and learn those."""
     chosen = torch.rand(ids.shape, generator=generator) < 0.15
     chosen[:, 0] = False
     stand_in = (

@@ -1,7 +1,7 @@
 """What a cut gives to the model party: one stage for each stack of blocks, in the order of their calls.
 
 A *stack* is a list of blocks that the model calls one after the other; a cut goes through every stack: one
-for most models, two (encoder and decoder) for sequence-to-sequence ones. `locating.py` finds them.
+for most models, two (encoder and decoder) for sequence-to-sequence ones. `block_discovery.py` finds them.
 """
 
 from __future__ import annotations

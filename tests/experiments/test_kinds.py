@@ -16,7 +16,7 @@ from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.explain import explain
 from vflair_core.offers import find
 from vflair_core.tasks.preprocessor import Preprocessor
-from vflair_core.tasks.tokenization import reading_of
+from vflair_core.tasks.tokenization import input_format_of
 from vflair_core.training.evaluation import evaluate, evaluate_party
 
 SIZES = {
@@ -109,7 +109,7 @@ def test_a_split_model_gets_exactly_the_unsplit_models_score(pm, name, cut):
     ) in model.parameters():  # far from zero, so that answers differ from example to example
         weight.data.mul_(3)
     whole = copy.deepcopy(model)
-    reader = Preprocessor(tokenizer, reading_of(task, whole, processor=processor), 40)
+    reader = Preprocessor(tokenizer, input_format_of(task, whole, processor=processor), 40)
     party, _ = split(model, Partition(**cut), tokenizer=tokenizer)
     party.take_up(task, processor=processor)
     theirs = evaluate(whole, task, reader, batch_size=5)

@@ -69,7 +69,7 @@ def test_a_long_prompt_loses_words_and_never_a_picture(model):
     example = Example("Ada wears this. What colour is it?", answer="red", images=(RED,))
     whole = reader(model).batch([example]).rows[0]
     (short,) = reader(model, max_length=len(whole.ids) - 3).batch([example]).rows
-    assert (short.cut, short.ids.count(PLACE)) == (3, 4)
+    assert (short.truncated, short.ids.count(PLACE)) == (3, 4)
     assert short.ids[-len(short.target) :] == whole.target
 
 

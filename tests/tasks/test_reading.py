@@ -16,7 +16,7 @@ from vflair_core.experiments.capture import record_victims
 from vflair_core.experiments.grading.truth import truth_of
 from vflair_core.tasks.preprocessor import Preprocessor
 from vflair_core.tasks.token_rows import window_target
-from vflair_core.tasks.tokenization import InputFormat, reading_of
+from vflair_core.tasks.tokenization import InputFormat, input_format_of
 from vflair_core.tasks.tokenizer_training import train_tokenizer
 from vflair_core.testing import tiny_model
 
@@ -134,7 +134,7 @@ def test_a_long_prompt_loses_its_first_words_and_never_its_answer_and_is_counted
     whole = TOKENIZER(TEXTS[0] + " " + TEXTS[1])["input_ids"]
     room = 12 - len(row.target) - 1
     assert row.ids == [TOKENIZER.bos_token_id, *whole[-room:], *row.target]
-    assert (reader.reading.tally.examples, reader.reading.tally.cut) == (1, 1)
+    assert (reader.reading.tally.examples, reader.reading.tally.truncated) == (1, 1)
 
 
 def test_an_answer_that_does_not_fit_is_refused():
@@ -306,8 +306,8 @@ def test_reading_of_a_model_knows_its_stacks_and_token_types():
         train=[Example("a", label=0)],
         test=[Example("b", label=0)],
     )
-    assert reading_of(task, tiny_model("bert", "classification")).token_types
-    assert not reading_of(task, tiny_model("llama", "classification")).token_types
+    assert input_format_of(task, tiny_model("bert", "classification")).token_types
+    assert not input_format_of(task, tiny_model("llama", "classification")).token_types
 
 
 def test_an_answer_outside_a_window_is_the_first_position():

@@ -16,7 +16,7 @@ from vflair_core.errors import TaskError
 from vflair_core.tasks.metrics import chance_of, exact_match, standard_score, token_f1
 from vflair_core.tasks.preprocessor import Preprocessor
 from vflair_core.tasks.question_answering import LONGEST, N_BEST, best_answers
-from vflair_core.tasks.tokenization import InputFormat, reading_of
+from vflair_core.tasks.tokenization import InputFormat, input_format_of
 from vflair_core.tasks.tokenizer_training import train_tokenizer
 from vflair_core.testing import tiny_model
 from vflair_core.training.evaluation import evaluate
@@ -115,7 +115,9 @@ def test_choices_are_ranked_by_the_log_likelihood_of_their_tokens():
         "t", kind="causal-lm", train=examples, test=examples,
         score=lambda predictions, _: said.extend(predictions) or {"x": 0.0},
     )  # fmt: skip
-    found = evaluate(model, task, Preprocessor(TOKENIZER, reading_of(task, model)), batch_size=2)
+    found = evaluate(
+        model, task, Preprocessor(TOKENIZER, input_format_of(task, model)), batch_size=2
+    )
     with torch.no_grad():
         scores = [[by_hand(model, prompt, option) for option in options] for prompt in prompts]
     sums = [max(range(4), key=lambda n: row[n][0]) for row in scores]
@@ -133,7 +135,9 @@ def test_answers_are_what_greedy_decoding_writes_and_perplexity_is_of_the_answer
         "t", kind="causal-lm", train=examples, test=examples, generation={"max_new_tokens": 5},
         score=lambda predictions, rows: said.extend(predictions) or {"x": 0.5},
     )  # fmt: skip
-    found = evaluate(model, task, Preprocessor(TOKENIZER, reading_of(task, model)), batch_size=2)
+    found = evaluate(
+        model, task, Preprocessor(TOKENIZER, input_format_of(task, model)), batch_size=2
+    )
     total = count = 0.0
     for example, text in zip(examples, said, strict=False):
         ids = TOKENIZER(example.text)["input_ids"]

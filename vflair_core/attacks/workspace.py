@@ -250,7 +250,7 @@ def write_workspace(
     """Put into the worker's `folder` what is granted of the store, and the job; nothing else.
 
     Raises:
-        AttackError: A defense cannot be rebuilt_mechanism to an attack that asks for it.
+        AttackError: A defense cannot be told to an attack that asks for it.
     """
     facts, asked = read_facts(store), _asked(launches)
     texts = {"public_texts"} if "replacement" in asked else set()  # which defenses calibrate on
@@ -295,7 +295,7 @@ def _describe(number: int, launch: Launch, passes: list[str]) -> dict[str, Any]:
 def _checked(spec: dict[str, Any]) -> dict[str, Any]:
     if spec["options"] is None:
         raise AttackError(
-            f"{spec['target']} cannot be rebuilt_mechanism to an adaptive attacker: make it an attrs class whose fields are its "
+            f"{spec['target']} cannot be told to an adaptive attacker: make it an attrs class whose fields are its "
             "options."
         )
     return spec

@@ -47,7 +47,7 @@ def promises_of(
         "findings": _found(defenses, party, setting),
         "covers": sorted({place for defense in defenses for place in defense.covers}),
         "releases_per_example": releases.rows,
-        "read": {"examples": reading.tally.examples, "cut": reading.tally.cut},
+        "read": {"examples": reading.tally.examples, "cut": reading.tally.truncated},
     }
 
 

@@ -20,7 +20,7 @@ from vflair_core.plugins import observe
 from vflair_core.randomness import stream_seed
 from vflair_core.tasks.collation import shuffled
 from vflair_core.tasks.task import Example, Task
-from vflair_core.tasks.tokenization import InputFormat, reading_of
+from vflair_core.tasks.tokenization import InputFormat, input_format_of
 
 if TYPE_CHECKING:
     import pluggy
@@ -77,7 +77,7 @@ class RunContext:
     def reading(self, model: Any) -> InputFormat:
         """How the whole `model` reads the task."""
         packing = self.experiment.train.packing
-        return reading_of(self.task, model, processor=self.processor, packing=packing)
+        return input_format_of(self.task, model, processor=self.processor, packing=packing)
 
     def batches(self) -> Iterator[list[Example]]:
         """Yield the examples of each training step, the same for every arm; each is made when its turn comes."""

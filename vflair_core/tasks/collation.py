@@ -53,12 +53,12 @@ def is_defended(input_ids: object) -> bool:
 class Encoded:
     """A batch as the model takes it, and its rows; those of one example follow each other.
 
-    A row stands in the batch by itself, unless `places` says where: (line, first position) of each.
+    A row stands in the batch by itself, unless `positions` says where: (line, first position) of each.
     """
 
     batch: Batch
     rows: list[TokenRow]
-    places: Sequence[tuple[int, int]] = ()
+    positions: Sequence[tuple[int, int]] = ()
 
     @property
     def private(self) -> Tensor:
@@ -71,7 +71,7 @@ class Encoded:
         mask = self.batch.get("attention_mask")
         for number, row in enumerate(self.rows):
             first = 0 if mask is None else int(mask[number].argmax())
-            line, start = self.places[number] if self.places else (number, first)
+            line, start = self.positions[number] if self.positions else (number, first)
             found[line, start : start + len(row.ids)] = torch.tensor(row.private)
         return found
 

@@ -14,7 +14,7 @@ from vflair_core.tasks.collation import Batch, Encoded, collate, pack
 from vflair_core.tasks.spans import changed, rendered
 from vflair_core.tasks.task import Example
 from vflair_core.tasks.token_rows import TokenRow
-from vflair_core.tasks.tokenization import InputFormat, read, read_prompt
+from vflair_core.tasks.tokenization import InputFormat, tokenize, tokenize_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,7 +76,7 @@ class Preprocessor:
         rows: list[TokenRow] = []
         for number, example in enumerate(examples):
             shown = _right(self.shown(example))
-            made = read(self.tokenizer, self.reading, shown, self.max_length)
+            made = tokenize(self.tokenizer, self.reading, shown, self.max_length)
             rows += [attrs.evolve(row, number=number) for row in made[: 1 if first_only else None]]
         if pack_rows:
             return self._through(pack(self.tokenizer, rows, self.max_length))
@@ -89,7 +89,7 @@ class Preprocessor:
     def prompts(self, examples: Sequence[Example]) -> Encoded:
         """Return what answers are generated from; a model of one stack wants padding on the left."""
         shown = [self.shown(example) for example in examples]
-        rows = [read_prompt(self.tokenizer, self.reading, e, self.max_length) for e in shown]
+        rows = [tokenize_prompt(self.tokenizer, self.reading, e, self.max_length) for e in shown]
         side = "right" if self.reading.two_stacks else "left"
         batch = collate(self.tokenizer, self.reading, rows, side=side, learn=False)  # type: ignore[arg-type]
         return self._through(Encoded(batch, rows))
@@ -100,7 +100,7 @@ class Preprocessor:
         for example in examples:
             shown = self.shown(example)
             tried = [
-                read(
+                tokenize(
                     self.tokenizer,
                     self.reading,
                     attrs.evolve(shown, answer=choice),

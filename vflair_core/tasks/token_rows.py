@@ -19,18 +19,18 @@ class Tally:
 
     Attributes:
         examples: How many were read.
-        cut: How many lost tokens because they were longer than `max_length`.
+        truncated: How many lost tokens because they were longer than `max_length`.
         most_rows: Rows of the example that took most of them: windows of a passage, or choices.
     """
 
     examples: int = 0
-    cut: int = 0
+    truncated: int = 0
     most_rows: int = 1
 
     def count(self, rows: Sequence[TokenRow]) -> None:
         """Take note of the rows of one example."""
         self.examples += 1
-        self.cut += any(row.cut for row in rows)
+        self.truncated += any(row.truncated for row in rows)
         self.most_rows = max(self.most_rows, len(rows))
 
 
@@ -45,7 +45,7 @@ class TokenRow:
         offsets: Characters of each token in its own text.
         sequences: 0 for tokens of `text`, 1 for tokens of `pair`, None for special ones, pictures and answers.
         target: Ids of the answer and the end token; in a row that continues they also end `ids`.
-        cut: Tokens that did not fit.
+        truncated: Tokens that did not fit.
         pixels: What the processor made of the pictures.
         number: Which it is of the examples that were read together.
     """
@@ -56,7 +56,7 @@ class TokenRow:
     offsets: list[Span]
     sequences: list[int | None]
     target: list[int] = field(factory=list)
-    cut: int = 0
+    truncated: int = 0
     pixels: Mapping[str, Tensor] = field(factory=dict)
     number: int = 0
 

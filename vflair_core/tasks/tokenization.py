@@ -50,7 +50,7 @@ class InputFormat:
         return self.kind in ("causal-lm", "image-text") and not self.two_stacks
 
 
-def reading_of(
+def input_format_of(
     task: Task, model: Any, *, processor: Any = None, packing: bool = False
 ) -> InputFormat:
     """Return how `model`, whole or a data party's, reads `task`."""
@@ -66,7 +66,7 @@ def reading_of(
     )
 
 
-def read(
+def tokenize(
     tokenizer: PreTrainedTokenizerBase, reading: InputFormat, example: Example, max_length: int
 ) -> list[TokenRow]:
     """Turn one example, as it is sent, into rows of at most `max_length` tokens.
@@ -89,7 +89,7 @@ def read(
     return rows
 
 
-def read_prompt(
+def tokenize_prompt(
     tokenizer: PreTrainedTokenizerBase, reading: InputFormat, example: Example, max_length: int
 ) -> TokenRow:
     """Turn one example into the row that its answer is generated from."""
@@ -126,7 +126,7 @@ def _row(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) 
     (short,) = _tokens(
         tokenizer, example.text, example.pair, truncation=True, max_length=max_length
     )
-    return attrs.evolve(short, example=example, cut=len(whole.ids) - len(short.ids))
+    return attrs.evolve(short, example=example, truncated=len(whole.ids) - len(short.ids))
 
 
 def _windows(
@@ -189,7 +189,7 @@ def _continued(
         offsets=[row.offsets[n] for n in kept] + [NOWHERE] * more,
         sequences=[row.sequences[n] for n in kept] + [None] * more,
         target=target,
-        cut=len(dropped),
+        truncated=len(dropped),
     )
 
 

@@ -54,7 +54,7 @@ def _middle(draws: Tensor) -> tuple[float, float]:
     return float(ranked[low]), float(ranked[high])
 
 
-def bag(guessed: Tensor, true: Tensor) -> tuple[float, float]:
+def bag_overlap(guessed: Tensor, true: Tensor) -> tuple[float, float]:
     """Order ignored, as VFLAIR-LLM measures: recall over true tokens, precision over guessed ones."""
     there, said = set(true.tolist()), set(guessed.tolist())
     recall = sum(t in said for t in true.tolist()) / max(len(true), 1)
@@ -62,7 +62,7 @@ def bag(guessed: Tensor, true: Tensor) -> tuple[float, float]:
     return recall, precision
 
 
-def common(guessed: Sequence[int], true: Sequence[int]) -> int:
+def longest_common_subsequence(guessed: Sequence[int], true: Sequence[int]) -> int:
     """Length of the longest common subsequence, 64 and more columns at a time (Hyyrö, 2004)."""
     places: dict[int, int] = {}
     for n, t in enumerate(true):
@@ -79,7 +79,7 @@ def rouge_l(guessed: Sequence[int], true: Sequence[int]) -> float:
     """F1 of the longest common subsequence of two token sequences (Lin, 2004)."""
     if not guessed or not true:
         return 0.0
-    return 2 * common(guessed, true) / (len(guessed) + len(true))
+    return 2 * longest_common_subsequence(guessed, true) / (len(guessed) + len(true))
 
 
 def auc(scores: Tensor, labels: Tensor) -> float:

@@ -13,9 +13,9 @@ from vflair_core.errors import AttackError
 from vflair_core.experiments.grading.grades import Grade
 from vflair_core.experiments.grading.matching import matched, together
 from vflair_core.experiments.grading.statistics import (
-    bag,
-    common,
+    bag_overlap,
     interval,
+    longest_common_subsequence,
     mean_over_shifts,
     pooled,
     rouge_l,
@@ -130,7 +130,7 @@ def _private(tokens: Sequence[Tensor], truth: Truth) -> list[Tensor]:
 
 
 def _in_order(guessed: Tensor, original: Tensor) -> tuple[int, int]:
-    return common(guessed.tolist(), original.tolist()), len(original)
+    return longest_common_subsequence(guessed.tolist(), original.tolist()), len(original)
 
 
 def _floors(tokens: Sequence[Tensor], truth: Truth, prior: Tensor | None) -> dict[str, float]:
@@ -189,7 +189,7 @@ def _token_details(tokens: list[Tensor], truth: Truth, decode: Any) -> dict[str,
     guessed = tokens if truth.originals else _private(tokens, truth)
     pairs = [(g, t) for g, t in zip(guessed, true, strict=True) if len(t)]
     count = max(len(pairs), 1)
-    bags = [bag(g, t) for g, t in pairs]
+    bags = [bag_overlap(g, t) for g, t in pairs]
     details = {
         "exact_sequences": sum(right == of for right, of in token_hits(tokens, truth) if of)
         / count,

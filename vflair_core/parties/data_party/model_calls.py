@@ -234,9 +234,9 @@ class ModelCalls:
             self.connection.caches.append,
             lambda old, new: self.connection.copies.append((old, new)),
         )
-        spec = {"id": remote.id, "deeds": list(remote.deeds)}
+        spec = {"id": remote.id, "deeds": list(remote.operations)}
         yield spec if remote.known else {**spec, "parts": remote.parts}
-        remote.deeds.clear()
+        remote.operations.clear()
         remote.known = True
         remote_cache.advance(cache, positions, self.recorder.layers(program.modules))
 

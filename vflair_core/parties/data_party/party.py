@@ -25,7 +25,7 @@ from vflair_core.partition.slices import Slices
 from vflair_core.partition.stages import Stage, names_in
 from vflair_core.tasks.collation import Batch
 from vflair_core.tasks.preprocessor import Preprocessor
-from vflair_core.tasks.tokenization import InputFormat, reading_of
+from vflair_core.tasks.tokenization import InputFormat, input_format_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -250,7 +250,7 @@ class DataParty:
             processor: Of pictures and text, for a task of kind ``image-text``.
             packing: Training puts several texts into one row.
         """
-        reading = reading_of(task, self.model, processor=processor, packing=packing)
+        reading = input_format_of(task, self.model, processor=processor, packing=packing)
         return self.take_up_format(reading)
 
     def take_up_format(self, reading: InputFormat) -> InputFormat:

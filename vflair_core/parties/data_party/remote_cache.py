@@ -34,7 +34,7 @@ class RemoteCache:
     """The data party's handle on the model party's half of one cache."""
 
     id: str = field(factory=lambda: uuid.uuid4().hex)
-    deeds: list[CacheOperation] = field(factory=list)
+    operations: list[CacheOperation] = field(factory=list)
     parts: list[list[Any]] = field(factory=list)  # of each: its kind, [kind, options] of all layers
     known: bool = False  # has the model party built its half?
     copied: Callable[[str, str], None] = lambda _old, _new: None
@@ -45,7 +45,7 @@ class RemoteCache:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteCache:
         twin = RemoteCache(
-            deeds=list(self.deeds),
+            operations=list(self.operations),
             parts=self.parts,
             known=self.known,
             copied=self.copied,
@@ -119,9 +119,9 @@ class RemoteLayer:
         self._become(0)
         self._note("reset", None)
 
-    def _note(self, deed: str, detail: Any) -> None:
+    def _note(self, operation: str, detail: Any) -> None:
         if self.leads:
-            self.remote.deeds.append([self.part, deed, detail])
+            self.remote.operations.append([self.part, operation, detail])
 
 
 def stand_in(

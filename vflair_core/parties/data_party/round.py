@@ -5,7 +5,7 @@
     loss ◄─ local tail ◄─[on_returned]◄──────────────── channel ◄── returned ─┘
       └─ backward ─► hidden_grad ─[on_gradient]─► channel ─► … ─► smashed_grad ─[on_smashed_grad]─► head
 
-The data party's model runs its own forward (`party.py`). Where the modules it does not hold would have
+The data party's model runs its own forward (`model_calls.py`). Where the modules it does not hold would have
 computed, their stubs record a program (`stubs.py`, `recorder.py`); `round_trip` sends what that program takes
 through the defenses and the channel, and the model party runs it (`../model_party/rounds.py`). The autograd graph
 ends where trust ends: `communication/autograd.py` has the only function that touches the channel.

@@ -137,18 +137,18 @@ def _built(layer: Any) -> Any:
             raise ProtocolError(f"{layer!r} is not a cache layer. Possible: {', '.join(LAYERS)}.")
 
 
-def replay(cache: Cache, deeds: Any, held_layers: Sequence[int]) -> None:
+def replay(cache: Cache, operations: Any, held_layers: Sequence[int]) -> None:
     """Do to the model party's half what was done to the data party's."""
     parts = parts_of(cache)
-    for deed in deeds:
-        match deed:
+    for operation in operations:
+        match operation:
             case [0 | 1 as number, str() as what, detail] if number < len(parts):
                 layers = parts[number].layers
                 for index in held_layers:
                     if index < len(layers):  # a growing cache has made only those it filled
                         _do(layers[index], what, detail)
             case _:
-                raise ProtocolError(f"{deed!r} is not something that is done to a cache.")
+                raise ProtocolError(f"{operation!r} is not something that is done to a cache.")
         if what == "reset" and isinstance(cache, EncoderDecoderCache):
             cache.is_updated.clear()
 

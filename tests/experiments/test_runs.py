@@ -236,7 +236,11 @@ def test_a_failed_run_is_told_and_raised(pm):
     [
         ({"task": {"name": "words", "options": {"trian": 3}}}, PluginError, "Did you mean 'train'"),
         ({"attacks": [{"name": "first-rw"}]}, PluginError, "Did you mean 'first-row'"),
-        ({"attacks": [{"name": "first-row", "knowledge": "K0"}]}, AttackError, "needs embeddings"),
+        (
+            {"attacks": [{"name": "first-row", "knowledge": "K0"}]},
+            AttackError,
+            "needs embeddings, which it is not granted. Granted: ",
+        ),
         (
             {"attacks": [{"name": "first-row", "knowledge": "K9"}]},
             AttackError,

@@ -11,6 +11,7 @@ from torch import nn
 from vflair_core import Partition, split
 from vflair_core.errors import PartitionError
 from vflair_core.parties.model_party.party import ModelParty
+from vflair_core.partition.slices import Slices
 from vflair_core.partition.stages import Stage
 from vflair_core.testing import tiny_batch, tiny_model
 from vflair_core.training.fine_tuning import FineTuning, Train, train_unsplit
@@ -94,4 +95,4 @@ def test_a_model_party_without_blocks_says_so():
     model = nn.Module()
     model.add_module("lm_head", nn.Linear(2, 2))
     with pytest.raises(PartitionError, match="none is a block"):
-        ModelParty(model, [Stage((), ("lm_head",))], "").gradient_checkpointing_enable()
+        ModelParty(model, [Stage((), ("lm_head",))], "", Slices({})).gradient_checkpointing_enable()

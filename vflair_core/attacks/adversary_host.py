@@ -128,7 +128,8 @@ class _Process:
             answer = None
         if answer is None:
             failure = failure_in(self.folder, self.process.wait())
-            raise AttackError(f"The adversary failed: {failure.error}\n{failure.traceback or ''}")
+            lines = [f"The adversary failed: {failure.error}", failure.traceback]
+            raise AttackError("\n".join(line for line in lines if line))
         return answer
 
 

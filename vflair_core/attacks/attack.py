@@ -159,7 +159,7 @@ def check(
         if by_name:
             hint += f" (no preset holds {', '.join(by_name)}: name it, as in {['K4', *by_name]})"
         raise AttackError(
-            f"{_name(attack)} needs {', '.join(missing)}, which it is not granted. GrantedKnowledge: "
+            f"{_name(attack)} needs {', '.join(missing)}, which it is not granted. Granted: "
             f"{', '.join(sorted(allowed))}. {hint} or choose another attack."
         )
 

@@ -77,7 +77,7 @@ class Evidence:
 def needed(launches: Sequence[Launch]) -> set[str]:
     """Files that the attacks ask for and are granted."""
     granted = {name for launch in launches for name in launch.granted}
-    asked = _asked(launches)
+    asked = asked_names(launches)
     return {
         file
         for file, names in FILES.items()
@@ -85,7 +85,8 @@ def needed(launches: Sequence[Launch]) -> set[str]:
     }
 
 
-def _asked(launches: Sequence[Launch]) -> set[str]:
+def asked_names(launches: Sequence[Launch]) -> set[str]:
+    """Names that some of the attacks ask for and some are granted."""
     names = {name for launch in launches for name in (*launch.required, *launch.optional)}
     return names & {name for launch in launches for name in launch.granted}
 

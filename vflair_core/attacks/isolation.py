@@ -91,7 +91,12 @@ def started(module: str, folder: Path, **pipes: Any) -> Iterator[subprocess.Pope
             **pipes,
         ) as process,
     ):
-        yield process
+        try:
+            yield process
+        finally:
+            if process.stdin is not None:
+                process.stdin.close()  # at which who serves ends
+            process.wait()
 
 
 @frozen
@@ -108,7 +113,7 @@ def failure_in(folder: Path, code: int) -> Failure:
     if report.exists():
         return Failure(**json.loads(report.read_text()))
     said = (folder / "stderr.txt").read_text()[-2000:]
-    return Failure(f"it ended with code {code}: {said}", None)
+    return Failure(f"its process ended with code {code}: {said}", None)
 
 
 def reporting(folder: Path, body: Callable[[], None]) -> int:

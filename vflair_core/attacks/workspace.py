@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vflair_core.attacks.adaptive import Side, has_mechanism, rebuilt_mechanism, rebuilt_replacement
 from vflair_core.attacks.attack import Launch
-from vflair_core.attacks.evidence import _asked, needed, read_facts
+from vflair_core.attacks.evidence import asked_names, needed, read_facts
 from vflair_core.attacks.halves import Head, Tail, halves
 from vflair_core.attacks.knowledge import DEFENSE
 from vflair_core.attacks.observables import Observables, VictimRow
@@ -26,6 +26,7 @@ from vflair_core.communication.transcript import Transcript
 from vflair_core.defenses.mechanism import Mechanism, Replacement
 from vflair_core.errors import AttackError
 from vflair_core.offers import target_of
+from vflair_core.parties.split import split
 from vflair_core.partition.partition import Partition
 from vflair_core.randomness import stream_seed
 from vflair_core.tasks.task import Example
@@ -97,8 +98,6 @@ class Workspace:
     @cached_property
     def body(self) -> Any:
         """The model party's modules, and nothing of the data party's."""
-        from vflair_core.parties.split import split
-
         return split(self.model("body"), self.partition)[1].model.to(self.device)
 
     @cached_property
@@ -252,7 +251,7 @@ def write_workspace(
     Raises:
         AttackError: A defense cannot be told to an attack that asks for it.
     """
-    facts, asked = read_facts(store), _asked(launches)
+    facts, asked = read_facts(store), asked_names(launches)
     texts = {"public_texts"} if "replacement" in asked else set()  # which defenses calibrate on
     for file in (*ALWAYS, *sorted(needed(launches))):
         source = store / file

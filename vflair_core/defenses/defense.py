@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vflair_core.communication.message import Phase, Role
 from vflair_core.defenses.guarantee import EMPIRICAL, Guarantee
+from vflair_core.defenses.mechanism import Mechanism, Replacement
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from vflair_core.communication.channel import Channel
     from vflair_core.partition.partition import Partition
-from vflair_core.defenses.mechanism import Mechanism, Replacement
+
 
 COVERABLE = ("prompt", "response", "labels", "gradients")
 

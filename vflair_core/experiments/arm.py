@@ -19,6 +19,7 @@ from vflair_core.communication.message import Message
 from vflair_core.communication.transcript import Transcript
 from vflair_core.defenses.defense import Defense
 from vflair_core.errors import ExperimentError
+from vflair_core.experiments.account import cost_of, promises_of, samples_of
 from vflair_core.experiments.attack_phase import attack_arm, references_of
 from vflair_core.experiments.build import briefing_of, choose_partition
 from vflair_core.experiments.capture import capture_victims
@@ -37,7 +38,7 @@ from vflair_core.training.tuning import tune
 if TYPE_CHECKING:
     from vflair_core.parties.data_party.party import DataParty
     from vflair_core.parties.model_party.party import ModelParty
-from vflair_core.experiments.account import cost_of, promises_of, samples_of
+
 
 log = structlog.get_logger()
 

@@ -1,4 +1,4 @@
-"""Models made from a config: random weights that fit the tokenizer, a processor for pictures, and what they can do."""
+"""The model as the public knows it: loaded, or made at random with its tokenizer and trained on public text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from vflair_core.errors import ExperimentError
 from vflair_core.experiments.experiment import Experiment
-from vflair_core.experiments.pretraining import Report, _pretrain
+from vflair_core.experiments.pretraining import Report, pretrain
 from vflair_core.randomness import stream_seed
 from vflair_core.tasks.kinds import KINDS
 from vflair_core.tasks.task import Task
@@ -151,5 +151,5 @@ def prepare_model(experiment: Experiment, task: Task, report: Report) -> tuple[A
     if experiment.train.packing:
         check_packing(model, task)
     if experiment.pretrain.steps:
-        _pretrain(model, tokenizer, task.public, experiment, report)
+        pretrain(model, tokenizer, task.public, experiment, report)
     return model, tokenizer, processor

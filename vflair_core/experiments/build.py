@@ -18,20 +18,13 @@ from vflair_core.experiments.base_model import prepare_model
 from vflair_core.experiments.context import Clock, Reporter, RunContext
 from vflair_core.experiments.experiment import AttackSpec, Experiment, Victims
 from vflair_core.experiments.pretraining import prior_guess
-from vflair_core.experiments.victims import companions_of
+from vflair_core.experiments.victims import companions_of, victims_of
 from vflair_core.offers import build, find
+from vflair_core.partition.partition import Partition
 from vflair_core.tasks.task import Task
 
 if TYPE_CHECKING:
     import pluggy
-
-from typing import TYPE_CHECKING
-
-from vflair_core.partition.partition import Partition
-
-if TYPE_CHECKING:
-    import pluggy
-from vflair_core.experiments.victims import victims_of
 
 
 def build_run(
@@ -50,6 +43,7 @@ def build_run(
     An arm consumes its model: give it a copy. `run` does the two arms of an experiment; who compares many defenses
     runs one arm for each, with the same setting.
     """
+    attack_device(e.attack_device)  # what is not there is told before anything is built
     clock = clock or Clock()
     with clock("task"):
         task: Task = build(find(plugins, "tasks", e.task.name), e.task.options)
@@ -87,7 +81,6 @@ def _check(
     defenses: Sequence[Defense],
 ) -> None:
     """See that the parts fit each other, as far as that needs no model: before the public phase, which takes long."""
-    attack_device(e.attack_device)
     for launch in launches:
         _check_offered(launch, e.victims)
     if adversary is not None:

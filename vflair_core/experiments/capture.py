@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-import attrs
-
-from vflair_core.attacks.observables import Capture
-from vflair_core.experiments.context import RunContext
-from vflair_core.experiments.releases import crosses_again
-from vflair_core.experiments.victims import companions_of
-from vflair_core.tasks.task import Example, public_examples
-
-if TYPE_CHECKING:
-    from vflair_core.parties.data_party.party import DataParty
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
-from vflair_core.attacks.observables import VictimRow
+from vflair_core.attacks.observables import Capture, VictimRow
 from vflair_core.communication.transcript import Transcript
 from vflair_core.errors import ExperimentError
+from vflair_core.experiments.context import RunContext
+from vflair_core.experiments.releases import crosses_again
+from vflair_core.experiments.victims import companions_of
 from vflair_core.parties.data_party.party import DataParty
 from vflair_core.tasks.collation import Batch
+from vflair_core.tasks.task import Example, public_examples
 from vflair_core.tasks.token_rows import TokenRow
 
 

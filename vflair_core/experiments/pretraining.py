@@ -1,4 +1,4 @@
-"""The public phase: build or load the model, train its tokenizer and its weights on public text."""
+"""The public phase: language modelling on public text, before any cut, and what anyone may expect of a text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vflair_core.training.fine_tuning import Train
 Report = Callable[[str, int, int], None]
 
 
-def _pretrain(
+def pretrain(
     model: Any, tokenizer: Any, texts: Sequence[str], experiment: Experiment, report: Report
 ) -> None:
     """Language modelling for a causal model, masked language modelling for an encoder.

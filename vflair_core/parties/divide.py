@@ -29,7 +29,7 @@ def divide(model_party: ModelParty, blocks: int, *, wire: bool = False) -> Model
         PartitionError: One of the two would have no block, or they would share weights.
         ProtocolError: A session trains already.
     """
-    stages = [chain.stage for chain in model_party.chains]
+    stages = [held.stage for held in model_party.held]
     shortest = min(len(stage.blocks) for stage in stages)
     if not 1 <= blocks < shortest:
         raise PartitionError(

@@ -24,7 +24,16 @@ from vflair_core.parties.data_party.party import DataParty
 from vflair_core.parties.model_party.party import ModelParty
 from vflair_core.partition.block_discovery import locate_blocks
 from vflair_core.partition.fingerprint import fingerprint
-from vflair_core.partition.module_tree import empty_others, on_meta, outside, take
+from vflair_core.partition.module_tree import (
+    empty_others,
+    hollow,
+    inside,
+    on_meta,
+    outside,
+    owners,
+    replace_module,
+    take,
+)
 from vflair_core.partition.partition import Partition, called_here
 from vflair_core.partition.slices import Slices
 from vflair_core.partition.stages import Stage, names_in, stages
@@ -34,7 +43,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from vflair_core.defenses.defense import Defense
-from vflair_core.partition.module_tree import hollow, inside, owners, replace_module
 
 
 def load_data_party(

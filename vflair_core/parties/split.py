@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 from torch import nn
 
-from vflair_core.communication.channel import Channel
+from vflair_core.communication.channel import Channel, LocalChannel
 from vflair_core.errors import PartitionError
 from vflair_core.parties.channels import open_channel
 from vflair_core.parties.data_party.party import DataParty
 from vflair_core.parties.model_party.party import ModelParty
 from vflair_core.partition.block_discovery import locate_blocks
 from vflair_core.partition.fingerprint import fingerprint, sample_digest, weights_in
+from vflair_core.partition.module_tree import take
+from vflair_core.partition.partition import Partition, called_here
 from vflair_core.partition.slices import Slices
 from vflair_core.partition.stages import Stage, names_in, stages
 from vflair_core.plugins import decide, observe
@@ -29,9 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from vflair_core.defenses.defense import Defense
-
-from vflair_core.partition.module_tree import take
-from vflair_core.partition.partition import Partition, called_here
 
 
 def split(
@@ -77,13 +76,7 @@ def split(
         tokenizer=tokenizer,
         seed=seed,
     )
-    observe(
-        plugins,
-        "vflair_model_partitioned",
-        partition=cut.partition,
-        data_party_weights=sum(p.numel() for p in data_party.parameters()),
-        model_party_weights=sum(p.numel() for p in model_party.parameters()),
-    )
+    _tell(plugins, data_party, model_party)
     return data_party, model_party
 
 
@@ -120,14 +113,28 @@ def join(
     cut = _Cut.through(model, partition or Partition(), plugins)
     agreed = cut.fingerprint(weights_in(model_party.fingerprint))
     held, untied = take(model, names_in(cut.stages), frozenset(cut.local))
-    return cut.data_party(
+    data_party = cut.data_party(
         agreed,
         held,
-        open_channel(model_party.handle, plugins, wire=wire),
+        LocalChannel(model_party.handle, wire=wire),
         untied=untied,
         defenses=defenses,
         tokenizer=tokenizer,
         seed=seed,
+    )
+    _tell(plugins, data_party, model_party)
+    return data_party
+
+
+def _tell(
+    plugins: pluggy.PluginManager | None, data_party: DataParty, model_party: ModelParty
+) -> None:
+    observe(
+        plugins,
+        "vflair_model_partitioned",
+        partition=data_party.partition,
+        data_party_weights=sum(p.numel() for p in data_party.parameters()),
+        model_party_weights=sum(p.numel() for p in model_party.parameters()),
     )
 
 

@@ -16,7 +16,8 @@ def adapters_of(model: nn.Module) -> dict[str, Any]:
     return getattr(model, "peft_config", None) or {}
 
 
-def _of_adapter(model: nn.Module, name: str) -> bool:
+def is_of_adapter(model: nn.Module, name: str) -> bool:
+    """Whether a weight of this name belongs to an adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     parts = name.split(".")

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vflair_core.errors import CheckpointError
-from vflair_core.partition.adapters import _of_adapter, adapters_of
+from vflair_core.partition.adapters import adapters_of, is_of_adapter
+from vflair_core.partition.fingerprint import differences
 
 Side = Literal["data_party", "model_party"]
 KEY = "vflair_checkpoint"
@@ -90,7 +91,7 @@ def owned(model: nn.Module) -> dict[str, Tensor]:
         weights = {
             name: weight
             for name, weight in weights.items()
-            if weight.requires_grad or _of_adapter(model, name)
+            if weight.requires_grad or is_of_adapter(model, name)
         }
     packed = [name for name, weight in weights.items() if not weight.is_floating_point()]
     if packed:
@@ -137,8 +138,6 @@ def check_part(facts: dict[str, Any], fingerprint: str, optimizer: Any, path: Pa
     Raises:
         CheckpointError: It does not.
     """
-    from vflair_core.partition.fingerprint import differences
-
     if facts["fingerprint"] != fingerprint:
         raise CheckpointError(
             f"{path} is of another model or cut: it has {differences(facts['fingerprint'], fingerprint)} now. "

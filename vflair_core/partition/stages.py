@@ -6,7 +6,7 @@ for most models, two (encoder and decoder) for sequence-to-sequence ones. `block
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from attrs import frozen
@@ -14,13 +14,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vflair_core.errors import PartitionError
+from vflair_core.partition.partition import Blocks, units_around
 from vflair_core.partition.tracing import Trace, trace
 
 if TYPE_CHECKING:
     from vflair_core.partition.partition import Partition
-from collections.abc import Iterable
-
-from vflair_core.partition.partition import Blocks, units_around
 
 
 def stages(model: nn.Module, stacks: Sequence[Blocks], partition: Partition) -> tuple[Stage, ...]:

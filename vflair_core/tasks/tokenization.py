@@ -13,11 +13,12 @@ from attrs import field, frozen
 
 from vflair_core.errors import TaskError
 from vflair_core.tasks.kinds import TaskKind
+from vflair_core.tasks.pictures import picture_row
 from vflair_core.tasks.task import Example, Render, Span, Task
+from vflair_core.tasks.token_rows import NOWHERE, Tally, TokenRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from vflair_core.tasks.token_rows import NOWHERE, Tally, TokenRow
 
 
 @frozen(eq=False)
@@ -198,8 +199,6 @@ def _prompt(
 ) -> tuple[TokenRow, list[bool]]:
     """The prompt without an end token, and which of its tokens cannot be cut: special ones and pictures."""
     if reading.kind == "image-text":
-        from vflair_core.tasks.pictures import picture_row
-
         row = picture_row(reading.processor, example)
     else:
         (bare,) = _tokens(tokenizer, example.text, example.pair, verbose=False)

@@ -9,7 +9,7 @@ from vflair_core.errors import TaskError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from typing import TYPE_CHECKING
+
 
 BOS, EOS, PAD, SEP = "<bos>", "<eos>", "<pad>", "<sep>"
 

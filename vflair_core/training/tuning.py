@@ -20,10 +20,11 @@ from transformers.pytorch_utils import Conv1D
 
 from vflair_core.errors import ExperimentError, did_you_mean
 from vflair_core.partition.slices import Slices, check_names
+from vflair_core.randomness import adapter_seed
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-from vflair_core.randomness import adapter_seed
+
 
 EVERYTHING = ("data_party", "model_party")
 

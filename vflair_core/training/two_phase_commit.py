@@ -44,14 +44,14 @@ def agree(
     unscale = 1.0 / party.loss_scale
     norms = [norm * unscale for norm in joint_norms(party)]
     total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-    skip = party.calls.loss_scaling.overflowed or not bool(total.isfinite())
+    skip = party.overflowed or not bool(total.isfinite())
     factor = float((clip / (total + 1e-6)).clamp(max=1.0)) if clip else None
     scales = [s for s in (None if unscale == 1.0 else unscale, factor) if s is not None]
     together = None
     for scale in scales:
         together = scale if together is None else together * scale
     party.connection.commit(scale=None if skip else together, rate=rate, skip=skip)
-    party.calls.loss_scaling.overflowed = False
+    party.begin_step()
     for weight in weights:
         if weight.grad is not None:
             for scale in scales:

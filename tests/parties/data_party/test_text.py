@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
-from vflair_core import Defense, DefenseError, Example, Partition, Transcript, split
+from vflair_core import Batch, Defense, DefenseError, Example, Partition, Transcript, split
 from vflair_core.errors import TaskError
 from vflair_core.tasks.preprocessor import Preprocessor
 from vflair_core.tasks.tokenizer_training import train_tokenizer
@@ -113,3 +115,45 @@ def test_a_tokenizer_needs_text_and_room():
         train_tokenizer([], 300)
     with pytest.raises(TaskError, match="must be at least 259"):
         train_tokenizer(TEXTS, 100)
+
+
+def test_a_part_called_by_another_thread_is_a_call_of_its_own():
+    """While one thread is in a call, another must not slip undefended tokens in as a part of it."""
+    config = T5Config(
+        vocab_size=64,
+        d_model=16,
+        d_ff=32,
+        d_kv=8,
+        num_heads=2,
+        num_layers=3,
+        num_decoder_layers=3,
+        decoder_start_token_id=0,
+    )
+    model = T5ForConditionalGeneration(config)
+    ids = torch.randint(3, 60, (1, 5))
+
+    class Swapped(Defense):
+        def on_tokens(self, batch):
+            return batch
+
+    party, _ = split(model, Partition(1, 1), defenses=[Swapped()])
+    failed = []
+
+    def intrude():
+        try:
+            party.model.get_encoder()(input_ids=ids.clone())
+        except DefenseError as error:
+            failed.append(error)
+
+    other = threading.Thread(target=intrude)
+
+    def watch(_message, _direction, _seconds):
+        if other.ident is None:
+            other.start()
+            other.join(0.5)  # it has to wait for its turn
+
+    batch = Batch({"input_ids": ids, "labels": ids}).marked()
+    with party.channel.tap(watch):
+        party.model(**batch)
+    other.join()
+    assert len(failed) == 1

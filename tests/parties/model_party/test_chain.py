@@ -222,7 +222,7 @@ def test_if_the_next_party_refuses_a_step_none_takes_it():
 def test_a_party_with_other_weights_cannot_be_the_next():
     data_party, first = split(deep(), Partition(1, 1))
     other_data_party, other = split(tiny_model("llama", seed=1, **DEEP), Partition(1, 1))
-    stage = first.chains[0].stage
+    stage = first.held[0].stage
     with pytest.raises(ProtocolError, match="do not hold two halves of the same model"):
         first.pass_on([stage], LocalChannel(other.handle))
     assert data_party.step == other_data_party.step == 0

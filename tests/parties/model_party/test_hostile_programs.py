@@ -125,9 +125,9 @@ def test_a_block_cannot_be_skipped_by_an_operation_that_reaches_back():
     back = ("op", "mul", (("out", 0), ("value", 1.0)), ())
     fed = tuple((key, ("out", 2) if tree[0] == "out" else tree) for key, tree in third[3])
     with pytest.raises(ProtocolError, match="does not use the output of the block before"):
-        model_party.chains[0].check(Program((first, second, back, (*third[:3], fed)), leaves))
+        model_party.held[0].check(Program((first, second, back, (*third[:3], fed)), leaves))
     through = ("op", "mul", (("out", 1), ("value", 1.0)), ())
-    model_party.chains[0].check(Program((first, second, through, (*third[:3], fed)), leaves))
+    model_party.held[0].check(Program((first, second, through, (*third[:3], fed)), leaves))
 
 
 @pytest.mark.parametrize(

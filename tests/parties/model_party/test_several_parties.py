@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from vflair_core import Partition, join, split
+from vflair_core import Partition, hookimpl, join, plugin_manager, split
 from vflair_core.errors import ProtocolError
 from vflair_core.testing import tiny_batch, tiny_model
 from vflair_core.training.fine_tuning import FineTuning, Train
@@ -253,3 +253,18 @@ def test_a_rule_that_does_not_exist_is_refused():
     _, model_party = split(tiny_model("llama"), Partition(1, 1))
     with pytest.raises(ProtocolError, match=r"no rule 'means'.* Did you mean 'mean'"):
         model_party.sharing = "means"
+
+
+def test_observers_hear_of_each_party_that_joins():
+    heard = []
+
+    class Ear:
+        @hookimpl
+        def vflair_model_partitioned(self, partition, data_party_weights, model_party_weights):
+            heard.append((partition, data_party_weights > model_party_weights > 0))
+
+    plugins = plugin_manager(entry_point_group="vflair.none")
+    plugins.register(Ear())
+    _, model_party = split(tiny_model("llama"), Partition(1, 1), plugins=plugins)
+    join(tiny_model("llama"), model_party, Partition(1, 1), plugins=plugins)
+    assert heard == [(Partition(1, 1), True)] * 2

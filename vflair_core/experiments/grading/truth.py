@@ -93,8 +93,9 @@ def truth_of(
 ) -> Truth:
     """Return what really was there, for grading only; it never leaves this process.
 
-    `preprocessor` is the one that the rows were made with; its defenses are left out. Positions are those of the rows that were sent. The secrets are the original ones, as they would have been sent
-    if no defense had changed the text: who blanks a name must not have it count as never there.
+    Positions are those of the rows that were sent. `preprocessor` is made like theirs; its defenses are left out, so that
+    the secrets are the original ones, as they would have been sent if no defense had changed the text: who blanks a name
+    must not have it count as never there.
     """
     reading = attrs.evolve(preprocessor.reading, tally=Tally())  # these are not counted
     plain = attrs.evolve(preprocessor, reading=reading, defenses=None)

@@ -123,16 +123,17 @@ class ModelCalls:
 
         `generate` calls the encoder of a sequence-to-sequence model alone, for example.
         """
-        if self.dry_runs.probe is not None or self._call is not None:
-            return forward(**inputs)
-        if self.defenses.at("expand"):
-            raise DefenseError(
-                f"{type(self.defenses.at('expand')[0]).__name__} adds rows to calls of the whole model; here a "
-                "part of it is called alone."
-            )
-        self._check(inputs)
-        with self._calling(forward, inputs):
-            return forward(**inputs)
+        with self.lock:  # another thread's call is not this one's whole
+            if self.dry_runs.probe is not None or self._call is not None:
+                return forward(**inputs)
+            if self.defenses.at("expand"):
+                raise DefenseError(
+                    f"{type(self.defenses.at('expand')[0]).__name__} adds rows to calls of the whole model; here a "
+                    "part of it is called alone."
+                )
+            self._check(inputs)
+            with self._calling(forward, inputs):
+                return forward(**inputs)
 
     def _defended_forward(self, call: Call) -> Any:
         trains = self.model.training and torch.is_grad_enabled()

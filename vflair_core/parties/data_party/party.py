@@ -114,6 +114,15 @@ class DataParty:
         self.calls.loss_scaling.factor = factor
 
     @property
+    def overflowed(self) -> bool:
+        """Whether a gradient that was not finite came to the defenses since the last step."""
+        return self.calls.loss_scaling.overflowed
+
+    def begin_step(self) -> None:
+        """Forget what came to the defenses before: the step is decided."""
+        self.calls.loss_scaling.overflowed = False
+
+    @property
     def roles(self) -> dict[str, tuple[Role, ...]]:
         """Roles of what crosses, by the id of the program that takes it."""
         return self.calls.dry_runs.roles
@@ -196,7 +205,7 @@ class DataParty:
         """Turn examples into a batch, through the defenses that act on text and tokens.
 
         Args:
-            examples: Examples of a task of kind `task_kind` (by default causal-lm).
+            examples: Examples of the task that was taken up (`take_up`); by default plain texts, causal-lm.
             max_length: Tokens kept of each.
 
         Raises:
@@ -260,7 +269,7 @@ class DataParty:
 
     @property
     def task_kind(self) -> str:
-        """The kind of the task at hand; ``"*"`` while nobody said."""
+        """The kind of the task that was taken up (`take_up`); ``"*"`` while there is none."""
         return self.defenses.task_kind
 
     def prepare(

@@ -1,7 +1,7 @@
 """The recorder: writes down the calls of absent modules until a program is complete, then hands it over.
 
-When the last absent module is called, or when a value is needed before that, the recorded program goes to
-the protocol and real tensors come back. Nothing here knows a model family.
+When the last absent module is called, or when a value is needed before that, the recorded program goes
+to `model_calls.py` and real tensors come back. Nothing here knows a model family.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from vflair_core.parties.data_party.shared_states import coming_back, fill, open
 from vflair_core.parties.data_party.stubs import ModuleStub
 from vflair_core.partition.stages import Stage, stage_of
 
-# Hands a program, the tensors it takes, the cache and the form of the answer (meta tensors) to the protocol;
+# Hands a program, the tensors it takes, the cache and the form of the answer (meta tensors) to who exchanges them;
 # returns the answer's tensors.
 Handover = Callable[[Program, list[Tensor], "Cache | None", list[Tensor]], list[Tensor]]
 

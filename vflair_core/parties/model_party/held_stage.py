@@ -1,4 +1,4 @@
-"""The chains of calls that a model party runs, whatever a message asks for: one for each stage of the cut."""
+"""What a model party runs, whatever a message asks for: the modules of each stage, in their order."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class HeldStage:
             ProtocolError: The program asks for anything else.
         """
         if not self.stage.allows(program.modules):
-            raise _not_a_chain(program, [self])
+            raise _no_stage(program, [self])
         if program.store and self.stage.rest:
             raise ProtocolError(
                 "What blocks share is sent back only to blocks of the data party that follow; in HT there are none."
@@ -97,20 +97,20 @@ class HeldStage:
 _SPELT_OUT = [("approximate", ("value", name)) for name in ("none", "tanh")]  # of gelu
 
 
-def matching(program: Program, chains: Sequence[HeldStage]) -> HeldStage:
-    """Return the chain that `program` calls.
+def matching(program: Program, held: Sequence[HeldStage]) -> HeldStage:
+    """Return the stage that `program` calls.
 
     Raises:
         ProtocolError: It calls none of them.
     """
-    for chain in chains:
-        if program.modules and chain.stage.allows(program.modules):
-            return chain
-    raise _not_a_chain(program, chains)
+    for stage in held:
+        if program.modules and stage.stage.allows(program.modules):
+            return stage
+    raise _no_stage(program, held)
 
 
-def _not_a_chain(program: Program, chains: Sequence[HeldStage]) -> ProtocolError:
-    stages = [chain.stage.names for chain in chains]
+def _no_stage(program: Program, held: Sequence[HeldStage]) -> ProtocolError:
+    stages = [one.stage.names for one in held]
     possible = " or ".join(f"{names[0]} … {names[-1]}" for names in stages)
     return ProtocolError(
         f"A program must call {possible}, all in order. This one calls {', '.join(program.modules)}."

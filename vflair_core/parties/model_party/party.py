@@ -1,4 +1,4 @@
-"""The model party: holds modules, runs the one chain of calls it was built for, and answers messages."""
+"""The model party: holds modules, runs what it was built to run, and answers messages."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ModelParty:
         self, model: nn.Module, stages: Sequence[Stage], fingerprint: str, slices: Slices
     ) -> None:
         self.model, self.slices = model, slices
-        self.chains = [HeldStage(model, names) for names in stages]
+        self.held = [HeldStage(model, names) for names in stages]
         self.fingerprint = fingerprint
         self.caps = Caps()
         self.sessions: dict[str, Session] = {}
@@ -65,7 +65,7 @@ class ModelParty:
 
     def pass_on(self, stages: Sequence[Stage], onward: Channel) -> None:
         """Run only `stages` from now on, and let the party behind `onward` run what follows them."""
-        self.chains = [HeldStage(self.model, stage) for stage in stages]
+        self.held = [HeldStage(self.model, stage) for stage in stages]
         self.onward = onward
         for name, session in self.sessions.items():
             self._open_onward(name, session, None, None)
@@ -150,7 +150,7 @@ class ModelParty:
             self.shared.await_round(session)
         match message.kind:
             case "forward":
-                return rounds.forward(self.model, self.chains, self.device, session, message)
+                return rounds.forward(self.model, self.held, self.device, session, message)
             case "backward":
                 return rounds.backward(self.model, self.shared, session, message)
             case "norms":

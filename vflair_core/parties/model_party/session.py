@@ -55,18 +55,18 @@ class Job:
     program: Program
     here: Program | None  # None: none of it
     rest: Rest | None  # what the next party of a chain runs
-    chain: HeldStage | None
+    stage: HeldStage | None
 
     @property
     def layers(self) -> Sequence[int]:
         """Numbers of the cache layers that the steps here fill."""
-        return self.chain.layers if self.chain else ()
+        return self.stage.layers if self.stage else ()
 
     def run(
         self, leaves: Sequence[Tensor], cache: Cache | None, message: Message, onward: Relay | None
     ) -> list[Tensor]:
         """Return the tensors of the answer."""
-        run = Execution(self.chain.call if self.chain else _nothing, leaves, cache)
+        run = Execution(self.stage.call if self.stage else _nothing, leaves, cache)
         if self.rest is None or onward is None:
             return run.run(self.program)
         return onward.cross(
@@ -109,11 +109,11 @@ class Session:
         if self.onward is not None:
             self.onward.pass_on_released(meta)
 
-    def job(self, meta: Any, chains: Sequence[HeldStage]) -> Job:
+    def job(self, meta: Any, held: Sequence[HeldStage]) -> Job:
         """Return the program that a forward names, checked when it comes for the first time."""
         if "program" in meta:
             program = Program.from_wire(meta["program"])
-            job = self._checked(program, chains)
+            job = self._checked(program, held)
             if len(self.jobs) >= self.caps.programs:
                 raise ProtocolError(f"A session may register {self.caps.programs} programs.")
             if program.id == meta["id"]:
@@ -122,13 +122,13 @@ class Session:
             raise ProtocolError(f"Program {meta['id']} was not registered in this session.")
         return self.jobs[meta["id"]]
 
-    def _checked(self, program: Program, chains: Sequence[HeldStage]) -> Job:
+    def _checked(self, program: Program, held: Sequence[HeldStage]) -> Job:
         here: Program | None = program
         rest = None
         if self.onward is not None:
-            held = {name for chain in chains for name in chain.stage.names}
-            here, rest = divide_program(program, held.__contains__)
-        chain = matching(here, chains) if here is not None else None
-        if chain is not None and here is not None:
-            chain.check(here)
-        return Job(program, here, rest, chain)
+            names = {name for one in held for name in one.stage.names}
+            here, rest = divide_program(program, names.__contains__)
+        stage = matching(here, held) if here is not None else None
+        if stage is not None and here is not None:
+            stage.check(here)
+        return Job(program, here, rest, stage)

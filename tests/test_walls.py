@@ -100,3 +100,23 @@ def test_the_core_alone_loads_no_torch():
     assert "torch" not in loaded_after(
         "import vflair_core, vflair_core.hookspecs, vflair_core.plugins"
     )
+
+
+# -- the face --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*DOCS.glob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("plugins/*/README.md")],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_pages_import_the_face_of_the_core_only(page):
+    inner = re.findall(r"^\s*(?:from|import) (vflair_core\.[\w.]+)", page.read_text(), re.MULTILINE)
+    assert set(inner) <= {"vflair_core.testing"}
+
+
+def test_every_public_name_is_loaded_from_where_it_is_made():
+    for name, home in vflair_core._HOMES.items():
+        made = getattr(vflair_core, name)
+        module = getattr(made, "__module__", f"vflair_core.{home}")
+        assert not module.startswith("vflair_core") or module == f"vflair_core.{home}", name

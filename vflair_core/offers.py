@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+import attrs
 import pluggy
 from attrs import frozen
 
@@ -125,3 +126,11 @@ def build(offered: Offered, options: Mapping[str, Any]) -> Any:
     if needed:
         raise PluginError(f"{offered.name!r} needs the option {', '.join(needed)}.")
     return thing(**options)
+
+
+def options_of(thing: Any) -> dict[str, Any] | None:
+    """Return the options that an attrs object was built with, by name; None of an object without such fields."""
+    if not attrs.has(type(thing)):
+        return None
+    names = [f.name for f in attrs.fields(type(thing)) if f.init]
+    return {name.lstrip("_"): getattr(thing, name) for name in names}

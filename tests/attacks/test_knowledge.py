@@ -10,7 +10,8 @@ from attrs import frozen
 
 from vflair_core import AttackError, Guess
 from vflair_core.attacks.attack import check, launch, wants
-from vflair_core.attacks.knowledge import PRESETS, VOCABULARY, granted
+from vflair_core.attacks.grants import GRANTS
+from vflair_core.attacks.knowledge import OBSERVABLES, PRESETS, VOCABULARY, granted
 
 
 def guess() -> Guess:
@@ -110,3 +111,8 @@ def test_anything_but_a_guess_is_refused():
         Guess()
     with pytest.raises(AttackError, match="whole numbers of shape"):
         Guess(tokens=torch.zeros(2, 3))
+
+
+def test_every_word_of_the_vocabulary_is_either_seen_or_a_row_of_the_table_of_grants():
+    seen = set(OBSERVABLES) - {"updates"}  # no message holds an update
+    assert set(GRANTS) == set(VOCABULARY) - seen

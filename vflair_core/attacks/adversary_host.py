@@ -23,8 +23,9 @@ from torch import Tensor
 from vflair_core.attacks.adversary import Adversary, Tampered, honestly
 from vflair_core.attacks.attack import Launch, call
 from vflair_core.attacks.evidence import Evidence, needed, save_evidence
+from vflair_core.attacks.grants import GrantedKnowledge
 from vflair_core.attacks.isolation import Isolation, failure_in, reporting, started
-from vflair_core.attacks.workspace import GrantedKnowledge, Workspace, write_workspace
+from vflair_core.attacks.workspace import Workspace, write_workspace
 from vflair_core.communication.codec import decode, encode
 from vflair_core.communication.message import Message
 from vflair_core.errors import AttackError

@@ -21,7 +21,7 @@ from vflair_core.attacks.attack import Launch
 from vflair_core.attacks.knowledge import AUXILIARY, DEFENSE
 from vflair_core.attacks.observables import Capture
 from vflair_core.errors import AttackError
-from vflair_core.offers import target_of
+from vflair_core.offers import options_of, target_of
 from vflair_core.parties.data_party.party import DataParty
 from vflair_core.parties.model_party.party import ModelParty
 from vflair_core.partition.adapters import plain_state
@@ -179,11 +179,7 @@ def check_held(store: Path, launch: Launch) -> None:
 
 def _told(defense: Any) -> dict[str, Any]:
     """A defense as an adaptive attacker builds it again; without options if it has no fields to read them from."""
-    if not attrs.has(type(defense)):
-        return {"target": target_of(defense), "options": None}
-    fields = [f.name for f in attrs.fields(type(defense)) if f.init]
-    options = {name.lstrip("_"): getattr(defense, name) for name in fields}
-    return {"target": target_of(defense), "options": options}
+    return {"target": target_of(defense), "options": options_of(defense)}
 
 
 def _embedding_name(model: nn.Module) -> str:

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from vflair_core.attacks.attack import launch
+from vflair_core.attacks.grants import GrantedKnowledge
 from vflair_core.attacks.guess_files import Progression, TimedGuess, leave_so_far, write_guess
 from vflair_core.attacks.isolation import Isolation, failure_in, hint_of, reporting, started
-from vflair_core.attacks.workspace import GrantedKnowledge, Workspace
+from vflair_core.attacks.workspace import Workspace
 from vflair_core.errors import AttackError
 from vflair_core.offers import load_target
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
-from attrs import frozen
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,7 +28,6 @@ from vflair_core.offers import target_of
 from vflair_core.parties.split import split
 from vflair_core.partition.partition import Partition
 from vflair_core.randomness import stream_seed
-from vflair_core.tasks.task import Example
 
 
 class Workspace:
@@ -123,121 +121,6 @@ class Workspace:
         """The defenses of the run as one mechanism, in their order."""
         state = load_file(self.folder / "defenses.safetensors") if with_parameters else None
         return rebuilt_mechanism(self.job["defenses"], side, state)
-
-
-class GrantedKnowledge(Mapping[str, Any]):
-    """Name → knowledge, for one attack in one pass: what was granted and is there, and no more."""
-
-    def __init__(
-        self, workspace: Workspace, attack: dict[str, Any], which: str, progress: Any
-    ) -> None:
-        self.workspace, self.attack, self.which, self.progress = workspace, attack, which, progress
-        self.seen = workspace.observables(which)
-        observed = frozenset(self.seen)  # names: asking for one would make its tensor
-        self.granted = frozenset(attack["granted"])
-        self.names = [
-            name
-            for name in sorted(self.granted)
-            if (GRANTS[name].there(self) if name in GRANTS else name in observed)
-        ]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self.names:
-            raise KeyError(name)
-        return GRANTS[name].load(self) if name in GRANTS else self.seen[name]
-
-    @property
-    def job(self) -> dict[str, Any]:
-        """What is known of the arm beside tensors."""
-        return self.workspace.job
-
-    def latest(self, name: str) -> tuple[Head, Tail | None]:
-        """Head and tail as they are now if ``current_`` `name` was granted, else as they were."""
-        current = f"current_{name}" in self.granted
-        return self.workspace.current if current else self.workspace.pretrained
-
-
-@frozen
-class Grant:
-    """One piece of knowledge: how it is made of what lies in the workspace, and when it is there at all."""
-
-    load: Callable[[GrantedKnowledge], Any]
-    there: Callable[[GrantedKnowledge], bool] = lambda _: True
-
-
-def _has_tail(k: GrantedKnowledge) -> bool:
-    return k.workspace.partition.kind == "HBT"
-
-
-def _defended(k: GrantedKnowledge) -> bool:
-    """In the bypassed pass, and without defenses, there is nothing to know of them."""
-    return k.which != "bypassed" and bool(k.job["defenses"])
-
-
-def _works_on(side: Side) -> Callable[[GrantedKnowledge], bool]:
-    return lambda k: _defended(k) and k.workspace.has_mechanism(side)
-
-
-def _mechanism(side: Side) -> Callable[[GrantedKnowledge], Any]:
-    return lambda k: k.workspace.mechanism(side, with_parameters="parameters" in k.granted)
-
-
-def _file(name: str) -> Callable[[GrantedKnowledge], bool]:
-    return lambda k: (k.workspace.folder / name.format(k.which)).exists()
-
-
-def _auxiliary(
-    name: str, made: Callable[[GrantedKnowledge, Any], Any] = lambda _, rows: rows
-) -> Grant:
-    """A list that the task or the experiment made, if it did."""
-    return Grant(lambda k: made(k, k.job["auxiliary"][name]), lambda k: name in k.job["auxiliary"])
-
-
-# All that can be granted beside what is seen of the messages (`observables.py`).
-GRANTS: dict[str, Grant] = {
-    # always
-    "task_kind": Grant(lambda k: k.job["task_kind"]),
-    "partition": Grant(lambda k: k.workspace.partition),
-    "generator": Grant(lambda k: torch.Generator().manual_seed(k.attack["seed"])),
-    "device": Grant(lambda k: k.workspace.device),
-    "progress": Grant(lambda k: k.progress),
-    "body": Grant(lambda k: k.workspace.body),
-    # weights
-    "tokenizer": Grant(lambda k: k.workspace.tokenizer),
-    "embeddings": Grant(lambda k: k.workspace.embeddings),
-    "pretrained_head": Grant(lambda k: k.workspace.pretrained[0]),
-    "pretrained_tail": Grant(lambda k: k.workspace.pretrained[1], _has_tail),
-    "pretrained_model": Grant(  # a classifier is no language-model prior
-        lambda k: k.workspace.pretrained_model, lambda k: k.job["task_kind"] == "causal-lm"
-    ),
-    "current_head": Grant(lambda k: k.workspace.current[0]),
-    "current_tail": Grant(lambda k: k.workspace.current[1], _has_tail),
-    "head": Grant(lambda k: k.latest("head")[0]),
-    "tail": Grant(lambda k: k.latest("tail")[1], _has_tail),
-    # the defense
-    "mechanism": Grant(_mechanism("mechanism"), _works_on("mechanism")),
-    "parameters": Grant(_mechanism("mechanism"), _works_on("mechanism")),
-    "gradient_mechanism": Grant(_mechanism("gradient_mechanism"), _works_on("gradient_mechanism")),
-    "replacement": Grant(lambda k: k.workspace.replacement, _works_on("replacement")),
-    # what else an experiment may make
-    "public_texts": _auxiliary("public_texts"),
-    "in_domain": _auxiliary("in_domain"),
-    "few_labelled": _auxiliary("few_labelled", lambda _, rows: [Example(**row) for row in rows]),
-    "known_labels": _auxiliary("known_labels", lambda _, rows: dict(rows)),
-    "candidates": _auxiliary("candidates"),
-    "queries": _auxiliary("queries", lambda k, _: k.workspace.queries(k.which)),
-    "updates": Grant(lambda k: k.workspace.updates(k.which), _file("updates-{}.safetensors")),
-    "adversary_state": Grant(
-        lambda k: load_file(k.workspace.folder / "adversary.safetensors"),
-        _file("adversary.safetensors"),
-    ),
-}
 
 
 ALWAYS = ("config.json", "main.safetensors", "bypassed.safetensors")

@@ -10,7 +10,15 @@ from attrs import define, field
 from torch import Tensor
 
 from vflair_core.communication.codec import DTYPES
-from vflair_core.communication.program import MIXING, OPERATIONS, Program, Step, Tree, tensors_of
+from vflair_core.communication.program import (
+    MIXING,
+    OPERATIONS,
+    Program,
+    Step,
+    Tree,
+    fits,
+    tensors_of,
+)
 from vflair_core.errors import ProtocolError
 
 
@@ -109,9 +117,7 @@ def _check_index(tensor: Tensor, index: tuple[Any, ...]) -> None:
 
 
 def _check_fit(name: str, first: Tensor, second: Tensor) -> None:
-    """See that `second` is spread over `first`, never the other way: a product of rows would grow without bound."""
-    sizes = zip(first.shape[::-1], second.shape[::-1], strict=False)
-    if second.dim() > first.dim() or any(b not in (1, a) for a, b in sizes):
+    if not fits(second, first):
         raise ProtocolError(
             f"{name!r} takes a second tensor that fits the first, {tuple(first.shape)}, not {tuple(second.shape)}."
         )

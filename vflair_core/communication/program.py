@@ -209,3 +209,9 @@ def tensors_of(value: Any) -> list[Tensor]:
     if isinstance(value, (tuple, list)):
         return [tensor for item in value for tensor in tensors_of(item)]
     return []
+
+
+def fits(second: Tensor, first: Tensor) -> bool:
+    """Whether `second` is spread over `first`, and never the other way: a product of rows would grow without bound."""
+    sizes = zip(first.shape[::-1], second.shape[::-1], strict=False)
+    return second.dim() <= first.dim() and all(b in (1, a) for a, b in sizes)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import attrs
 import torch
 from attrs import define, frozen
 from safetensors import SafetensorError, safe_open
@@ -18,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from vflair_core.errors import CheckpointError
-from vflair_core.offers import target_of
+from vflair_core.offers import options_of, target_of
 from vflair_core.partition.fingerprint import sample_digest
 
 if TYPE_CHECKING:
@@ -113,10 +112,9 @@ def _named(defense: Any) -> list[str]:
 
 def _options(defense: Any) -> dict[str, str]:
     """The options by name; an object without fields is named by its values."""
-    if not attrs.has(type(defense)):
-        return {name: repr(value) for name, value in vars(defense).items()}
-    names = [f.name for f in attrs.fields(type(defense)) if f.init]
-    return {name.lstrip("_"): repr(getattr(defense, name)) for name in names}
+    options = options_of(defense)
+    known = vars(defense) if options is None else options
+    return {name: repr(value) for name, value in known.items()}
 
 
 def _version(package: str) -> str:

@@ -28,6 +28,7 @@ from vflair_core.partition.module_tree import (
     empty_others,
     hollow,
     inside,
+    names_by_weight,
     on_meta,
     outside,
     owners,
@@ -239,16 +240,13 @@ def _plan(
 
 
 def _tied_across(model: nn.Module, plan: Plan) -> dict[str, tuple[str, ...]]:
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    found: dict[str, tuple[str, ...]] = {}
-    for group in names.values():
-        there = [name for name in group if inside(name, plan.absent)]
-        here = tuple(name for name in group if not inside(name, plan.remote))
-        if here:
-            found |= dict.fromkeys(there, here)
-    return found
+    tied: dict[str, tuple[str, ...]] = {}
+    for group in names_by_weight(model):
+        theirs = [name for name in group if inside(name, plan.absent)]
+        ours = tuple(name for name in group if not inside(name, plan.remote))
+        if ours:
+            tied |= dict.fromkeys(theirs, ours)
+    return tied
 
 
 def _load(plan: Plan, keep_ours: Any, new: Sequence[str], *, owned: Any) -> PreTrainedModel:

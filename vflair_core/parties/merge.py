@@ -25,6 +25,7 @@ from vflair_core.parties.joined_adapter import (
 )
 from vflair_core.partition.checkpoint import TOKENIZER
 from vflair_core.partition.fingerprint import files_digest, sample_digest
+from vflair_core.partition.module_tree import names_by_weight
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -149,10 +150,8 @@ def _architecture(parts: Parts) -> Any:
 
 def _twins(model: nn.Module) -> dict[str, list[str]]:
     """Every weight that is tied, and the other names it has."""
-    groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
-    return {name: [n for n in group if n != name] for group in groups.values() for name in group}
+    groups = names_by_weight(model)
+    return {name: [n for n in group if n != name] for group in groups for name in group}
 
 
 # -- adapters --------------------------------------------------------------------------------------------

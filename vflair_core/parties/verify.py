@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vflair_core.errors import PartitionError
 from vflair_core.parties.split import split
+from vflair_core.partition.module_tree import names_by_weight
 from vflair_core.partition.partition import Partition
 from vflair_core.tasks.kinds import KINDS, TaskKind
 
@@ -112,10 +113,7 @@ def _compare(
 
 def _tied_twins(whole: Any) -> set[str]:
     """Weights that the cut untied: their gradient is now in two parts, at two owners."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in whole.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {name for group in names.values() if len(group) > 1 for name in group}
+    return {name for group in names_by_weight(whole) if len(group) > 1 for name in group}
 
 
 def _tokens_equal(whole: Any, party: Any, batch: dict[str, Tensor]) -> bool:

@@ -138,3 +138,11 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put another module in the place of the one of this name."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
+
+
+def names_by_weight(model: nn.Module) -> list[list[str]]:
+    """All names of each weight: one, or several where weights are tied."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return list(names.values())

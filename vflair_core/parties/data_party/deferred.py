@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vflair_core.communication.program import MIXING, OPERATIONS, Tree
+from vflair_core.communication.program import MIXING, OPERATIONS, Tree, fits
 from vflair_core.errors import PartitionError
 from vflair_core.parties.data_party.scored_positions import is_a_pick
 from vflair_core.partition.partition import SCORED
@@ -147,18 +147,13 @@ def _mixed(func: Any, args: tuple[Any, ...]) -> Deferred | None:
     if not recorder.is_between_parts() or not all(isinstance(arg, Tensor) for arg in args):
         return None
     if in_place is None:
-        first, second = args if _fits(args[1], args[0]) else args[::-1]
-        return recorder.apply(name, (first, second), {}) if _fits(second, first) else None
+        first, second = args if fits(args[1], args[0]) else args[::-1]
+        return recorder.apply(name, (first, second), {}) if fits(second, first) else None
     first, second = args
-    if not (first is waiting[0] and recorder.gave_last(first) and _fits(second, first)):
+    if not (first is waiting[0] and recorder.gave_last(first) and fits(second, first)):
         return None
     first.node = recorder.apply(name, args, {}).node  # all who hold it see what it has become
     return first
-
-
-def _fits(second: Tensor, first: Tensor) -> bool:
-    sizes = zip(first.shape[::-1], second.shape[::-1], strict=False)
-    return second.dim() <= first.dim() and all(b in (1, a) for a, b in sizes)
 
 
 def _are_literal(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -51,14 +51,14 @@ def load_target(target: str) -> Callable[..., Any]:
             module = load_file(Path(module_name))
         else:
             module = import_module(module_name)
-        found: Any = module
+        thing: Any = module
         for part in attribute.split("."):
-            found = getattr(found, part)
+            thing = getattr(thing, part)
     except (ImportError, AttributeError, ValueError) as error:
         raise PluginError(
             f"{target!r} cannot be imported: {type(error).__name__}: {error}"
         ) from error
-    return found  # type: ignore[no-any-return]
+    return thing  # type: ignore[no-any-return]
 
 
 def target_of(thing: Any) -> str:
@@ -76,18 +76,18 @@ def offers(manager: pluggy.PluginManager, shelf: Shelf) -> dict[str, Offered]:
     Raises:
         PluginError: Two plugins offer the same name.
     """
-    found: dict[str, Offered] = {}
+    offered: dict[str, Offered] = {}
     for implementation in getattr(manager.hook, f"vflair_{shelf}").get_hookimpls():
         source = getattr(manager, "sources", {}).get(implementation.plugin_name, ("?", ""))[0]
         offer: Mapping[str, Any] = implementation.function()
         for name, target in offer.items():
-            if name in found:
+            if name in offered:
                 raise PluginError(
-                    f"Both {found[name].source} and {source} offer {shelf[:-1]} {name!r}: "
+                    f"Both {offered[name].source} and {source} offer {shelf[:-1]} {name!r}: "
                     "uninstall one of them, or rename it."
                 )
-            found[name] = Offered(name, source, target)
-    return dict(sorted(found.items()))
+            offered[name] = Offered(name, source, target)
+    return dict(sorted(offered.items()))
 
 
 def find(manager: pluggy.PluginManager, shelf: Shelf, name: str) -> Offered:
@@ -96,13 +96,13 @@ def find(manager: pluggy.PluginManager, shelf: Shelf, name: str) -> Offered:
     Raises:
         PluginError: Nobody offers it; the message says what is offered and which plugins failed.
     """
-    found = offers(manager, shelf)
-    if name in found:
-        return found[name]
+    offered = offers(manager, shelf)
+    if name in offered:
+        return offered[name]
     broken = [f"{info.name} ({info.error})" for info in getattr(manager, "failures", ())]
     raise PluginError(
-        f"No plugin offers {shelf[:-1]} {name!r}.{did_you_mean(name, found)} "
-        f"Possible: {', '.join(found) or 'none; install a plugin that offers ' + shelf}."
+        f"No plugin offers {shelf[:-1]} {name!r}.{did_you_mean(name, offered)} "
+        f"Possible: {', '.join(offered) or 'none; install a plugin that offers ' + shelf}."
         + (f" These plugins failed to load: {'; '.join(broken)}." if broken else "")
     )
 

@@ -153,8 +153,8 @@ def crossed(
     party.model.eval()
     with party.channel.tap(Transcript()) as transcript, torch.set_grad_enabled(labels is not None):
         for number, row in enumerate(rows):
-            there = {} if labels is None else {"labels": labels[number][None]}
-            outputs = party.model(input_ids=row[None], use_cache=False, **there)
+            labelled = {} if labels is None else {"labels": labels[number][None]}
+            outputs = party.model(input_ids=row[None], use_cache=False, **labelled)
             if labels is not None:
                 outputs.loss.backward()
     knowledge: dict[str, Any] = {

@@ -52,10 +52,10 @@ def rebuilt_replacement(
         AttackError: Several do, one after the other.
     """
     each = [d.replacement(tokenizer, embeddings, public_texts) for d in _rebuilt(specs)]
-    there = [replacement for replacement in each if replacement is not None]
-    if len(there) > 1:
-        raise AttackError(f"{len(there)} {ONE_REPLACES}")
-    return there[0] if there else None
+    replacements = [replacement for replacement in each if replacement is not None]
+    if len(replacements) > 1:
+        raise AttackError(f"{len(replacements)} {ONE_REPLACES}")
+    return replacements[0] if replacements else None
 
 
 def check_one_replaces(defenses: Sequence[Defense], launches: Sequence[Launch]) -> None:

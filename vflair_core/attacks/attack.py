@@ -69,11 +69,11 @@ class Guess:
                 raise AttackError(
                     f"The attack guessed {name} for {len(value)} victims; victim {max(rows)} is missing."
                 )
-        kept = {
+        chosen = {
             name: value if name == "members" else value[list(rows)]
             for name, value in self.tensors.items()
         }
-        return Guess(**kept, positive=self.positive, budget=self.budget)
+        return Guess(**chosen, positive=self.positive, budget=self.budget)
 
 
 def wants(attack: Attack) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -65,8 +65,8 @@ def run_job(folder: Path, progress: Progress) -> None:
 
             torch.manual_seed(attack["seed"])
             guess = launch(callable_, GrantedKnowledge(workspace, attack, which, report))
-            found = TimedGuess(guess, time.perf_counter() - start, course)
-            write_guess(folder / f"guess-{attack['number']}-{which}", found)
+            timed = TimedGuess(guess, time.perf_counter() - start, course)
+            write_guess(folder / f"guess-{attack['number']}-{which}", timed)
 
 
 def run_worker(folder: Path, isolation: Isolation, progress: Progress) -> None:

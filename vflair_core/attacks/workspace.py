@@ -75,8 +75,8 @@ class Workspace:
 
         config = transformers.AutoConfig.from_pretrained(self.folder)
         model = getattr(transformers, self.job["model_class"])(config)
-        there = load_file(self.folder / f"{weights}.safetensors")
-        odd = model.load_state_dict(there, strict=False)
+        tensors = load_file(self.folder / f"{weights}.safetensors")
+        odd = model.load_state_dict(tensors, strict=False)
         if odd.unexpected_keys or (odd.missing_keys and weights != "body"):
             raise AttackError(f"The {weights} weights do not fit {self.job['model_class']}: {odd}.")
         return model.eval().requires_grad_(False)

@@ -110,8 +110,8 @@ def attack(
             folder, specs, plugins=plugin_manager(plugin or ()), device=device, report=progress
         )
     if json_:
-        found = {arm: [grade.to_dict() for grade in each] for arm, each in grades.items()}
-        say(json.dumps(found, indent=2))
+        rows = {arm: [grade.to_dict() for grade in each] for arm, each in grades.items()}
+        say(json.dumps(rows, indent=2))
     else:
         terminal.show_grades(grades)
 

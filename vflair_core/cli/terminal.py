@@ -181,8 +181,8 @@ def _remarks(result: Result, arms: list[str]) -> Iterator[str]:
             )
             yield f"{guarantee['defense']}: {guarantee['statement']}.{outside}"
         for found in result.numbers[arm]["findings"]:
-            told = [f"{name} {value:.3f}" for name, value in found.items() if name != "defense"]
-            yield f"{found['defense']} measured of itself: {', '.join(told)}."
+            figures = [f"{name} {value:.3f}" for name, value in found.items() if name != "defense"]
+            yield f"{found['defense']} measured of itself: {', '.join(figures)}."
         for grade in result.numbers[arm]["attacks"]:
             if grade["verdict"] != "ok":
                 yield f"{arm}, {_named(grade)}: {grade['verdict']}."
@@ -202,15 +202,15 @@ def _course(points: Sequence[dict[str, float]]) -> str:
 
 def _strongest(arm: str, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """The strongest attack on each target, from the first preset at which it is that."""
-    told: dict[tuple[str, str], str] = {}
+    said: dict[tuple[str, str], str] = {}
     for row in rows:
         place = (
             row["target"],
             row["knowledge"].partition(" + ")[2],
         )  # what is beyond presets stands apart
-        if told.get(place) == row["attack"]:
+        if said.get(place) == row["attack"]:
             continue
-        told[place] = row["attack"]
+        said[place] = row["attack"]
         low, high = row["interval"]
         yield (
             f"{arm}, {row['target']} from {row['knowledge']}: strongest is {row['attack']} with AP "

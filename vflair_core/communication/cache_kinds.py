@@ -61,10 +61,10 @@ def growing_cache(kind: str) -> Cache:
 
 def _found(place: str, kind: str) -> type[Any]:
     try:
-        found: type[Any] = getattr(importlib.import_module(place), kind)
+        layer: type[Any] = getattr(importlib.import_module(place), kind)
     except (ImportError, AttributeError) as error:
         raise ProtocolError(f"The installed transformers has no {kind}: {error}.") from error
-    return found
+    return layer
 
 
 def cache_argument(model: nn.Module | type[nn.Module]) -> str:
@@ -74,9 +74,9 @@ def cache_argument(model: nn.Module | type[nn.Module]) -> str:
 
 def layers_of(block: nn.Module) -> frozenset[int]:
     """Numbers of the cache layers that `block` fills, as its parts give them."""
-    found = [_numbers(part) for part in block.modules()]
+    numbers = [_numbers(part) for part in block.modules()]
     # Where one block has several layers, its own number counts blocks and theirs count layers.
-    return frozenset().union(*found[1:]) or found[0]
+    return frozenset().union(*numbers[1:]) or numbers[0]
 
 
 def _numbers(part: nn.Module) -> frozenset[int]:

@@ -57,9 +57,9 @@ def build(spec: dict[str, Any], prefix: str, weights: dict[str, Tensor]) -> nn.M
     kind = spec["kind"]
     if kind not in KINDS:
         raise ProtocolError(f"Counterpart {kind!r} is not on the list: {', '.join(KINDS)}.")
-    own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    state = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     # No memory for what the options claim, only for the weights that came.
     with torch.device("meta"):
         module: nn.Module = KINDS[kind](**spec["options"])
-    module.load_state_dict(own, assign=True)
+    module.load_state_dict(state, assign=True)
     return module.requires_grad_(False)

@@ -47,10 +47,10 @@ class Execution:
             ProtocolError: One of them is no tensor.
         """
         outputs = self._outputs(steps)
-        found = [self._build(tree, outputs) for tree in wanted]
-        if not all(isinstance(value, Tensor) for value in found):
+        values = [self._build(tree, outputs) for tree in wanted]
+        if not all(isinstance(value, Tensor) for value in values):
             raise ProtocolError("Only tensors can be passed on to the next model party.")
-        return found
+        return values
 
     def _outputs(self, steps: Sequence[Step]) -> dict[int, Any]:
         outputs: dict[int, Any] = {}
@@ -105,11 +105,11 @@ def _check_index(tensor: Tensor, index: tuple[Any, ...]) -> None:
     lists = [(n, part) for n, part in enumerate(index) if isinstance(part, Tensor)]
     for dimension, positions in lists:
         fits = positions.dim() == 1 and positions.dtype is torch.int64 and len(lists) == 1
-        there = set(range(tensor.shape[dimension]))
+        possible = set(range(tensor.shape[dimension]))
         if (
             not fits
             or len(positions.unique()) != len(positions)
-            or not there.issuperset(positions.tolist())
+            or not possible.issuperset(positions.tolist())
         ):
             raise ProtocolError(
                 "Positions are picked by one list of whole numbers, each at most once."

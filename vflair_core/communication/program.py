@@ -183,11 +183,11 @@ def _tree(tree: Any, depth: int = 0) -> Tree:
 
 def sources(step: Step) -> list[int]:
     """Numbers of the steps whose outputs `step` takes."""
-    found = []
+    steps = []
 
     def walk(tree: Any) -> None:
         if tree[0] == "out":
-            found.append(tree[1])
+            steps.append(tree[1])
         elif tree[0] in ("tuple", "list"):
             for item in tree[1:]:
                 walk(item)
@@ -197,7 +197,7 @@ def sources(step: Step) -> list[int]:
 
     for tree in (*step[2], *(tree for _, tree in step[3])):
         walk(tree)
-    return found
+    return steps
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -119,8 +119,8 @@ def _options(defense: Any) -> dict[str, str]:
 
 def _version(package: str) -> str:
     """The version of the distribution that holds a package; a plugin in one file has none."""
-    there = importlib.metadata.packages_distributions().get(package)
-    return importlib.metadata.version(there[0]) if there else "none"
+    distributions = importlib.metadata.packages_distributions().get(package)
+    return importlib.metadata.version(distributions[0]) if distributions else "none"
 
 
 def _write(path: Path, made: Made, facts: Mapping[str, str]) -> None:

@@ -59,7 +59,7 @@ class Defenses:
                     f"{tuple(tensor.shape)}) and the defense knows {', '.join(sorted(defense.axes))}. Use "
                     "another cut or another defense."
                 )
-            there = attrs.evolve(
+            at_hand = attrs.evolve(
                 exchange,
                 name=name,
                 role=role,
@@ -67,7 +67,7 @@ class Defenses:
                 mask=_mask_of(tensor, name, exchange),
                 generator=self.generator_of(defense),
             )
-            tensor = getattr(defense, place)(tensor, there)
+            tensor = getattr(defense, place)(tensor, at_hand)
         return tensor
 
     def generator_of(self, defense: Defense) -> torch.Generator:
@@ -209,13 +209,13 @@ def _traced(text: str, before: str) -> str:
 
 def _mask_of(tensor: Tensor, name: str, exchange: Exchange) -> Tensor | None:
     """The mask that fits the tensor: what an encoder gave crosses to a decoder too, with its own mask."""
-    own = exchange.mask
+    mask = exchange.mask
     if (
-        own is None
+        mask is None
         or tensor.dim() < 3
-        or (own.shape[1] in tensor.shape[:2] and not name.startswith("encoder"))
+        or (mask.shape[1] in tensor.shape[:2] and not name.startswith("encoder"))
     ):
-        return own
+        return mask
     encoder: Tensor | None = exchange.batch.get("attention_mask")
     fits = encoder is not None and encoder.dim() == 2 and encoder.shape[1] in tensor.shape[:2]
     return encoder if fits else None

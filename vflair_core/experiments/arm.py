@@ -216,14 +216,14 @@ def _as_row(party: DataParty, evaluation: Evaluation) -> dict[str, Any]:
 def _evaluate(name: str, party: DataParty, setting: RunContext) -> Evaluation:
     options = setting.experiment.train
     with torch.random.fork_rng():  # however often it is watched, training takes the same steps
-        found = evaluate_party(
+        evaluation = evaluate_party(
             party,
             setting.task,
             batch_size=max(options.batch_size, 16),
             max_length=options.max_length,
         )
-    setting.tell("vflair_evaluated", arm=name, step=party.step, metrics=found.metrics)
-    return found
+    setting.tell("vflair_evaluated", arm=name, step=party.step, metrics=evaluation.metrics)
+    return evaluation
 
 
 def _save(arm: str, party: DataParty, model_party: ModelParty, setting: RunContext) -> None:

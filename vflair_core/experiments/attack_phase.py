@@ -108,14 +108,14 @@ def _answer_key(
     """The truth about what crossed, and which victims are for what."""
     e, again = setting.experiment, crossing_again(setting)
     preprocessor = party.preprocessor(setting.victim_length)
-    told: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "known": e.victims.known,
         "members": candidates_of(setting.task, e.victims, e.seed)[1],
     }
     return AnswerKey(
-        truth_of(preprocessor, setting.victims, main.rows, **told),
+        truth_of(preprocessor, setting.victims, main.rows, **facts),
         tuple(range(len(again))),
-        truth_of(preprocessor, again, bypassed.rows, **told) if bypassed else None,
+        truth_of(preprocessor, again, bypassed.rows, **facts) if bypassed else None,
         setting.prior,
         e.victims.development,
         e.victims.update_batch,
@@ -173,7 +173,7 @@ def attack_again(
         for launch in here:
             check_held(store, launch)
 
-        def told(label: str, done: int, total: int, *, arm: str = arm) -> None:
+        def report_progress(label: str, done: int, total: int, *, arm: str = arm) -> None:
             report(f"{arm}: {label}", done, total)
 
         grades[arm] = attack_and_grade(
@@ -183,7 +183,7 @@ def attack_again(
             decode=_decoder(store),
             references=references_of(grades[REFERENCES[arm]]) if REFERENCES[arm] else None,
             isolation=isolation,
-            progress=told,
+            progress=report_progress,
             device=device,
         )
     return grades

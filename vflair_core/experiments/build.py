@@ -138,8 +138,8 @@ def make_adversary(spec: AttackSpec, plugins: pluggy.PluginManager, seed: int) -
 
 def briefing_of(launch: Launch) -> Launch:
     """What an active attack is granted before anything crosses."""
-    there = tuple(sorted(launch.granted & BEFORE))
-    return Launch(launch.name, launch.attack, there, launch.seed, opening=True)
+    names = tuple(sorted(launch.granted & BEFORE))
+    return Launch(launch.name, launch.attack, names, launch.seed, opening=True)
 
 
 def _attack(plugins: pluggy.PluginManager, spec: AttackSpec) -> Callable[..., Any]:
@@ -164,8 +164,8 @@ def _check_offered(launch: Launch, victims: Victims, *, active: bool = False) ->
         "candidates": (victims.candidates, "victims.candidates = 8"),
     }
     for name in launch.required:
-        there, how = made.get(name, (True, ""))
-        if not there:
+        makes, how = made.get(name, (True, ""))
+        if not makes:
             raise ExperimentError(
                 f"{launch.name} needs {name}, which this experiment does not make. Set {how} (an assumption that "
                 "the result states), or leave the attack out."
@@ -203,9 +203,9 @@ def choose_partition(model: Any, e: Experiment, plugins: pluggy.PluginManager) -
     answers = plugins.hook.vflair_partition.get_hookimpls()
     chosen = [i for i in answers if i.plugin_name == e.partition_plugin]
     if not chosen:
-        there = ", ".join(i.plugin_name for i in answers) or "none"
+        possible = ", ".join(i.plugin_name for i in answers) or "none"
         raise ExperimentError(
-            f"No plugin {e.partition_plugin!r} answers vflair_partition. Possible: {there}."
+            f"No plugin {e.partition_plugin!r} answers vflair_partition. Possible: {possible}."
         )
     given: dict[str, Any] = {"model": model, "partition": e.partition}
     answer: Any = chosen[0].function(**{n: given[n] for n in chosen[0].argnames})

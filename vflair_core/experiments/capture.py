@@ -104,7 +104,7 @@ def record_victims(
     """
     reader, rows, spots = party.preprocessor(max_length), list[TokenRow](), list[VictimRow]()
     others = companions or [()] * len(examples)
-    kept: list[dict[str, Tensor]] = []
+    gradients_of_weights: list[dict[str, Tensor]] = []
     if not in_prompt:
         reader = attrs.evolve(reader, reading=attrs.evolve(reader.reading, render=None))
     with (
@@ -114,10 +114,15 @@ def record_victims(
         for _ in range(releases):
             for example, beside in zip(examples, others, strict=True):
                 encoded = reader.batch([example, *beside], first_only=True)
-                _send(party, encoded.batch, gradients=gradients, keep=kept if updates else None)
+                _send(
+                    party,
+                    encoded.batch,
+                    gradients=gradients,
+                    keep=gradients_of_weights if updates else None,
+                )
                 rows.append(encoded.rows[0])
                 spots.append(_spot(party, encoded.rows, transcript))
-    return Capture(transcript, rows[: len(examples)], spots, kept[: len(examples)])
+    return Capture(transcript, rows[: len(examples)], spots, gradients_of_weights[: len(examples)])
 
 
 def _spot(party: DataParty, rows: Sequence[TokenRow], transcript: Transcript) -> VictimRow:
@@ -145,12 +150,12 @@ def record_updates(
     step is skipped. The texts are those that crossed before, as text defenses left them then; what other defenses draw
     is drawn anew. The messages of these rounds are nobody's to attack: the same rows crossed alone.
     """
-    reader, kept = party.preprocessor(max_length), list[dict[str, Tensor]]()
+    reader, updates = party.preprocessor(max_length), list[dict[str, Tensor]]()
     with _for_the_record(party, bypass=bypass, training=True):
         for first in range(0, len(rows), size):
             batch = reader.together(rows[first : first + size]).batch
-            _send(party, batch, gradients=True, keep=kept)
-    return kept
+            _send(party, batch, gradients=True, keep=updates)
+    return updates
 
 
 @contextmanager

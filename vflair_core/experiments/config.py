@@ -138,10 +138,10 @@ def _place(note: Any) -> str:
 
 
 def _toml_lines(table: Mapping[str, Any], prefix: str) -> list[str]:
-    there = {k: v for k, v in table.items() if v is not None}
-    plain = {k: v for k, v in there.items() if not isinstance(v, Mapping) and not _is_tables(v)}
+    given = {k: v for k, v in table.items() if v is not None}
+    plain = {k: v for k, v in given.items() if not isinstance(v, Mapping) and not _is_tables(v)}
     lines = [f"{key} = {_toml(value)}" for key, value in plain.items()]
-    for key, value in there.items():
+    for key, value in given.items():
         if _is_tables(value):
             for item in value:
                 lines += ["", f"[[{prefix}{key}]]", *_toml_lines(item, f"{prefix}{key}.")]

@@ -76,13 +76,13 @@ def run_cuts(
     rows: list[Recovery] = []
     for cut in cuts:
 
-        def told(phase: str, done: int, total: int, head: int = cut.head) -> None:
+        def report_progress(phase: str, done: int, total: int, head: int = cut.head) -> None:
             report(f"head {head}, {phase}", done, total)
 
         result = run(
             attrs.evolve(experiment, partition=cut),
             plugins=plugins,
-            report=told,
+            report=report_progress,
             out=Path(out) / f"head-{cut.head}",
             **options,
         )

@@ -49,12 +49,14 @@ def releases_per_example(
     once = forward.times(windows) + _answering(task, reading, length)
     crossed = {"train": backward.times(passes * windows), "test": once.times(evaluations)}
     victim = backward if e.victims.phase == "train" else forward
-    own = e.victims.releases + crosses_again(e.victims)
+    as_victim = e.victims.releases + crosses_again(e.victims)
     beside = e.victims.releases * most_often(e, task)
-    crossed[e.victims.split] += victim.times(max(own, beside))
-    found = crossed.values()
+    crossed[e.victims.split] += victim.times(max(as_victim, beside))
+    counts = crossed.values()
     return Releases(
-        max(r.rows for r in found), max(r.messages for r in found), max(r.gradients for r in found)
+        max(r.rows for r in counts),
+        max(r.messages for r in counts),
+        max(r.gradients for r in counts),
     )
 
 

@@ -20,7 +20,7 @@ def over_seeds(runs: Mapping[int, Mapping[str, Arm]]) -> dict[str, Any]:
     """
     arms = list(runs.values())
     names = list(arms[0])
-    found: dict[str, Any] = {
+    rows: dict[str, Any] = {
         "seeds": list(runs),
         "main_performance": {
             name: _mean([run[name].numbers["main_performance"] for run in arms]) for name in names
@@ -37,9 +37,9 @@ def over_seeds(runs: Mapping[int, Mapping[str, Arm]]) -> dict[str, Any]:
             pairs = [(a.hits, b.hits) for a, b in zip(*each.values(), strict=True)]
             row["change"] = row[names[1]] - row[names[0]]
             row["change_interval"] = list(paired_interval(pairs))
-        found["attacks"].append(row)
-    found["adaptive"] = _against_blind([run[names[-1]].grades for run in arms])
-    return found
+        rows["attacks"].append(row)
+    rows["adaptive"] = _against_blind([run[names[-1]].grades for run in arms])
+    return rows
 
 
 def _against_blind(grades: Sequence[Sequence[Grade]]) -> list[dict[str, Any]]:

@@ -29,14 +29,14 @@ def companions_of(e: Experiment, task: Task) -> list[list[int]]:
     v = e.victims
     if not v.companions:
         return [[] for _ in range(v.count)]
-    there = len(task.train if v.split == "train" else task.test)
-    if v.companions > there - v.count:
+    available = len(task.train if v.split == "train" else task.test)
+    if v.companions > available - v.count:
         raise ExperimentError(
             f"victims.companions = {v.companions} beside victims.count = {v.count} needs {v.companions + v.count} "
-            f"{v.split} examples, and task {task.name!r} has {there}. Lower one of them."
+            f"{v.split} examples, and task {task.name!r} has {available}. Lower one of them."
         )
     generator = torch.Generator().manual_seed(stream_seed(e.seed, "companions"))
-    queue = (v.count + torch.randperm(there - v.count, generator=generator)).tolist()
+    queue = (v.count + torch.randperm(available - v.count, generator=generator)).tolist()
     chosen = []
     for victim in range(v.count):
         rows = queue[: v.companions]
@@ -57,8 +57,8 @@ def _with_another(
     task: Task, split: Split, victim: int, rows: list[int], queue: list[int]
 ) -> list[int]:
     """Return `rows`, the last one replaced by the next of the queue of another class if all are of the victim's."""
-    own = task.row(split, victim).label
-    other = next((row for row in queue if task.row(split, row).label != own), None)
+    label = task.row(split, victim).label
+    other = next((row for row in queue if task.row(split, row).label != label), None)
     if other is None:
         raise ExperimentError(
             f"All {split} examples of task {task.name!r} that are no victims are of the class of victim {victim}, and "
@@ -73,10 +73,10 @@ def victims_of(e: Experiment, task: Task) -> list[Any]:
     Raises:
         ExperimentError: There are fewer.
     """
-    there = len(task.train if e.victims.split == "train" else task.test)
-    if there < e.victims.count:
+    available = len(task.train if e.victims.split == "train" else task.test)
+    if available < e.victims.count:
         raise ExperimentError(
-            f"victims.count is {e.victims.count}, and task {task.name!r} has {there} "
+            f"victims.count is {e.victims.count}, and task {task.name!r} has {available} "
             f"{e.victims.split} examples."
         )
     return [task.row(e.victims.split, n) for n in range(e.victims.count)]
@@ -114,14 +114,14 @@ def candidates_of(task: Task, victims: Victims, seed: int) -> tuple[list[str], T
     if not half:
         return [], None
     other = "test" if victims.split == "train" else "train"
-    there = len(getattr(task, other))
-    if there < half:
+    available = len(getattr(task, other))
+    if available < half:
         raise ExperimentError(
             f"victims.candidates = {victims.candidates} needs {half} {other} examples, and task {task.name!r} "
-            f"has {there}."
+            f"has {available}."
         )
     inside = [task.row(victims.split, n).text for n in range(half)]  # type: ignore[arg-type]
-    outside = [task.row(other, there - 1 - n).text for n in range(half)]  # type: ignore[arg-type]
+    outside = [task.row(other, available - 1 - n).text for n in range(half)]  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(stream_seed(seed, "candidates"))
     order = torch.randperm(2 * half, generator=generator).tolist()
     texts = inside + outside

@@ -61,8 +61,8 @@ def _candidates(folder: Path, file: str, writer: str) -> list[tuple[Path, dict[s
     paths = paths or sorted(folder.glob(f"run-*/step-*/{file}"))
     if not paths:
         raise CheckpointError(f"There is no {file} in {folder}: {writer} writes one.")
-    found = [(path, read_facts(path)) for path in paths]
-    return sorted(found, key=lambda pair: (pair[1].get("step") or 0, pair[0]), reverse=True)
+    parts = [(path, read_facts(path)) for path in paths]
+    return sorted(parts, key=lambda pair: (pair[1].get("step") or 0, pair[0]), reverse=True)
 
 
 def _misfit(data: Mapping[str, Any], model: Mapping[str, Any]) -> str | None:

@@ -69,8 +69,8 @@ class Source:
     def empty_model(self) -> PreTrainedModel:
         """Build the architecture, under whatever device is in force."""
         build = getattr(self.auto, "from_config", None) or self.auto._from_config
-        kept = {"attn_implementation", "experts_implementation", "trust_remote_code"}
-        return build(self.config, **{k: v for k, v in self.options.items() if k in kept})  # type: ignore[no-any-return]
+        accepted = {"attn_implementation", "experts_implementation", "trust_remote_code"}
+        return build(self.config, **{k: v for k, v in self.options.items() if k in accepted})  # type: ignore[no-any-return]
 
 
 def find_source(name: str | Path, auto: Any, options: Mapping[str, Any]) -> Source:
@@ -122,9 +122,9 @@ def _architecture(config: PretrainedConfig, name: str) -> Any:
     import transformers
 
     for architecture in config.architectures or ():
-        found = getattr(transformers, architecture, None)
-        if found is not None:
-            return found
+        named = getattr(transformers, architecture, None)
+        if named is not None:
+            return named
     raise CheckpointError(
         f"The config of {name} names no class of transformers ({config.architectures}). Say which to load "
         "with: auto=AutoModelForCausalLM."

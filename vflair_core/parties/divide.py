@@ -44,10 +44,10 @@ def divide(model_party: ModelParty, blocks: int, *, wire: bool = False) -> Model
         raise PartitionError("This party passes on already: divide the last one of the chain.")
     if any(session.trains or session.graphs for session in model_party.sessions.values()):
         raise ProtocolError("A data party trains already: divide the model party before.")
-    kept = [Stage(s.blocks[:blocks], (), s.optional) for s in stages]
+    first = [Stage(s.blocks[:blocks], (), s.optional) for s in stages]
     given = [Stage(s.blocks[blocks:], s.rest, s.optional) for s in stages]
     mine, theirs = (
-        dict.fromkeys(n for stage in part for n in stage.names) for part in (kept, given)
+        dict.fromkeys(n for stage in part for n in stage.names) for part in (first, given)
     )
     ours = {id(p) for n in mine for p in model_party.model.get_submodule(n).parameters()}
     tree = nn.Module()
@@ -63,5 +63,5 @@ def divide(model_party: ModelParty, blocks: int, *, wire: bool = False) -> Model
         parent, _, leaf = name.rpartition(".")
         delattr(model_party.model.get_submodule(parent), leaf)
     other = ModelParty(tree, given, model_party.fingerprint, model_party.slices)
-    model_party.pass_on(kept, LocalChannel(other.handle, wire=wire))
+    model_party.pass_on(first, LocalChannel(other.handle, wire=wire))
     return other

@@ -129,8 +129,8 @@ def write_adapter(
     for (
         path
     ) in trained:  # peft keeps whole modules: what of them did not change comes from the base
-        own = dict(model.get_submodule(path).named_parameters())
-        changed = {f"{path}.{name}": p.detach() for name, p in own.items()} | dict(changed)
+        parameters = dict(model.get_submodule(path).named_parameters())
+        changed = {f"{path}.{name}": p.detach() for name, p in parameters.items()} | dict(changed)
     config = {**joined.config, "modules_to_save": trained or None, "base_model_name_or_path": base}
     tensors = {PREFIX + name: t.contiguous() for name, t in {**weights, **changed}.items()}
     PeftConfig.from_peft_type(**config).save_pretrained(str(folder))
@@ -139,11 +139,11 @@ def write_adapter(
         # GPT-2 has layers of both sorts; peft sees which is which, module by module.
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
         read = PeftModel.from_pretrained(model, folder)
-    found = get_peft_model_state_dict(read, save_embedding_layers=False)
-    if found.keys() != tensors.keys() or not all(
-        torch.equal(found[name].cpu(), tensor) for name, tensor in tensors.items()
+    state = get_peft_model_state_dict(read, save_embedding_layers=False)
+    if state.keys() != tensors.keys() or not all(
+        torch.equal(state[name].cpu(), tensor) for name, tensor in tensors.items()
     ):
-        lost = sorted(tensors.keys() ^ found.keys())
+        lost = sorted(tensors.keys() ^ state.keys())
         raise CheckpointError(
             f"peft does not read the joined adapter back as it was written ({', '.join(lost[:4])}). Merge into "
             "the weights instead."

@@ -256,13 +256,13 @@ def _load(plan: Plan, keep_ours: Any, new: Sequence[str], *, owned: Any) -> PreT
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it becomes one
         architecture.__init__(self, *args, **kwargs)
         keep_ours(self)
-        there = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        present = {name for name, _ in self.named_parameters(remove_duplicate=False)}
         ties = self.all_tied_weights_keys.items()
-        self.all_tied_weights_keys = {a: b for a, b in ties if a in there and b in there}
+        self.all_tied_weights_keys = {a: b for a, b in ties if a in present and b in present}
         self._keys_to_ignore_on_load_unexpected = {""}  # the other party's weights
 
-    own = {"__init__": __init__, "__module__": architecture.__module__}
-    half: Any = type(architecture.__name__, (architecture,), own)
+    members = {"__init__": __init__, "__module__": architecture.__module__}
+    half: Any = type(architecture.__name__, (architecture,), members)
     try:
         model, info = half.from_pretrained(
             plan.source.name,

@@ -101,15 +101,15 @@ def _whole_model(parts: Parts) -> PreTrainedModel:
         for name in parts.data["untied"]:
             if twins[name]:
                 del weights[name]
-    found = model.load_state_dict(weights, strict=False, assign=True)
+    mismatch = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, p in model.named_parameters() if p.is_meta]
-    missing += [name for name in found.missing_keys if name in dict(model.named_buffers())]
-    if missing or found.unexpected_keys:
-        wrong = sorted(missing + found.unexpected_keys)
+    missing += [name for name in mismatch.missing_keys if name in dict(model.named_buffers())]
+    if missing or mismatch.unexpected_keys:
+        wrong = sorted(missing + mismatch.unexpected_keys)
         raise CheckpointError(
             f"The parts are not the whole of {type(model).__name__}: {len(missing)} weights are missing and "
-            f"{len(found.unexpected_keys)} unknown, {', '.join(wrong[:4])} among them."
+            f"{len(mismatch.unexpected_keys)} unknown, {', '.join(wrong[:4])} among them."
         )
     return model
 
@@ -142,10 +142,10 @@ def _empty(parts: Parts, config: PretrainedConfig) -> PreTrainedModel:
 def _architecture(parts: Parts) -> Any:
     import transformers
 
-    found = getattr(transformers, parts.data["architecture"], None)
-    if found is None:
+    named = getattr(transformers, parts.data["architecture"], None)
+    if named is None:
         raise CheckpointError(f"transformers has no class {parts.data['architecture']}.")
-    return found
+    return named
 
 
 def _twins(model: nn.Module) -> dict[str, list[str]]:
@@ -169,39 +169,39 @@ def _find_base(parts: Parts, base: str | Path | PreTrainedModel | None) -> PreTr
             "base=model."
         )
     if isinstance(base, nn.Module):
-        model, found = copy.deepcopy(base), sample_digest(base)
+        model, digest = copy.deepcopy(base), sample_digest(base)
     else:
         options = {"revision": name} if kind == "commit" else {}
         model = _architecture(parts).from_pretrained(
             base, config=_config(parts), dtype=agreed["dtype"], **options
         )
-        found = {
+        digest = {
             "files": lambda: files_digest(Path(base)),
             "sample": lambda: sample_digest(model),
             "commit": lambda: agreed["weights"],  # it was asked for by this name
         }[kind]()
-    if found != agreed["weights"]:
+    if digest != agreed["weights"]:
         raise CheckpointError(
             f"{base if not isinstance(base, nn.Module) else 'The given model'} is not the base of these "
-            f"adapters: its weights are {found}, theirs were {agreed['weights']}. Give base=."
+            f"adapters: its weights are {digest}, theirs were {agreed['weights']}. Give base=."
         )
     return model  # type: ignore[no-any-return]
 
 
 def _write_adapted(parts: Parts, model: PreTrainedModel, folder: Path, *, adapter: bool) -> None:
     joined = join_adapters(parts.adapters)
-    own = {plain_name(name, joined): tensor for name, tensor in parts.weights.items()}
-    ours = {name: tensor for name, tensor in own.items() if joined.has(name)}
-    there = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    unknown = sorted(own.keys() - ours.keys() - there.keys())
+    plain = {plain_name(name, joined): tensor for name, tensor in parts.weights.items()}
+    ours = {name: tensor for name, tensor in plain.items() if joined.has(name)}
+    whole = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    unknown = sorted(plain.keys() - ours.keys() - whole.keys())
     if unknown:
         raise CheckpointError(
             f"The base has no {', '.join(unknown[:4])}: give the base of these parts."
         )
     changed = {
         name: tensor
-        for name, tensor in own.items()
-        if name not in ours and not torch.equal(there[name].detach().cpu(), tensor)
+        for name, tensor in plain.items()
+        if name not in ours and not torch.equal(whole[name].detach().cpu(), tensor)
     }
     _untie(
         model, parts, {*changed, *(f"{path}.weight" for path in joined.adapted)}, adapter=adapter
@@ -209,10 +209,10 @@ def _write_adapted(parts: Parts, model: PreTrainedModel, folder: Path, *, adapte
     if adapter:
         write_adapter(folder, joined, ours, changed, model, base=parts.data["base"])
         return
-    there = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    whole = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     with torch.no_grad():
         for name, tensor in changed.items():
-            there[name].copy_(tensor)
+            whole[name].copy_(tensor)
     merge_adapter(model, joined, ours).save_pretrained(folder)
 
 

@@ -36,9 +36,9 @@ def locate_blocks(
     """
     if known := _known(model):
         return known
-    found = _lists_of_blocks(model) or _lists_of_blocks(model, _name_of(model, "get_decoder"))
+    lists = _lists_of_blocks(model) or _lists_of_blocks(model, _name_of(model, "get_decoder"))
     wanted = 2 if has_two_stacks(model) else 1
-    chosen = _narrowed(model, found, wanted)
+    chosen = _narrowed(model, lists, wanted)
     if wanted == 2 and len(chosen) == 1 and _encoder_sees(model):
         wanted = 1
     if len(chosen) != wanted and plugins is not None:
@@ -47,12 +47,12 @@ def locate_blocks(
             return (answer,) if isinstance(answer, Blocks) else tuple(answer)
     if len(chosen) == wanted:
         return tuple(Blocks(name) for name in chosen)
-    shared = _by_calls(model) if not found else ()
+    shared = _by_calls(model) if not lists else ()
     if len(shared) == wanted:
         return shared
     raise PartitionError(
         f"Cannot tell where the blocks of {type(model).__name__} lie: found "
-        f"{', '.join(found) or 'no list of blocks'}. A plugin can say so with the hook "
+        f"{', '.join(lists) or 'no list of blocks'}. A plugin can say so with the hook "
         "vflair_locate_blocks(model) -> Blocks('dotted.name')."
     )
 

@@ -69,7 +69,7 @@ def _read(path: Path, *, tensors: bool) -> tuple[dict[str, Any], dict[str, Tenso
     try:
         with safe_open(path, framework="pt") as file:
             facts = (file.metadata() or {}).get(KEY)
-            found = {key: file.get_tensor(key) for key in file.keys()} if tensors else {}  # noqa: SIM118 - not a dict
+            tensors_by_name = {key: file.get_tensor(key) for key in file.keys()} if tensors else {}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if facts is None:
@@ -77,7 +77,7 @@ def _read(path: Path, *, tensors: bool) -> tuple[dict[str, Any], dict[str, Tenso
             f"{path} is not a party's part of a checkpoint: it lacks vflair's metadata. Give a folder that "
             "data_party.save or model_party.save wrote."
         )
-    return json.loads(facts), found
+    return json.loads(facts), tensors_by_name
 
 
 def owned(model: nn.Module) -> dict[str, Tensor]:
@@ -99,8 +99,8 @@ def owned(model: nn.Module) -> dict[str, Tensor]:
             f"Quantised weights ({', '.join(packed[:3])}, …) are not saved in parts: they come from the "
             "checkpoint. Train adapters, which are saved without them."
         )
-    kept = model.state_dict().keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    persistent = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     return {**weights, **buffers}
 
 
@@ -110,8 +110,8 @@ def restore(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None
     Raises:
         CheckpointError: The names or shapes are others; nothing is changed.
     """
-    there = owned(model)
-    shapes = {name: tuple(tensor.shape) for name, tensor in there.items()}
+    present = owned(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in present.items()}
     saved = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = sorted(
         name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name)
@@ -122,7 +122,7 @@ def restore(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None
             f"{', '.join(wrong[:4])} among them. Build the model, its cut and its adapters as they were."
         )
     with torch.no_grad():
-        for name, tensor in there.items():
+        for name, tensor in present.items():
             tensor.copy_(weights[name])
 
 
@@ -153,11 +153,11 @@ def check_part(facts: dict[str, Any], fingerprint: str, optimizer: Any, path: Pa
 
 def steps_in(folder: Path, file: str = DATA_FILE) -> dict[int, Path]:
     """The parts in a folder by step; unfinished ones have another name."""
-    found = {}
+    parts = {}
     for path in folder.glob(f"step-*/{file}"):
         if number := re.fullmatch(r"step-(\d+)", path.parent.name):
-            found[int(number[1])] = path
-    return found
+            parts[int(number[1])] = path
+    return parts
 
 
 def step_name(step: int) -> str:

@@ -41,7 +41,7 @@ class EmptyModule(nn.Module):
 def outside(model: nn.Module, absent: tuple[str, ...]) -> set[str]:
     """The largest modules around `absent` that hold none of it."""
     ancestors = {name[:n] for name in absent for n in range(len(name)) if name[n] == "."}
-    found = set()
+    names = set()
 
     def walk(module: nn.Module, prefix: str) -> None:
         for name, child in module.named_children():
@@ -49,10 +49,10 @@ def outside(model: nn.Module, absent: tuple[str, ...]) -> set[str]:
             if full in ancestors:
                 walk(child, full + ".")
             elif full not in absent:
-                found.add(full)
+                names.add(full)
 
     walk(model, "")
-    return found
+    return names
 
 
 def take(

@@ -77,12 +77,12 @@ class Slices:
         Raises:
             ExperimentError: It lacks one.
         """
-        there = sorted(frozenset().union(*self.units.values()), key=_by_number)
+        possible = sorted(frozenset().union(*self.units.values()), key=_by_number)
         for name in chosen:
-            if name not in there:
+            if name not in possible:
                 raise ExperimentError(
-                    f"This model, cut this way, has no slice {name!r}.{did_you_mean(name, there)} It has "
-                    f"{', '.join(there)}."
+                    f"This model, cut this way, has no slice {name!r}.{did_you_mean(name, possible)} It has "
+                    f"{', '.join(possible)}."
                 )
 
 

@@ -41,8 +41,10 @@ def stages(model: nn.Module, stacks: Sequence[Blocks], partition: Partition) -> 
     cut = []
     for n, middle in enumerate(middles):
         end = starts[n + 1] if n + 1 < len(middles) else len(order)
-        own = (roots[n] + ".") if len(stacks) > 1 and n + 1 < len(stacks) else ""
-        rest = [name for name in order[starts[n] : end] if name in units and name.startswith(own)]
+        prefix = (roots[n] + ".") if len(stacks) > 1 and n + 1 < len(stacks) else ""
+        rest = [
+            name for name in order[starts[n] : end] if name in units and name.startswith(prefix)
+        ]
         pauses = found.lasting.intersection((*middle[-1:], *rest))
         cut.append(Stage(middle, tuple(rest), left_out[n], frozenset(pauses)))
     return tuple(cut)

@@ -83,9 +83,9 @@ def trace(model: nn.Module, names: list[str], inner: Sequence[str] = ()) -> Trac
 
 
 def _traced_part(model: nn.Module, part: str, names: list[str]) -> Trace | None:
-    own = [name.removeprefix(f"{part}.") for name in names if name.startswith(f"{part}.")]
+    inner = [name.removeprefix(f"{part}.") for name in names if name.startswith(f"{part}.")]
     try:
-        found = _traced(model.get_submodule(part), own).within(part)
+        found = _traced(model.get_submodule(part), inner).within(part)
     except Exception:  # noqa: BLE001 - the whole model's reason is the one to tell
         return None
     ask: Callable[[], Any] | None = getattr(model, "get_output_embeddings", None)

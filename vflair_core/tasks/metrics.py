@@ -89,8 +89,8 @@ def _regression(predictions: Sequence[float], truth: Sequence[float]) -> dict[st
 
 def plain_words(text: str) -> list[str]:
     """Words in lower case without punctuation and articles, as SQuAD compares answers (arXiv 1606.05250)."""
-    kept = "".join(sign for sign in text.lower() if sign not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", kept).split()
+    letters = "".join(sign for sign in text.lower() if sign not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", letters).split()
 
 
 def exact_match(said: str, wanted: str) -> float:

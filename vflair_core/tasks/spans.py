@@ -74,9 +74,9 @@ def follow(old: str, new: str, spans: Sequence[Span]) -> tuple[Span, ...]:
         pieces: list[tuple[Span, Span]] = []  # (in old, in new)
         for number, (left, right) in enumerate(before):
             if number in partner and left < end and start < right:
-                kept = (max(left, start), min(right, end))
+                common = (max(left, start), min(right, end))
                 shift = after[partner[number]][0] - left
-                pieces.append((kept, (kept[0] + shift, kept[1] + shift)))
+                pieces.append((common, (common[0] + shift, common[1] + shift)))
         found += _joined(pieces, old, new)
     return tuple(found)
 

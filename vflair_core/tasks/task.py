@@ -85,9 +85,9 @@ class Example:
     @property
     def secrets(self) -> tuple[str, ...]:
         """The private strings themselves; empty when the whole text is private."""
-        own = tuple(self.text[start:end] for start, end in self.private or ())
+        secrets = tuple(self.text[start:end] for start, end in self.private or ())
         other = tuple((self.pair or "")[start:end] for start, end in self.private_pair or ())
-        return own + other
+        return secrets + other
 
     @property
     def accepted(self) -> tuple[str, ...]:

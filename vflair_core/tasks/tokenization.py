@@ -181,14 +181,14 @@ def _continued(
             f"train.max_length to {max_length + surplus - len(free)} or more, or drop the example."
         )
     dropped = set(free[: max(surplus, 0)])
-    kept = [n for n in range(len(row.ids)) if n not in dropped]
+    remaining = [n for n in range(len(row.ids)) if n not in dropped]
     more = len(target)
     return attrs.evolve(
         row,
-        ids=[row.ids[n] for n in kept] + target,
-        types=[row.types[n] for n in kept] + [0] * more,
-        offsets=[row.offsets[n] for n in kept] + [NOWHERE] * more,
-        sequences=[row.sequences[n] for n in kept] + [None] * more,
+        ids=[row.ids[n] for n in remaining] + target,
+        types=[row.types[n] for n in remaining] + [0] * more,
+        offsets=[row.offsets[n] for n in remaining] + [NOWHERE] * more,
+        sequences=[row.sequences[n] for n in remaining] + [None] * more,
         target=target,
         truncated=len(dropped),
     )

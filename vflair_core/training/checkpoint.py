@@ -63,19 +63,19 @@ def load_run(
     party: DataParty, optimizer: Optimizer | None, spec: Mapping[str, Any], folder: Path
 ) -> int:
     """Put both parties where they were at the last step that both wrote, and return it."""
-    there = steps_in(folder)
-    if not there:
+    parts = steps_in(folder)
+    if not parts:
         raise CheckpointError(
             f"There is no checkpoint in {folder}: FineTuning.save(folder) writes one."
         )
-    facts = {step: read_facts(path) for step, path in there.items()}
+    facts = {step: read_facts(path) for step, path in parts.items()}
     if len({fact["session"] for fact in facts.values()}) > 1:
         raise CheckpointError(f"{folder} holds checkpoints of several runs; give each a folder.")
     newest = facts[max(facts)]
-    check_part(newest, party.connection.fingerprint, optimizer, there[max(facts)])
+    check_part(newest, party.connection.fingerprint, optimizer, parts[max(facts)])
     step = _resume(party, spec, newest["session"], sorted(facts))
-    _, tensors = read_part(there[step])
-    restore(party.model, plain_names(tensors), there[step])
+    _, tensors = read_part(parts[step])
+    restore(party.model, plain_names(tensors), parts[step])
     restore_optimizer(optimizer, tensors)
     for number, defense in enumerate(party.defenses.each):
         party.defenses.generator_of(defense).set_state(tensors[f"random/defense.{number}"])

@@ -92,9 +92,9 @@ class FineTuning:
         self, party: DataParty, options: Train, *, scaler: torch.amp.GradScaler | None = None
     ) -> None:
         self.party, self.options = party, options
-        own = [p for p in party.parameters() if p.requires_grad]
-        own += [p for defense in party.defenses.each for p in defense.parameters()]
-        self.optimizer = make_optimizer(own, options.optimizer_spec())
+        trained = [p for p in party.parameters() if p.requires_grad]
+        trained += [p for defense in party.defenses.each for p in defense.parameters()]
+        self.optimizer = make_optimizer(trained, options.optimizer_spec())
         self._scaling = Scaling(scaler) if scaler is not None else None
         party.open(options.optimizer_spec())
 

@@ -109,9 +109,9 @@ def tune(
     whole = set(full) if adapters is not None else {*trainable, *full}
     added: set[int] = set()
     if adapters is not None:
-        there = {id(weight) for weight in model.parameters()}
+        held = {id(weight) for weight in model.parameters()}
         _inject(model, _fitted(adapters, model, slices, set(trainable) - set(full), whole), seed)
-        added = {id(p) for p in model.parameters() if p.requires_grad and id(p) not in there}
+        added = {id(p) for p in model.parameters() if p.requires_grad and id(p) not in held}
     chosen = {
         id(weight)
         for name, weight in model.named_parameters(remove_duplicate=False)

@@ -67,13 +67,13 @@ def attack_and_grade(
     keys = [key.for_updates() if "updates" in launch.asked else key for launch in launches]
     with tempfile.TemporaryDirectory(prefix="vflair-") as name:
         folder = Path(name)
-        there = attack_device(device)
-        write_workspace(folder, store, launches, threads or torch.get_num_threads(), there)
+        place = attack_device(device)
+        write_workspace(folder, store, launches, threads or torch.get_num_threads(), place)
 
-        def told(label: str, done: int, total: int) -> None:
+        def report_progress(label: str, done: int, total: int) -> None:
             progress(label + _recovered(folder, keys), done, total)
 
-        run_worker(folder, isolation, told)
+        run_worker(folder, isolation, report_progress)
         grades: list[Grade] = []
         for number, launch in enumerate(launches):
             for target, about in _targets(folder, number, keys[number]):
@@ -109,19 +109,19 @@ def _graded(
             f"{launch.name} was offered candidates, among which are the victims' texts, so it may not guess tokens."
         )
     truth, reported = key.truth, key.reported
-    found = grade(
+    graded = grade(
         guess.of(reported), truth.of(reported), key.prior, decode, name=launch.name, knowledge=launch.knowledge
     )  # fmt: skip
-    found.adaptive = _is_adaptive(launch, facts)
+    graded.adaptive = _is_adaptive(launch, facts)
     if key.development:
-        found.development = performance(guess.of(key.apart), truth, key.apart)
-    found.seconds = main.seconds
-    found.course = _course(main, found, key)
+        graded.development = performance(guess.of(key.apart), truth, key.apart)
+    graded.seconds = main.seconds
+    graded.course = _course(main, graded, key)
     bypassed = None
     if "bypassed" in facts["victims"]:
         bypassed = _accuracy_of(read_guess(folder / f"guess-{number}-bypassed").guess, key)
-    found.reference = performance(guess.of(key.subset), truth, key.subset)
-    return with_verdict(found, reference, bypassed)
+    graded.reference = performance(guess.of(key.subset), truth, key.subset)
+    return with_verdict(graded, reference, bypassed)
 
 
 def _course(main: TimedGuess, grade: Grade, key: AnswerKey) -> list[dict[str, float]]:

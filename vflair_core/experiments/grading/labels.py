@@ -80,8 +80,8 @@ def performance_apart(guess: Guess, truth: Truth, rows: Sequence[int]) -> float:
     """Performance of a guess of labels, answers or members on some victims; it has one row per chosen victim."""
     chosen = list(rows)
     if guess.answers is not None:
-        there = [truth.answers[n] for n in chosen]
-        return pooled(_answer_hits(guess, attrs.evolve(truth, answers=there)))
+        answers = [truth.answers[n] for n in chosen]
+        return pooled(_answer_hits(guess, attrs.evolve(truth, answers=answers)))
     if guess.members is not None:
         called, _ = _members(guess, truth, "this attack")
         assert truth.members is not None  # _members has checked it

@@ -22,5 +22,5 @@ def normalised_dcs(
     span = undefended_attack - floor
     leaked = min(max((attack - floor) / span, 0.0), 1.0) if span > 0 else 0.0
     reach = undefended_main - chance
-    kept = min(max((main - chance) / reach, 0.0), 1.0) if reach > 0 else 1.0
-    return dcs(leaked, kept, 1.0)
+    kept_utility = min(max((main - chance) / reach, 0.0), 1.0) if reach > 0 else 1.0
+    return dcs(leaked, kept_utility, 1.0)

@@ -56,9 +56,9 @@ def _middle(draws: Tensor) -> tuple[float, float]:
 
 def bag_overlap(guessed: Tensor, true: Tensor) -> tuple[float, float]:
     """Order ignored, as VFLAIR-LLM measures: recall over true tokens, precision over guessed ones."""
-    there, said = set(true.tolist()), set(guessed.tolist())
+    wanted, said = set(true.tolist()), set(guessed.tolist())
     recall = sum(t in said for t in true.tolist()) / max(len(true), 1)
-    precision = sum(g in there for g in guessed.tolist()) / max(len(guessed), 1)
+    precision = sum(g in wanted for g in guessed.tolist()) / max(len(guessed), 1)
     return recall, precision
 
 

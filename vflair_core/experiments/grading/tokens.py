@@ -67,8 +67,8 @@ def checked_tokens(guess: Guess, truth: Truth) -> list[Tensor]:
     """
     tokens = guess.tokens
     if tokens is None or len(tokens) != len(truth.tokens):
-        there = "none" if tokens is None else str(len(tokens))
-        raise AttackError(f"The attack guessed tokens for {there} of {len(truth.tokens)} victims.")
+        rows = "none" if tokens is None else str(len(tokens))
+        raise AttackError(f"The attack guessed tokens for {rows} of {len(truth.tokens)} victims.")
     longest = max(len(t) for t in truth.places or truth.tokens)
     if tokens.shape[1] < longest:
         missing = tokens.new_full((len(tokens), longest - tokens.shape[1]), -1)
@@ -202,6 +202,6 @@ def _token_details(tokens: list[Tensor], truth: Truth, decode: Any) -> dict[str,
     ]
     if planted:
         texts = {id(g): decode(g[g >= 0].tolist()) for g, _ in planted}
-        found = sum(secret in texts[id(g)] for g, secret in planted)
-        details["planted_strings_recovered"] = found / len(planted)
+        recovered = sum(secret in texts[id(g)] for g, secret in planted)
+        details["planted_strings_recovered"] = recovered / len(planted)
     return details

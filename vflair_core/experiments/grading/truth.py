@@ -125,9 +125,9 @@ def _originals(rows: Sequence[TokenRow], untouched: Sequence[TokenRow]) -> list[
 def _answer(row: TokenRow) -> Tensor:
     """Which positions of a row hold the answer that it continues with: its last ones, or none."""
     continues = bool(row.target) and row.ids[-len(row.target) :] == row.target
-    there = torch.zeros(len(row.ids), dtype=torch.bool)
-    there[len(row.ids) - len(row.target) * continues :] = True
-    return there
+    marks = torch.zeros(len(row.ids), dtype=torch.bool)
+    marks[len(row.ids) - len(row.target) * continues :] = True
+    return marks
 
 
 def _text(example: Example) -> str:
@@ -136,18 +136,18 @@ def _text(example: Example) -> str:
 
 def _kept_secrets(row: TokenRow) -> tuple[str, ...]:
     """The secrets that the row holds whole: nobody can recover what did not cross."""
-    kept = []
+    secrets = []
     texts = (row.example.text, row.example.pair or "")
     for sequence, spans in enumerate((row.example.private, row.example.private_pair)):
-        there = [
+        offsets = [
             offset
             for offset, own in zip(row.offsets, row.sequences, strict=True)
             if own == sequence
         ]
         for left, right in spans or ():
-            if _covers(there, left, right, texts[sequence]):
-                kept.append(texts[sequence][left:right])
-    return tuple(kept)
+            if _covers(offsets, left, right, texts[sequence]):
+                secrets.append(texts[sequence][left:right])
+    return tuple(secrets)
 
 
 def _covers(offsets: Sequence[tuple[int, int]], left: int, right: int, text: str) -> bool:

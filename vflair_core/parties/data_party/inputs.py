@@ -32,8 +32,8 @@ class RowPlacement:
 def rows_of(inputs: Mapping[str, Any]) -> int:
     """How many rows a call has."""
     tokens = [inputs.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids")]
-    there = [v for v in (*tokens, *inputs.values()) if isinstance(v, Tensor) and v.dim()]
-    return len(there[0]) if there else 1
+    tensors = [v for v in (*tokens, *inputs.values()) if isinstance(v, Tensor) and v.dim()]
+    return len(tensors[0]) if tensors else 1
 
 
 def learnt_of(inputs: Mapping[str, Any], *, shifted: bool) -> Tensor:

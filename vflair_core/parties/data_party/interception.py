@@ -27,8 +27,8 @@ def hand_over_forward(model: PreTrainedModel, run: Run) -> PreTrainedModel:
             "data_party.save(folder) and model_party.save(folder); `vflair merge` joins what they wrote."
         )
 
-    own = {"forward": forward, "save_pretrained": save_pretrained, "__module__": __name__}
-    model.__class__ = type(original.__name__, (original,), own)
+    members = {"forward": forward, "save_pretrained": save_pretrained, "__module__": __name__}
+    model.__class__ = type(original.__name__, (original,), members)
     return model
 
 
@@ -44,8 +44,8 @@ def _hand_over_part(part: PreTrainedModel, run: Run) -> None:
     original = type(part)
     forward = _through(original, run)
     # Under the very name of the original: transformers finds what it records of a class by that.
-    own = {"__module__": original.__module__, "__qualname__": original.__qualname__}
-    part.__class__ = type(original.__name__, (original,), {**own, "forward": forward})
+    members = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    part.__class__ = type(original.__name__, (original,), {**members, "forward": forward})
 
 
 def _through(original: Any, run: Run) -> Callable[..., Any]:

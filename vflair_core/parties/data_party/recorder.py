@@ -284,14 +284,14 @@ def _no_module(name: str, *_: Any) -> Any:
 
 
 def _checked(absent: ModuleStub, kwargs: dict[str, Any]) -> dict[str, Any]:
-    kept = {}
+    accepted = {}
     for key, value in kwargs.items():
         if key in absent.parameter_names or key in ALLOWED:
-            kept[key] = value
+            accepted[key] = value
         elif key not in DROPPED and value is not None:
             raise LeakError(
                 f"{absent.name} was called with {key!r}, which is not an argument a block is known to take. "
                 f"It stays with the data party. Known: {', '.join(sorted(ALLOWED))} and the block's own "
                 f"{', '.join(absent.parameter_names)}."
             )
-    return kept
+    return accepted

@@ -148,9 +148,9 @@ def length_of(cache: Cache) -> int:
 
 def holds_past(cache: Cache, layers: Iterable[int]) -> bool:
     """Whether the absent `layers` of the cache hold positions already."""
-    own = parts_of(cache)[0].layers
-    there = (own[index] for index in layers if index < len(own))
-    return any(isinstance(layer, RemoteLayer) and layer.length > 0 for layer in there)
+    local = parts_of(cache)[0].layers
+    held = (local[index] for index in layers if index < len(local))
+    return any(isinstance(layer, RemoteLayer) and layer.length > 0 for layer in held)
 
 
 def attach(

@@ -97,8 +97,8 @@ def _run_skeleton(absent: ModuleStub, named: dict[str, Any]) -> Any:
         with torch.no_grad():
             return absent.skeleton(**shadow)
     except Exception:  # noqa: BLE001 - any operation may lack a meta kernel; zeros can be computed with
-        kept = {key: named[key] if shadow[key] is not None else None for key in named}
-        return _run_on_zeros(absent, kept)
+        arguments = {key: named[key] if shadow[key] is not None else None for key in named}
+        return _run_on_zeros(absent, arguments)
 
 
 def _run_on_zeros(absent: ModuleStub, named: dict[str, Any]) -> Any:

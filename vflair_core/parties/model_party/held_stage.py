@@ -54,13 +54,13 @@ class HeldStage:
         block = None  # the last one that was called
         for number, step in enumerate(program.steps):
             self._check_step(step)
-            found = sources(step)
-            if any(source >= number for source in found):
+            used = sources(step)
+            if any(source >= number for source in used):
                 raise ProtocolError(
                     f"Step {number} ({step[1]}) uses an output that does not exist yet."
                 )
-            behind.append(frozenset({number}).union(*(behind[source] for source in found)))
-            if number and not found:
+            behind.append(frozenset({number}).union(*(behind[source] for source in used)))
+            if number and not used:
                 raise ProtocolError(
                     f"Step {number} ({step[1]}) does not use the output of a step before."
                 )

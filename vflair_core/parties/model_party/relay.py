@@ -53,14 +53,14 @@ def divide_program(
     first = next((n for n, name in calls if not held(name)), None)
     if first is None:
         return program, None
-    found: dict[Tree, int] = {}
+    numbers: dict[Tree, int] = {}
 
     def moved(tree: Tree) -> Tree:
         match tree[0]:
             case "out" if tree[1] >= first:
                 return ("out", tree[1] - first, *tree[2:])
             case "leaf" | "out":
-                return "leaf", found.setdefault(tree, len(found))
+                return "leaf", numbers.setdefault(tree, len(numbers))
             case "tuple" | "list":
                 return (tree[0], *map(moved, tree[1:]))
             case "dict" | "shared":
@@ -78,7 +78,7 @@ def divide_program(
             "Blocks of the first model party of a chain share states with others, and they cannot be in two places. "
             "Hold these blocks at one model party."
         )
-    rest = Rest(steps, tuple(found), program.store)
+    rest = Rest(steps, tuple(numbers), program.store)
     return (Program(here, program.leaves) if here else None), rest
 
 

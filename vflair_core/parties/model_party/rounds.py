@@ -56,16 +56,16 @@ def forward(
         torch.set_grad_enabled(grad),
         _autocast(meta.get("autocast"), leaves),
     ):
-        there = session.counterparts if meta["counterparts"] else []
-        for counterpart in reversed(there):  # what was done last is undone first
+        counterparts = session.counterparts if meta["counterparts"] else []
+        for counterpart in reversed(counterparts):  # what was done last is undone first
             for index, crossing in enumerate(message.tensors):
                 if crossing.role == "smashed":
                     leaves[index] = counterpart(leaves[index])
         before = None if job.program.id in session.jobs else _own_state(model)
         outputs = job.run(leaves, cache, message, session.onward)
-        if before is not None and (kept := before ^ _own_state(model)):
+        if before is not None and (changed := before ^ _own_state(model)):
             raise ProtocolError(
-                f"{', '.join(sorted({name for name, _ in kept}))} keep what they computed in themselves, where "
+                f"{', '.join(sorted({name for name, _ in changed}))} keep what they computed in themselves, where "
                 "the sessions of several data parties would mix. Such a model cannot be held by a model party."
             )
     session.jobs[job.program.id] = job
@@ -132,10 +132,10 @@ def _gradients(
     if not meta["accumulate"]:
         if not graph.inputs:
             return []
-        found = torch.autograd.grad(
+        gradients_of_inputs = torch.autograd.grad(
             ends, graph.inputs, gradients, retain_graph=keep, materialize_grads=True
         )
-        return list(found)
+        return list(gradients_of_inputs)
     shared.show(session)
     torch.autograd.backward(ends, gradients, retain_graph=keep)
     answers = []

@@ -168,14 +168,14 @@ class SharedWeights:
             return
         voters = [s for s in joined if not s.skipped]
         weights = list(self.model.parameters())
-        kept = {p: p.grad for p in weights if p.grad is not None}
+        shown = {p: p.grad for p in weights if p.grad is not None}
         for weight in weights:
-            there = [s.deposit[weight] for s in voters if s.deposit and weight in s.deposit]
-            weight.grad = torch.stack(there).sum(0) / len(voters) if there else None
+            deposits = [s.deposit[weight] for s in voters if s.deposit and weight in s.deposit]
+            weight.grad = torch.stack(deposits).sum(0) / len(voters) if deposits else None
         if voters:
             self._step(joined[0].rate)
         for weight in weights:
-            weight.grad = kept.get(weight)
+            weight.grad = shown.get(weight)
         for session in joined:
             session.deposit, session.skipped = None, False
 

@@ -9,7 +9,7 @@ import nox
 nox.needs_version = ">=2024.10"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["tests", "lint", "types", "docs", "alone"]
+nox.options.sessions = ["tests", "lint", "checks"]
 
 PLUGINS = {name: f"plugins/vflair-{name}" for name in ("attacks", "defenses", "tasks")}
 OFFLINE = {
@@ -24,12 +24,16 @@ TESTING = OFFLINE | {
 
 
 def install(session: nox.Session, *plugins: str, groups: tuple[str, ...] = ()) -> None:
-    """Install core, the named plugins and dependency groups; torch first, so that nothing picks another."""
+    """Install core, the named plugins and dependency groups; torch first, so that nothing picks another.
+
+    Modules are compiled when they are imported: compiling all of torch takes longer than a session needs.
+    """
     project = nox.project.load_toml("pyproject.toml")
     wanted = nox.project.dependency_groups(project, *groups) if groups else ()
-    session.install("-c", "constraints.txt", "torch")
+    session.install("--no-compile", "-c", "constraints.txt", "torch")
     folders = [".", *(PLUGINS[name] for name in plugins)]
-    session.install("-c", "constraints.txt", *(f"-e{folder}" for folder in folders), *wanted)
+    editable = [f"-e{folder}" for folder in folders]
+    session.install("--no-compile", "-c", "constraints.txt", *editable, *wanted)
 
 
 @nox.session
@@ -58,24 +62,48 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session
+def checks(session: nox.Session) -> None:
+    """Do what `types`, `docs` and `alone` do in one environment, since installing takes most of their time."""
+    install(session, *PLUGINS, groups=("types", "docs", "tests"))
+    check_types(session)
+    build_docs(session)
+    test_alone(session)
+
+
+@nox.session
 def types(session: nox.Session) -> None:
     """Check types strictly."""
     install(session, *PLUGINS, groups=("types",))
-    packages = [f"{folder}/vflair_{name}" for name, folder in PLUGINS.items()]
-    session.run("mypy", "vflair_core", *packages)
+    check_types(session)
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation, warnings as errors; its snippets run in the tests."""
     install(session, *PLUGINS, groups=("docs",))
-    session.run("sphinx-build", "-W", "-q", "-b", "html", "docs", "docs/_build/html", env=OFFLINE)
+    build_docs(session)
 
 
 @nox.session
 def alone(session: nox.Session) -> None:
     """Install core and one plugin at a time, and run the plugin's own tests without the others."""
     install(session, groups=("tests",))
+    test_alone(session)
+
+
+def check_types(session: nox.Session) -> None:
+    """Run mypy on all packages."""
+    packages = [f"{folder}/vflair_{name}" for name, folder in PLUGINS.items()]
+    session.run("mypy", "vflair_core", *packages)
+
+
+def build_docs(session: nox.Session) -> None:
+    """Run sphinx."""
+    session.run("sphinx-build", "-W", "-q", "-b", "html", "docs", "docs/_build/html", env=OFFLINE)
+
+
+def test_alone(session: nox.Session) -> None:
+    """Test each plugin where no other is installed."""
     for name, folder in PLUGINS.items():
         session.run("python", "-m", "pip", "uninstall", "-qy", *(f"vflair-{n}" for n in PLUGINS))
         session.install("-c", "constraints.txt", f"-e{folder}")

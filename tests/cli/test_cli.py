@@ -12,7 +12,6 @@ import pytest
 import structlog
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.utils.logging import enable_progress_bar
 
 from support.paths import SAMPLE_PLUGIN, TASK_KINDS
 from vflair_core import Partition, split
@@ -67,14 +66,18 @@ def _here(words: list[str]) -> subprocess.CompletedProcess[str]:
     """The same, called: output and code as the shell would have them, and no trace left behind."""
     out, errors, code = io.StringIO(), io.StringIO(), 0
     random = torch.get_rng_state()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(errors),
+    ):
+        patch.setattr("transformers.utils.logging.disable_progress_bar", lambda: None)  # for good
         try:
             main(words)
         except SystemExit as end:
             code = int(end.code or 0)
         finally:
             structlog.reset_defaults()
-            enable_progress_bar()
             torch.set_rng_state(random)
     return subprocess.CompletedProcess(words, code, out.getvalue(), errors.getvalue())
 

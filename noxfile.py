@@ -67,7 +67,7 @@ def checks(session: nox.Session) -> None:
     install(session, *PLUGINS, groups=("types", "docs", "tests"))
     check_types(session)
     build_docs(session)
-    test_alone(session)
+    check_alone(session)
 
 
 @nox.session
@@ -88,7 +88,7 @@ def docs(session: nox.Session) -> None:
 def alone(session: nox.Session) -> None:
     """Install core and one plugin at a time, and run the plugin's own tests without the others."""
     install(session, groups=("tests",))
-    test_alone(session)
+    check_alone(session)
 
 
 def check_types(session: nox.Session) -> None:
@@ -102,7 +102,7 @@ def build_docs(session: nox.Session) -> None:
     session.run("sphinx-build", "-W", "-q", "-b", "html", "docs", "docs/_build/html", env=OFFLINE)
 
 
-def test_alone(session: nox.Session) -> None:
+def check_alone(session: nox.Session) -> None:
     """Test each plugin where no other is installed."""
     for name, folder in PLUGINS.items():
         session.run("python", "-m", "pip", "uninstall", "-qy", *(f"vflair-{n}" for n in PLUGINS))

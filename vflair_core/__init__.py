@@ -32,6 +32,7 @@ _HOMES = {
     "Example": "tasks.task",
     "VflairError": "errors",
     "PartitionError": "errors",
+    "SecondDerivativeError": "errors",
     "LeakError": "errors",
     "CheckpointError": "errors",
     "ProtocolError": "errors",
@@ -116,6 +117,7 @@ if TYPE_CHECKING:
     from vflair_core.errors import PartitionError as PartitionError
     from vflair_core.errors import PluginError as PluginError
     from vflair_core.errors import ProtocolError as ProtocolError
+    from vflair_core.errors import SecondDerivativeError as SecondDerivativeError
     from vflair_core.errors import TaskError as TaskError
     from vflair_core.errors import VflairError as VflairError
     from vflair_core.errors import did_you_mean as did_you_mean

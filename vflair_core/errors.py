@@ -29,6 +29,10 @@ class ProtocolError(VflairError):
     """A message breaks the rules of the exchange between the parties."""
 
 
+class SecondDerivativeError(VflairError, RuntimeError):
+    """Something was to be differentiated twice through the cut."""
+
+
 class CheckpointError(VflairError):
     """A checkpoint, whole or one party's part, cannot be read, written or joined."""
 

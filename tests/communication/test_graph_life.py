@@ -254,7 +254,8 @@ def test_memory_is_flat_over_ten_thousand_forwards_without_backward(cut):
     assert len(session.graphs) <= 3
     assert (len(session.caches), len(session.jobs)) == (0, 1)
     held = (
-        party.roles,
+        party.calls.dry_runs.roles,
+        party.calls.counts.each,
         party.calls.dry_runs.seen_paths,
         party.calls.recorder._shapes._structures,
         line.graphs,

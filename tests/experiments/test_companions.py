@@ -22,9 +22,7 @@ from vflair_core.attacks.observables import Observables
 from vflair_core.errors import ExperimentError
 from vflair_core.experiments.capture import record_victims
 from vflair_core.experiments.config import experiment_from
-from vflair_core.experiments.releases import releases_per_example
 from vflair_core.experiments.victims import companions_of
-from vflair_core.tasks.tokenization import InputFormat
 from vflair_core.testing import numbers_as_texts, tiny_model, tiny_tokenizer
 from vflair_core.training.fine_tuning import FineTuning, Train
 from vflair_defenses.decoy_rows import DecoyRows
@@ -183,10 +181,14 @@ def test_too_few_companions_are_refused_with_the_reason(options, words):
 
 def test_guarantees_count_the_rounds_of_a_companion():
     """Of 4 companions that go round 8 victims, 3 at a time, each crosses 6 times; a victim once, a training not at all."""
-    e, task, rows = chosen(labels=(0, 1) * 6, kind="causal-lm")
+    _, task, rows = chosen(labels=(0, 1) * 6, kind="causal-lm")
     assert Counter(row for some in rows for row in some) == dict.fromkeys((8, 9, 10, 11), 6)
-    found = releases_per_example(e, task, InputFormat(kind="causal-lm"), evaluations=0)
-    assert found.gradients == 6
+    party, _ = split(tiny_model("llama"), HBT, tokenizer=tiny_tokenizer(64))
+    FineTuning(party, Train())
+    beside = [[task.row("train", row) for row in some] for some in rows]
+    victims = [task.row("train", n) for n in range(8)]
+    record_victims(party, victims, companions=beside, max_length=16, gradients=True)
+    assert party.releases.gradients == party.releases.messages == 6
 
 
 # -- whole runs ------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 
 import vflair_defenses
 from support.paths import TASK_KINDS
+from support.small_models import OF_KINDS
 from vflair_core import Partition, plugin_manager, run, split
 from vflair_core.errors import ExperimentError
 from vflair_core.experiments.base_model import prepare_model
@@ -19,49 +20,6 @@ from vflair_core.tasks.preprocessor import Preprocessor
 from vflair_core.tasks.tokenization import input_format_of
 from vflair_core.training.evaluation import evaluate, evaluate_party
 
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-}
-LLAMA = {"model_type": "llama", **SIZES, "max_position_embeddings": 128}
-BERT = {
-    "model_type": "bert",
-    **SIZES,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-}
-T5 = {
-    "model_type": "t5",
-    "d_model": 16,
-    "d_kv": 8,
-    "d_ff": 32,
-    "num_layers": 3,
-    "num_heads": 2,
-    "dropout_rate": 0.0,
-}
-LLAVA = {
-    "model_type": "llava",
-    "text_config": LLAMA,
-    "vision_config": {
-        "model_type": "clip_vision_model",
-        **SIZES,
-        "image_size": 16,
-        "patch_size": 8,
-        "projection_dim": 16,
-    },
-}
-MODELS = {
-    "pairs": BERT,
-    "lengths": LLAMA,
-    "passages": BERT,
-    "colours": LLAMA,
-    "choices": LLAMA,
-    "sentences": LLAMA,
-    "reversed": T5,
-    "pictures": LLAVA,
-}
 ANSWERED = ("colours", "pictures")  # kinds whose rows go on with an answer
 HT, HBT = {"head": 1, "tail": 0}, {"head": 1, "tail": 1}
 
@@ -74,7 +32,7 @@ def pm():
 def experiment(task, cut, **changes):
     table = {
         "task": {"name": task},
-        "model": {"config": MODELS[task], "vocab_size": 320},
+        "model": {"config": OF_KINDS[task], "vocab_size": 320},
         "partition": cut,
         "train": {"steps": 25, "batch_size": 8, "max_length": 40, "learning_rate": 0.01},
         "victims": {"count": 3, "bypass": 2},
@@ -85,7 +43,7 @@ def experiment(task, cut, **changes):
 
 
 @pytest.mark.parametrize("cut", [HT, HBT], ids=["HT", "HBT"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", OF_KINDS)
 def test_training_across_the_cut_takes_the_unsplit_steps_and_lowers_the_loss(pm, name, cut):
     attacks = [{"name": "shapes", "knowledge": "K0"}]
     arm = run(experiment(name, cut, attacks=attacks), plugins=pm).numbers["undefended"]
@@ -100,7 +58,7 @@ def test_training_across_the_cut_takes_the_unsplit_steps_and_lowers_the_loss(pm,
 
 
 @pytest.mark.parametrize("cut", [HT, HBT], ids=["HT", "HBT"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", OF_KINDS)
 def test_a_split_model_gets_exactly_the_unsplit_models_score(pm, name, cut):
     task = find(pm, "tasks", name).load()()
     model, tokenizer, processor = prepare_model(experiment(name, cut), task, lambda *_: None)

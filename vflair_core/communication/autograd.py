@@ -9,21 +9,23 @@ from typing import Any, Literal
 import torch
 from attrs import frozen
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vflair_core.communication.connection import Connection
 from vflair_core.communication.message import Crossing, Phase, Role
 from vflair_core.communication.program import Program
+from vflair_core.errors import SecondDerivativeError
 
 Gradient = Literal["hidden_grad", "smashed_grad"]
+Sent = tuple[str, Role, Tensor]  # name, role, and what is sent under them
 
 
 @frozen(eq=False)
 class Request:
     """What an exchange needs besides its tensors.
 
-    `guard` sees every gradient of the exchange: the hidden gradient before it is sent, and the smashed gradient
-    before it goes on into the graph.
+    `inspect` sees every tensor before it is sent, with name and role, and raises if it must not be. `guard` sees every
+    gradient of the exchange: the hidden gradient before it is sent, and the smashed gradient before it goes on into
+    the graph.
     """
 
     connection: Connection
@@ -34,6 +36,7 @@ class Request:
     cache: dict[str, Any] | None
     training: bool
     counterparts: bool  # whether the model party applies the modules that defenses put there
+    inspect: Callable[[list[Sent]], None]
     guard: Callable[[Gradient, Tensor], Tensor]
 
 
@@ -43,7 +46,9 @@ def cross(request: Request, tensors: list[Tensor]) -> tuple[Tensor, ...]:
     anchor = torch.zeros((), requires_grad=True)
     # Inside `Cut.forward` gradients are always off and `needs_input_grad` knows nothing of no_grad().
     grad = torch.is_grad_enabled()
-    return Cut.apply(request, grad, anchor, *tensors)  # type: ignore[no-untyped-call, no-any-return]
+    # Numbers that lead to what was sent, without holding it.
+    threads = [tensor.reshape(-1)[:1].sum() for tensor in tensors if grad and tensor.requires_grad]
+    return Cut.apply(request, grad, anchor, threads, *tensors)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class Cut(torch.autograd.Function):
@@ -55,14 +60,15 @@ class Cut(torch.autograd.Function):
         request: Request,
         grad: bool,  # noqa: FBT001 - autograd functions take positions only
         _anchor: Tensor,
+        threads: list[Tensor],
         *leaves: Tensor,
     ) -> tuple[Tensor, ...]:
         program, connection = request.program, request.connection
-        wants = [n for n, needed in enumerate(ctx.needs_input_grad[3:]) if needed and grad]
-        crossings = [
-            Crossing(name, role, leaf.detach())
-            for (name, _, _), role, leaf in zip(program.leaves, request.roles, leaves, strict=True)
-        ]
+        wants = [n for n, needed in enumerate(ctx.needs_input_grad[4:]) if needed and grad]
+        names = [name for name, _, _ in program.leaves]
+        sent = list(zip(names, request.roles, leaves, strict=True))
+        request.inspect(sent)
+        crossings = [Crossing(name, role, leaf.detach()) for name, role, leaf in sent]
         meta = {
             **connection.program(program),
             "grad": grad,
@@ -79,13 +85,12 @@ class Cut(torch.autograd.Function):
         live = [n for n, alive in enumerate(reply.meta["live"]) if alive]
         ctx.mark_non_differentiable(*(out for n, out in enumerate(outputs) if n not in live))
         ctx.set_materialize_grads(False)
-        ctx.request, ctx.wants, ctx.width = request, wants, len(leaves)
+        ctx.request, ctx.wants, ctx.width, ctx.threads = request, wants, len(leaves), threads
         if live:
             weakref.finalize(ctx, connection.graphs.append, request.exchange)
         return outputs
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         request: Request = ctx.request
         of = [(n, gradient) for n, gradient in enumerate(gradients) if gradient is not None]
@@ -102,8 +107,30 @@ class Cut(torch.autograd.Function):
         )
         answer: list[Tensor | None] = [None] * ctx.width
         for index, crossing in zip(ctx.wants, reply.tensors, strict=True):
-            answer[index] = request.guard("smashed_grad", crossing.tensor.to(guarded[0].device))
-        return (None, None, None, *answer)
+            came = request.guard("smashed_grad", crossing.tensor.to(guarded[0].device))
+            # It depends on what was sent, and on the gradient that was.
+            answer[index] = Once.apply(came, *ctx.threads, *(gradient for _, gradient in of))  # type: ignore[no-untyped-call]
+        return (None, None, None, None, *answer)
+
+
+class Once(torch.autograd.Function):
+    """Passes a gradient that came back, and refuses to be differentiated.
+
+    The others it is given are those that the gradient depends on, at the model party. Autograd knows of no such
+    dependence and would leave it out: whoever differentiates by any of them meets this instead.
+    """
+
+    @staticmethod
+    def forward(_ctx: Any, gradient: Tensor, *_others: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(_ctx: Any, *_: Tensor) -> Any:
+        raise SecondDerivativeError(
+            "A second derivative through the cut was asked for. The model party's layers have only their first one here, "
+            "so you cannot differentiate twice through them, and the result would be wrong. Differentiate once, or "
+            "only what lies on the data party's side of the cut."
+        )
 
 
 def _autocast_dtype(device: str) -> str | None:

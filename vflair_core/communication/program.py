@@ -107,6 +107,13 @@ class Program:
         """Names of the modules called, in order."""
         return tuple(name for kind, name, _, _ in self.steps if kind == "module")
 
+    @cached_property
+    def residual(self) -> frozenset[int]:
+        """Numbers of the tensors that a module takes as its hidden states: they are on the residual path."""
+        first = [dict(kwargs) for kind, _, _, kwargs in self.steps if kind == "module" and kwargs]
+        trees = [named.get("hidden_states", next(iter(named.values()))) for named in first]
+        return frozenset(tree[1] for tree in trees if tree[0] == "leaf")
+
     def to_wire(self) -> list[Any]:
         """As values msgpack can carry."""
         return [self.steps, self.leaves, self.store]

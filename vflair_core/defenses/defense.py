@@ -10,8 +10,10 @@ from attrs import field, frozen
 from torch import Tensor, nn
 
 from vflair_core.communication.message import Phase, Role
+from vflair_core.defenses.account import Account
 from vflair_core.defenses.guarantee import EMPIRICAL, Guarantee
 from vflair_core.defenses.mechanism import Mechanism, Replacement
+from vflair_core.tasks.collation import digests_of
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -30,9 +32,10 @@ class Exchange:
     """What a defense may know about the exchange it is called in.
 
     `axes` names the dimensions of the tensor at hand (``"BTD"``: batch, position, width). `mask` is the
-    (B, T) mask of real tokens, None when all are. `batch` is the local batch and never crosses.
+    (B, T) mask of real tokens, None when all are. `batch` is the local batch and never crosses. `examples` says which
+    example each of its rows is of, the same in every epoch and before any defense changed it (`Example.identity`).
     `generator` is the defense's own random stream. `memo` is empty at the start of each exchange and is
-    the only place to remember something from one call to the next.
+    the only place to remember something from one call to the next. `account` is the core's.
     """
 
     number: int
@@ -45,6 +48,12 @@ class Exchange:
     batch: Mapping[str, Any] = field(factory=dict)
     generator: torch.Generator | None = None
     memo: dict[str, Any] = field(factory=dict)
+    examples: tuple[bytes, ...] = field()
+    account: Account = field(factory=lambda: Account("the model"))
+
+    @examples.default
+    def _by_their_tokens(self) -> tuple[bytes, ...]:
+        return digests_of(self.batch)
 
 
 class Streams(Protocol):
@@ -93,6 +102,9 @@ class Party(Protocol):
 
     def answering(self) -> AbstractContextManager[None]:
         """While this lasts, the model may be given tokens."""
+
+    def public_text(self) -> AbstractContextManager[None]:
+        """While this lasts, what crosses is public text: nothing is counted, and gradients may be of any loss."""
 
     def open(self) -> Mapping[str, Any]:
         """Open the session anew, with the modules that defenses put behind the channel."""

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from vflair_core.communication.autograd import Sent
 from vflair_core.communication.message import Phase, Role
+from vflair_core.defenses.account import BEFORE, Account
 from vflair_core.defenses.defense import COVERABLE, Defense, Exchange
 from vflair_core.errors import DefenseError, did_you_mean
 from vflair_core.randomness import generator_from
@@ -49,6 +51,7 @@ class Defenses:
         """Pass `tensor` through the method `place` of every defense that has one."""
         defenses = self.at(place)
         if not defenses:
+            _enter(place, tensor, exchange)
             return tensor
         axes = _axes(tensor, exchange)
         incoming = place in ("on_returned", "on_smashed_grad")
@@ -68,7 +71,51 @@ class Defenses:
                 generator=self.generator_of(defense),
             )
             tensor = getattr(defense, place)(tensor, at_hand)
+        _enter(place, tensor, exchange)
         return tensor
+
+    def check_sent(self, sent: Sequence[Sent], account: Account, modules: Sequence[str]) -> None:
+        """See that what is about to be sent to `modules` has been through every defense that covers it.
+
+        Raises:
+            DefenseError: A defense stands where nothing came by.
+        """
+        passed, account.passed = account.passed, []
+        if account.bypassed:
+            return
+        names = ", ".join(name for name, role, _ in sent if role == "smashed") or "nothing"
+        for place in BEFORE:
+            if place not in account.acted:
+                self._refuse(place, f"{names} to {modules[0]}", account)
+        for name, role, tensor in sent:
+            if role == "smashed" and not any(tensor is other for other in passed):
+                self._refuse("on_smashed", f"{name} to {modules[0]}", account)
+
+    def check_gradient(self, account: Account, backward: int) -> None:
+        """See that a gradient about to be sent comes of a loss that defenses of labels and of the loss have seen.
+
+        Raises:
+            DefenseError: The `backward` pass at hand came of something else.
+        """
+        if account.gated and account.loss_pass != backward:
+            self.refuse_gradient(account)
+
+    def refuse_gradient(self, account: Account) -> None:
+        """Refuse one that comes of something else.
+
+        Raises:
+            DefenseError: Always, unless no defense sees labels or the loss.
+        """
+        for place in ("on_labels", "penalty"):
+            self._refuse(place, "a gradient that does not come of the loss which it saw", account)
+
+    def _refuse(self, place: str, what: str, account: Account) -> None:
+        each = self.at(place)
+        if each:
+            raise DefenseError(
+                f"{type(each[0]).__name__} stands at {place}, and this call of {account.called} went round it: it would "
+                f"send {what}. {_REMEDIES[place]}"
+            )
 
     def generator_of(self, defense: Defense) -> torch.Generator:
         """The random stream of one defense."""
@@ -166,6 +213,7 @@ class Defenses:
         for defense in self.at("expand"):
             tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
             inputs = {**inputs, **defense.expand(tensors, self._there(defense, around))}
+        _enter("expand", None, around)
         return inputs
 
     def contract(self, outputs: Any, around: Exchange) -> Any:
@@ -198,6 +246,29 @@ class Defenses:
                 )
             if outputs.get("loss") is not None:
                 outputs["loss"] = outputs["loss"] + penalty
+        _enter("penalty", None, exchange)
+
+
+_OWN_LOSS = (
+    "Train on the loss of data_party.model(**batch), labels in the batch, in train mode; a loss that is computed outside "
+    "of the model (label_smoothing_factor, compute_loss_func, an inner model) is not seen by it."
+)
+_REMEDIES = {
+    "on_text": "Use data_party.encode(examples) or data_party.ask(texts).",
+    "on_tokens": "Use data_party.encode(examples) or data_party.ask(texts).",
+    "expand": "Call the whole model: data_party.model(...).",
+    "on_embeddings": "Call data_party.model with input_ids or inputs_embeds.",
+    "on_smashed": "Call data_party.model(...).",
+    "on_labels": _OWN_LOSS,
+    "penalty": _OWN_LOSS,
+}
+
+
+def _enter(place: str, tensor: Any, exchange: Exchange) -> None:
+    """Note in the account of a call that all defenses of `place` have acted."""
+    exchange.account.acted.add(place)
+    if place == "on_smashed":
+        exchange.account.passed.append(tensor)
 
 
 def _traced(text: str, before: str) -> str:

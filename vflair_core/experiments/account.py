@@ -12,11 +12,11 @@ from vflair_core.defenses.defense import Defense
 from vflair_core.experiments.context import Clock, RunContext
 from vflair_core.experiments.grading.grades import Grade
 from vflair_core.experiments.grading.truth import Truth
-from vflair_core.experiments.releases import Releases, releases_per_example
 from vflair_core.tasks.tokenization import InputFormat
 
 if TYPE_CHECKING:
     from vflair_core.parties.data_party.party import DataParty
+    from vflair_core.parties.data_party.releases import Releases
 
 
 def samples_of(grades: list[Grade], truth: Truth) -> list[dict[str, Any]]:
@@ -33,12 +33,9 @@ def promises_of(
     party: DataParty,
     setting: RunContext,
     reading: InputFormat,
-    evaluations: int,
 ) -> dict[str, Any]:
-    """What the defenses guarantee and cover, of how many rows, and how many examples were read."""
-    releases = releases_per_example(
-        setting.experiment, setting.task, reading, evaluations=evaluations
-    )
+    """What the defenses guarantee and cover, of how much that crossed, and how many examples were read."""
+    releases = party.releases
     return {
         "guarantees": [
             {"defense": spec.name, **_promise(defense, releases)}
@@ -47,6 +44,9 @@ def promises_of(
         "findings": _found(defenses, party, setting),
         "covers": sorted({place for defense in defenses for place in defense.covers}),
         "releases_per_example": releases.rows,
+        "messages_per_example": releases.messages,
+        "gradients_per_example": releases.gradients,
+        "crossed": party.crossed,
         "read": {"examples": reading.tally.examples, "cut": reading.tally.truncated},
     }
 

@@ -104,7 +104,7 @@ def run_arm(
         "losses": losses,
         "evaluations": evaluations,
         "attacks": [grade.numbers() for grade in grades],
-        **promises_of(defenses, party, setting, reading, len(evaluations)),
+        **promises_of(defenses, party, setting, reading),
         "trained_weights": trained,
         "partition": party.partition.facts(),
         "untied": list(party.untied),

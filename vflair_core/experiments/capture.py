@@ -14,8 +14,7 @@ from vflair_core.attacks.observables import Capture, VictimRow
 from vflair_core.communication.transcript import Transcript
 from vflair_core.errors import ExperimentError
 from vflair_core.experiments.context import RunContext
-from vflair_core.experiments.releases import crosses_again
-from vflair_core.experiments.victims import companions_of
+from vflair_core.experiments.victims import companions_of, crosses_again
 from vflair_core.parties.data_party.party import DataParty
 from vflair_core.tasks.collation import Batch
 from vflair_core.tasks.task import Example, public_examples
@@ -100,7 +99,7 @@ def record_victims(
 
     An example crosses as one row: of a passage in several windows the first crosses; its `companions`, if any, fill the
     batch. With `gradients` each batch is a training round whose step is skipped on both sides; without, an inference. Without `in_prompt` texts cross as
-    they are, not in the task's prompt. With `updates` the gradients of the data party's weights are kept.
+    they are, not in the task's prompt, and are public. With `updates` the gradients of the data party's weights are kept.
     """
     reader, rows, spots = party.preprocessor(max_length), list[TokenRow](), list[VictimRow]()
     others = companions or [()] * len(examples)
@@ -109,6 +108,7 @@ def record_victims(
         reader = attrs.evolve(reader, reading=attrs.evolve(reader.reading, render=None))
     with (
         _for_the_record(party, bypass=bypass, training=gradients),
+        nullcontext() if in_prompt else party.public_text(),
         party.channel.tap(Transcript()) as transcript,
     ):
         for _ in range(releases):

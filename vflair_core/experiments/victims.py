@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any, Literal
 
 import attrs
@@ -47,10 +46,9 @@ def companions_of(e: Experiment, task: Task) -> list[list[int]]:
     return chosen
 
 
-def most_often(e: Experiment, task: Task) -> int:
-    """Return how many victims the example is a companion of that is one most often."""
-    counts = Counter(row for rows in companions_of(e, task) for row in rows)
-    return max(counts.values(), default=0)
+def crosses_again(victims: Victims) -> bool:
+    """Whether victims cross once more, in batches, to share their updates: those of the attacked batches are of others too."""
+    return victims.share_updates and (victims.update_batch > 1 or victims.companions > 0)
 
 
 def _with_another(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from attrs import frozen
@@ -17,6 +18,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
+
+
+@frozen
+class Owner:
+    """Whose a row of a batch is: an example by its `Example.identity`, and how many positions; None for all."""
+
+    identity: bytes
+    positions: int | None = None
+
+
+Owners = tuple[tuple[Owner, ...], ...]  # of each row; one has several where texts are packed
 
 
 class Batch(dict[str, Tensor]):
@@ -41,12 +53,42 @@ class Batch(dict[str, Tensor]):
         if all(tensor.device == torch.device(device) for tensor in self.values()):
             return self
         moved = Batch({name: tensor.to(device) for name, tensor in self.items()})
+        if (owners := owners_of(self.get("input_ids"))) is not None:
+            moved.owned_by(owners)
         return moved.marked() if self.defended else moved
+
+    def owned_by(self, owners: Owners) -> Batch:
+        """Say whose each row is; return the batch. The mark is on ``input_ids`` like the other."""
+        self["input_ids"].vflair_owners = owners  # type: ignore[attr-defined]
+        return self
 
 
 def is_defended(input_ids: object) -> bool:
     """Whether the ids of a call are those of a defended batch."""
     return bool(getattr(input_ids, "vflair_defended", False))
+
+
+def owners_of(input_ids: object) -> Owners | None:
+    """Whose each row of a batch is, by its ids; None where nobody said."""
+    owners: Owners | None = getattr(input_ids, "vflair_owners", None)
+    return owners
+
+
+def digests_of(inputs: Mapping[str, Any]) -> tuple[bytes, ...]:
+    """What each row is known by where nobody said whose it is: a digest of its own tokens without padding.
+
+    Empty if there are none.
+    """
+    names = ("input_ids", "inputs_embeds", "decoder_input_ids")
+    content = next((inputs[name] for name in names if inputs.get(name) is not None), None)
+    if content is None:
+        return ()
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.shape != content.shape[:2]:
+        mask = torch.ones(content.shape[:2])
+    rows = [row[real.bool()] for row, real in zip(content.detach(), mask, strict=True)]
+    raw = (row.cpu().contiguous().view(torch.uint8).numpy().tobytes() for row in rows)
+    return tuple(hashlib.sha256(content_of_row).digest() for content_of_row in raw)
 
 
 @frozen(eq=False)
@@ -59,6 +101,16 @@ class Encoded:
     batch: Batch
     rows: list[TokenRow]
     positions: Sequence[tuple[int, int]] = ()
+
+    @property
+    def owners(self) -> Owners:
+        """Whose each row of the batch is."""
+        if not self.positions:
+            return tuple((Owner(row.identity),) for row in self.rows)
+        lines: list[list[Owner]] = [[] for _ in self.batch["input_ids"]]
+        for (line, _), row in zip(self.positions, self.rows, strict=True):
+            lines[line].append(Owner(row.identity, len(row.ids)))
+        return tuple(map(tuple, lines))
 
     @property
     def private(self) -> Tensor:

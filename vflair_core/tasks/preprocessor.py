@@ -77,7 +77,8 @@ class Preprocessor:
         for number, example in enumerate(examples):
             shown = _right(self.shown(example))
             made = tokenize(self.tokenizer, self.reading, shown, self.max_length)
-            rows += [attrs.evolve(row, number=number) for row in made[: 1 if first_only else None]]
+            kept = made[: 1 if first_only else None]
+            rows += [attrs.evolve(row, number=number, identity=example.identity) for row in kept]
         if pack_rows:
             return self._through(pack(self.tokenizer, rows, self.max_length))
         return self.together(rows)
@@ -88,8 +89,13 @@ class Preprocessor:
 
     def prompts(self, examples: Sequence[Example]) -> Encoded:
         """Return what answers are generated from; a model of one stack wants padding on the left."""
-        shown = [self.shown(example) for example in examples]
-        rows = [tokenize_prompt(self.tokenizer, self.reading, e, self.max_length) for e in shown]
+        rows = [
+            attrs.evolve(
+                tokenize_prompt(self.tokenizer, self.reading, self.shown(example), self.max_length),
+                identity=example.identity,
+            )
+            for example in examples
+        ]
         side = "right" if self.reading.two_stacks else "left"
         batch = collate(self.tokenizer, self.reading, rows, side=side, learn=False)  # type: ignore[arg-type]
         return self._through(Encoded(batch, rows))
@@ -108,14 +114,14 @@ class Preprocessor:
                 )[0]
                 for choice in shown.choices
             ]
-            self.reading.tally.most_rows = max(self.reading.tally.most_rows, len(tried))
-            rows += tried
+            rows += [attrs.evolve(row, identity=example.identity) for row in tried]
         return self._through(Encoded(collate(self.tokenizer, self.reading, rows), rows))
 
     def _through(self, encoded: Encoded) -> Encoded:
         batch = encoded.batch
         if self.defenses is not None:
             batch = self.defenses.tokens(batch).marked()
+        batch.owned_by(encoded.owners)
         return attrs.evolve(encoded, batch=batch if self.device is None else batch.to(self.device))
 
 

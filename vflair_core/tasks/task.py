@@ -8,6 +8,7 @@ A task is a value. A plugin offers a function that returns one::
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -76,6 +77,14 @@ class Example:
                 f"{self.title}: its answer cannot stand at characters {self.span} of "
                 f"a passage of {len(self.pair or '')} characters."
             )
+
+    @property
+    def identity(self) -> bytes:
+        """What the example is known by, whatever defenses make of it: a digest of its texts and pictures, 32 bytes."""
+        digest = hashlib.sha256(repr((self.text, self.pair, len(self.images))).encode())
+        for image in self.images:
+            digest.update(image.tobytes())
+        return digest.digest()
 
     @property
     def title(self) -> str:

@@ -20,18 +20,15 @@ class Tally:
     Attributes:
         examples: How many were read.
         truncated: How many lost tokens because they were longer than `max_length`.
-        most_rows: Rows of the example that took most of them: windows of a passage, or choices.
     """
 
     examples: int = 0
     truncated: int = 0
-    most_rows: int = 1
 
     def count(self, rows: Sequence[TokenRow]) -> None:
         """Take note of the rows of one example."""
         self.examples += 1
         self.truncated += any(row.truncated for row in rows)
-        self.most_rows = max(self.most_rows, len(rows))
 
 
 @frozen(eq=False)
@@ -48,6 +45,7 @@ class TokenRow:
         truncated: Tokens that did not fit.
         pixels: What the processor made of the pictures.
         number: Which it is of the examples that were read together.
+        identity: Of the example as it was before any defense (`Example.identity`).
     """
 
     example: Example
@@ -59,6 +57,7 @@ class TokenRow:
     truncated: int = 0
     pixels: Mapping[str, Tensor] = field(factory=dict)
     number: int = 0
+    identity: bytes = b""
 
     @property
     def private(self) -> list[bool]:

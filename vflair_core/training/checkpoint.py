@@ -51,6 +51,7 @@ def save_run(party: DataParty, optimizer: Optimizer | None, folder: Path) -> Pat
         extra |= {f"defense/{number}/private/{k}": v for k, v in private}
         learned = enumerate(defense.parameters())
         extra |= {f"defense/{number}/weight/{n}": weight for n, weight in learned}
+    extra |= {f"releases/{key}": value for key, value in party.calls.counts.state().items()}
     return party.save_part(
         folder / step_name(party.step),
         extra,
@@ -84,6 +85,7 @@ def load_run(
         with torch.no_grad():
             for n, weight in enumerate(defense.parameters()):
                 weight.copy_(tensors[f"defense/{number}/weight/{n}"])
+    party.calls.counts.load_state(under(tensors, "releases/"))
     restore_random(tensors)
     party.go_on_from(step, facts[step]["exchanges"])
     return step

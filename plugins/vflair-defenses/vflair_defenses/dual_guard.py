@@ -86,10 +86,11 @@ class DualGuard(Defense):
         training, self._warming = data_party.model.training, True
         data_party.model.eval()  # no dropout: each step compares with the same rows
         try:
-            for number in range(self.steps):
-                data_party.tell(self, number, self.steps)
-                at = number % len(texts)
-                self._step(data_party, texts[at], published[at], optimizer)
+            with data_party.public_text():
+                for number in range(self.steps):
+                    data_party.tell(self, number, self.steps)
+                    at = number % len(texts)
+                    self._step(data_party, texts[at], published[at], optimizer)
         finally:
             self._warming, self._sent = False, None
             data_party.model.train(training)

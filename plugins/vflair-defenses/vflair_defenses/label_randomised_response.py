@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -24,8 +23,8 @@ class LabelRandomisedResponse(Defense):
 
     Warner, JASA 60 (1965); for training: Ghazi et al., "Deep Learning with Label Differential Privacy", NeurIPS
     2021, arXiv 2102.06062. The answer of an example is drawn once and kept (RAPPOR's permanent response, arXiv
-    1407.6981), so that epochs cost nothing more. An example is known by its text: of two with equal text the
-    second gets the answer of the first.
+    1407.6981), so that epochs cost nothing more. An example is known by its text before any defense: of two with
+    equal text the second gets the answer of the first.
 
     Attributes:
         epsilon: ε of one label; inf keeps all labels.
@@ -55,10 +54,8 @@ class LabelRandomisedResponse(Defense):
         if math.isinf(self.epsilon):
             return labels
         fresh = self._respond(labels.cpu(), exchange.generator)
-        keys = [_key(exchange, row) for row in range(len(labels))]
-        kept = [
-            self._answers.setdefault(k, int(f)) for k, f in zip(keys, fresh.tolist(), strict=True)
-        ]
+        pairs = zip(exchange.examples, fresh.tolist(), strict=True)
+        kept = [self._answers.setdefault(example, answer) for example, answer in pairs]
         return torch.tensor(kept, dtype=labels.dtype, device=labels.device)
 
     def _respond(self, labels: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -105,12 +102,3 @@ class LabelRandomisedResponse(Defense):
             excluded="the text, from which a label may be guessed",
             randomness="the data party's torch generator: from the operating system unless seeded",
         )
-
-
-def _key(exchange: Exchange, row: int) -> bytes:
-    """What an example is known by: its own tokens without padding."""
-    ids = exchange.batch["input_ids"][row]
-    mask = exchange.batch.get("attention_mask")
-    if mask is not None:
-        ids = ids[mask[row].bool()]
-    return hashlib.sha256(ids.cpu().numpy().tobytes()).digest()

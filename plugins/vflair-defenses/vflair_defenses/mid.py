@@ -258,6 +258,25 @@ def token_error_bound(entropy: float, nats: float, vocabulary: int) -> float:
         entropy: h, a lower estimate of the entropy of the text in nats per token. The cross-entropy of a language
             model is an upper one: with it the bound is indicative only.
         nats: k, KL per token times the number of releases of each token.
-        vocabulary: V.
+        vocabulary: V, at least 2; of two tokens the bound is the error whose binary entropy is h − k.
+
+    Raises:
+        ValueError: There are fewer than two tokens to err among.
     """
+    if vocabulary < 2:
+        raise ValueError(
+            f"vocabulary is {vocabulary}: an attacker can err among two tokens or more."
+        )
+    if vocabulary == 2:
+        return _error_of(entropy - nats)
     return max(0.0, (entropy - nats - math.log(2)) / math.log(vocabulary - 1))
+
+
+def _error_of(entropy: float) -> float:
+    """The error e ≤ ½ of which the binary entropy is `entropy` nats."""
+    low, high = 0.0, 0.5
+    for _ in range(60):
+        middle = (low + high) / 2
+        binary = -middle * math.log(middle) - (1 - middle) * math.log1p(-middle)
+        low, high = (middle, high) if binary < entropy else (low, middle)
+    return low

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,10 +44,22 @@ def public_ids(
 
 
 def public_rows(who: str, texts: Sequence[str], party: Party) -> Iterable[Tensor]:
-    """Yield the undefended smashed data (1, T, D) of public texts; nothing crosses."""
+    """Yield the undefended smashed data (1, T, D) of public texts, without dropout; nothing crosses."""
     for ids in public_ids(who, texts, party, instead=", or set clip to a number"):
-        with torch.no_grad():
-            yield party.smashed(input_ids=ids, use_cache=False)
+        with torch.no_grad(), without_dropout(party):
+            rows = party.smashed(input_ids=ids, use_cache=False)
+        yield rows
+
+
+@contextmanager
+def without_dropout(party: Party) -> Iterator[None]:
+    """While this lasts, the model is in eval mode."""
+    training = party.model.training
+    party.model.eval()
+    try:
+        yield
+    finally:
+        party.model.train(training)
 
 
 def public_returned(
@@ -56,16 +69,17 @@ def public_returned(
 
     Each crosses once, through the defenses but those of text: there is nothing to hide. No gradient does.
     """
-    training = party.model.training
-    party.model.eval()
-    try:
-        for ids in public_ids(who, texts, party):
-            with torch.no_grad(), party.answering(), party.channel.tap(Transcript()) as crossed:
-                party.model(input_ids=ids, use_cache=False)
-            (returned,) = [r.tensor for r in crossed.messages if r.role == "returned"]
-            yield ids, returned.to(party.model.device)
-    finally:
-        party.model.train(training)
+    for ids in public_ids(who, texts, party):
+        with (
+            torch.no_grad(),
+            without_dropout(party),
+            party.answering(),
+            party.public_text(),
+            party.channel.tap(Transcript()) as crossed,
+        ):
+            party.model(input_ids=ids, use_cache=False)
+        (returned,) = [r.tensor for r in crossed.messages if r.role == "returned"]
+        yield ids, returned.to(party.model.device)
 
 
 def classes_of(party: Party) -> int:

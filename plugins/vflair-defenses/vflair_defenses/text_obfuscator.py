@@ -13,7 +13,7 @@ from attrs import define, field, validators
 from torch import Tensor
 
 from vflair_core import Defense, DefenseError, Exchange, Mechanism
-from vflair_defenses.rows import drawing, laplace_like, public_ids, real_rows
+from vflair_defenses.rows import drawing, laplace_like, public_ids, real_rows, without_dropout
 
 if TYPE_CHECKING:
     from vflair_core import Party
@@ -149,7 +149,7 @@ def _token_rows(texts: Sequence[str], party: Party) -> Tensor:
     """The mean row of each token in public text, else its row alone: (V, D), on the CPU."""
     table: Any = party.model.get_input_embeddings()
     size = table.weight.shape[0]
-    with torch.no_grad():
+    with torch.no_grad(), without_dropout(party):
         alone = [
             party.smashed(input_ids=some[:, None], use_cache=False)[:, 0].float().cpu()
             for some in torch.arange(size).split(1024)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vflair_core import AttackError, Example, Guess, Partition, Task, split
+from vflair_core import AttackError, Example, Guess, Partition, split
 from vflair_core.attacks.halves import Head
 from vflair_core.errors import ExperimentError
 from vflair_core.experiments.capture import record_updates, record_victims
@@ -22,8 +22,6 @@ from vflair_core.experiments.grading.matching import best_assignment, matched, t
 from vflair_core.experiments.grading.statistics import interval
 from vflair_core.experiments.grading.tokens import checked_tokens, grade_tokens
 from vflair_core.experiments.grading.truth import Truth
-from vflair_core.experiments.releases import releases_per_example
-from vflair_core.tasks.tokenization import InputFormat
 from vflair_core.testing import numbers_as_texts, tiny_model, tiny_tokenizer
 from vflair_core.training.fine_tuning import FineTuning, Train
 
@@ -219,16 +217,14 @@ def test_a_model_that_asks_twice_cannot_be_run_as_one_chain():
 
 
 def test_a_guarantee_counts_the_round_in_which_a_batch_crosses():
-    task = Task("t", "causal-lm", train=[Example("a")] * 8, test=[Example("b")] * 2, public=["c"])
-    victims = {"share_updates": True, "count": 8, "max_length": 16}
-    found = [
-        releases_per_example(
-            experiment_from({**SHORTEST, "train": {"steps": 0, "max_length": 16}, "victims": {**victims, **more}}),
-            task, InputFormat(kind="causal-lm"), evaluations=0,
-        )
-        for more in ({}, {"update_batch": 4})
-    ]  # fmt: skip
-    assert [(each.rows, each.gradients) for each in found] == [(16, 1), (32, 2)]
+    examples = [Example(text) for text in numbers_as_texts(texts_of([5] * 8))]
+    party, _ = split(tiny_model("llama"), Partition(1, 1), tokenizer=tiny_tokenizer(64))
+    FineTuning(party, Train())
+    crossed = record_victims(party, examples, max_length=16, gradients=True)
+    alone = party.releases
+    record_updates(party, crossed.rows, 4, max_length=16)
+    assert alone.gradients == 1
+    assert party.releases == alone + alone
 
 
 SHORTEST = {"task": {"name": "words"}, "model": {"name": "m"}}

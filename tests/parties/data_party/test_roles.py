@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -46,6 +48,29 @@ class PlaceOfOneWord(LlamaForCausalLM):
         width = input_ids.shape[1]
         mask = torch.ones(width, width, dtype=torch.bool).tril().expand(len(input_ids), 1, -1, -1)
         mask = mask & (input_ids != RARE)[:, None, None, :] | torch.eye(width, dtype=torch.bool)
+        return super().forward(input_ids, attention_mask=mask, **inputs)
+
+
+class RareWordMask(LlamaForCausalLM):
+    """Its mask, of flags or of numbers, is the usual one as long as a certain word does not come."""
+
+    def forward(self, input_ids=None, attention_mask=None, **inputs):
+        width = input_ids.shape[1]
+        seen = (input_ids == RARE).any(1)[:, None, None, None]
+        mask = torch.ones(width, width, dtype=torch.bool).tril().expand(len(input_ids), 1, -1, -1)
+        mask = torch.where(seen, torch.eye(width, dtype=torch.bool), mask)
+        if self.numbers:
+            mask = torch.zeros(mask.shape).masked_fill(~mask, -100.0)
+        return super().forward(input_ids, attention_mask=mask, **inputs)
+
+
+class RareWordBias(LlamaForCausalLM):
+    """What is added to the scores is a weight; which one, a certain word says."""
+
+    def forward(self, input_ids=None, attention_mask=None, **inputs):
+        width = input_ids.shape[1]
+        seen = (input_ids == RARE).any(1).float()[:, None, None, None]
+        mask = self.bias[:width, :width] + seen * self.other[:width, :width]
         return super().forward(input_ids, attention_mask=mask, **inputs)
 
 
@@ -198,6 +223,65 @@ def test_a_mask_that_shows_the_place_of_one_rare_word_is_refused(cut):
     batch["input_ids"][1, 4] = RARE
     with pytest.raises(LeakError, match="attention_mask"):
         parties.data_party.model(**batch)
+
+
+def without_and_with_the_word(whole, length=7):
+    batch = tiny_batch(whole, length=length)
+    plain = {**batch, "input_ids": batch["input_ids"].masked_fill(batch["input_ids"] == RARE, 6)}
+    return plain, {**plain, "input_ids": plain["input_ids"].index_fill(1, torch.tensor([4]), RARE)}
+
+
+@pytest.mark.parametrize("length", [7, 9], ids=["same length", "other length"])
+@pytest.mark.parametrize("generates", [False, True])
+@pytest.mark.parametrize("numbers", [False, True])
+def test_a_mask_that_tells_one_rare_word_is_refused_when_the_word_comes(
+    cut, numbers, generates, length
+):
+    model = turned_into(RareWordMask, vocab_size=5000)
+    model.numbers = numbers
+    parties = cut(model=model)
+    plain, _ = without_and_with_the_word(parties.whole)
+    _, rare = without_and_with_the_word(parties.whole, length)
+    for _ in range(2):
+        parties.data_party.model(**plain)
+    model = parties.data_party.model
+    call = partial(model.generate, max_new_tokens=2) if generates else model
+    with pytest.raises(LeakError, match="attention_mask"):
+        call(**rare)
+    parties.data_party.model(**plain)  # nothing is lost for what tells nothing
+
+
+def test_a_weight_that_tells_one_rare_word_is_smashed_when_the_word_comes(cut):
+    model = turned_into(RareWordBias, vocab_size=5000)
+    model.bias, model.other = (nn.Parameter(torch.randn(8, 8)) for _ in range(2))
+    parties = cut(model=model)
+    plain, rare = without_and_with_the_word(parties.whole)
+    assert sent_roles(parties, **plain)["attention_mask"] == "weight"
+    assert sent_roles(parties, **rare)["attention_mask"] == "smashed"
+    assert sent_roles(parties, **plain)["attention_mask"] == "smashed"  # from then on
+
+
+class ScoresOfWords(LlamaForCausalLM):
+    """A floating tensor that is computed from words and is constant where there is one: a softmax over positions."""
+
+    def forward(self, input_ids=None, attention_mask=None, **inputs):
+        words = self.get_input_embeddings()(input_ids).mean(-1)
+        scores = words[:, None].expand(-1, words.shape[1], -1).softmax(-1)
+        return super().forward(input_ids, attention_mask=scores[:, None], **inputs)
+
+
+def test_what_one_word_proves_holds_for_one_word(cut):
+    parties = cut(model=turned_into(ScoresOfWords))
+    one, many = tiny_batch(parties.whole, length=1), tiny_batch(parties.whole)
+    assert sent_roles(parties, **one)["attention_mask"] == "weight"  # 1.0, whatever the word is
+    assert sent_roles(parties, **many)["attention_mask"] == "smashed"
+
+
+def test_what_padding_proves_is_not_remembered(cut):
+    parties = cut(model=turned_into(ScoresOfWords, pad_token_id=0))
+    padding = torch.zeros(2, 7, dtype=torch.long)
+    assert sent_roles(parties, input_ids=padding)["attention_mask"] == "smashed"
+    assert not parties.data_party.calls.dry_runs.roles
 
 
 def test_an_argument_that_blocks_are_not_known_to_take_stays_at_home(cut):

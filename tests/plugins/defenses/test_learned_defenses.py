@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from vflair_core import DefenseError, Partition, Transcript, split
+from vflair_core import DefenseError, Partition, Transcript, split, train_tokenizer
 from vflair_core.testing import tiny_batch, tiny_model
 from vflair_core.training.fine_tuning import FineTuning, Train
 from vflair_defenses.adversarial_training import AdversarialTraining
@@ -103,6 +103,30 @@ def test_the_error_bound_equals_fano_by_hand():
         (5 - 1 - math.log(2)) / math.log(1000)
     )
     assert token_error_bound(5.0, 5.0, 1001) == 0.0
+
+
+@pytest.mark.parametrize("error", [0.0, 0.1, 0.3, 0.5])
+def test_the_error_bound_of_two_tokens_is_the_error_of_that_entropy(error):
+    entropy = 0.0 if not error else -error * math.log(error) - (1 - error) * math.log(1 - error)
+    assert token_error_bound(entropy + 0.2, 0.2, 2) == pytest.approx(error, abs=1e-6)
+    with pytest.raises(ValueError, match="two tokens or more"):
+        token_error_bound(1.0, 0.0, 1)
+
+
+@pytest.mark.parametrize("place", ["head", "tail"])
+def test_what_a_defense_measures_of_itself_is_measured_without_dropout(public, place):
+    model = tiny_model("gpt2", vocab_size=300, resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
+    defense = Mid(place=place, start=0.5)
+    party, _ = split(
+        model, Partition(1, 1), defenses=[defense], tokenizer=train_tokenizer(public, 300), seed=0
+    )
+    party.prepare(public)
+    found = []
+    for training in (True, False, True):
+        party.model.train(training)
+        found.append(dict(defense.findings(public, party)))
+        assert party.model.training == training
+    assert found[0] == found[1] == found[2]
 
 
 def test_a_residual_code_of_another_width_is_refused():

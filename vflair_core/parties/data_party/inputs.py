@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from vflair_core.communication.message import Role
+from vflair_core.tasks.collation import Owner, Owners
 
 
 @frozen(eq=False)
@@ -34,6 +35,24 @@ def rows_of(inputs: Mapping[str, Any]) -> int:
     tokens = [inputs.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids")]
     tensors = [v for v in (*tokens, *inputs.values()) if isinstance(v, Tensor) and v.dim()]
     return len(tensors[0]) if tensors else 1
+
+
+def repeated(owners: Owners, rows: int) -> Owners:
+    """Owners of `rows` rows that were made of theirs: each repeated as beams are, or anybody's if that does not fit."""
+    if not owners or rows == len(owners):
+        return owners
+    if rows % len(owners) == 0:
+        return tuple(row for row in owners for _ in range(rows // len(owners)))
+    everybody = tuple(dict.fromkeys(owner for row in owners for owner in row))
+    return (everybody,) * rows
+
+
+def placed(owners: Owners, places: Tensor, rows: int) -> Owners:
+    """Owners of the `rows` that cross, of which `places` are those of the call; the others are nobody's."""
+    found: list[tuple[Owner, ...]] = [()] * rows
+    for owner, place in zip(owners, places.tolist(), strict=True):
+        found[place] = owner
+    return tuple(found)
 
 
 def learnt_of(inputs: Mapping[str, Any], *, shifted: bool) -> Tensor:
@@ -60,6 +79,13 @@ def positions_of(leaves: list[Tensor], roles: tuple[Role, ...]) -> int:
     return hidden[0].shape[
         1 if hidden[0].dim() == 2 else -2
     ]  # some models have several streams in front
+
+
+def new_positions(inputs: Mapping[str, Any]) -> int:
+    """How many positions the stack that is given fewest reads anew; 1 where nothing has positions."""
+    names = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels")
+    given = [inputs.get(name) for name in names]
+    return min((t.shape[1] for t in given if isinstance(t, Tensor) and t.dim() > 1), default=1)
 
 
 def mask_of(inputs: Mapping[str, Any], positions: int) -> Tensor | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from vflair_core.errors import PartitionError
 
@@ -16,9 +17,16 @@ from vflair_core.errors import PartitionError
 Run = Callable[[Callable[..., Any], dict[str, Any]], Any]
 
 
-def hand_over_forward(model: PreTrainedModel, run: Run) -> PreTrainedModel:
-    """Give the model a class of its own whose forward is handed to `run`; all else stays inherited."""
-    original = type(model)
+def hand_over_forward(
+    model: PreTrainedModel,
+    run: Run,
+    generating: Callable[[dict[str, Any]], AbstractContextManager[None]],
+) -> PreTrainedModel:
+    """Give the model a class of its own whose forward is handed to `run`; all else stays inherited.
+
+    `generating` is told of every `generate`, for as long as it lasts.
+    """
+    original: Any = type(model)
     forward = _through(original, run)
 
     def save_pretrained(_self: Any, *_: Any, **__: Any) -> None:
@@ -28,6 +36,15 @@ def hand_over_forward(model: PreTrainedModel, run: Run) -> PreTrainedModel:
         )
 
     members = {"forward": forward, "save_pretrained": save_pretrained, "__module__": __name__}
+    if isinstance(model, GenerationMixin):
+
+        @functools.wraps(original.generate)
+        def generate(self: Any, inputs: Any = None, *args: Any, **options: Any) -> Any:
+            given = {"input_ids": inputs} if inputs is not None else options
+            with generating(given):
+                return original.generate(self, inputs, *args, **options)
+
+        members["generate"] = generate
     model.__class__ = type(original.__name__, (original,), members)
     return model
 
@@ -61,17 +78,29 @@ def _through(original: Any, run: Run) -> Callable[..., Any]:
 
 
 def token_tables(model: PreTrainedModel) -> list[nn.Module]:
-    """The embedding of tokens, under all its names: encoder and decoder may have one each."""
-    try:
-        table: Any = model.get_input_embeddings()
-    except NotImplementedError:  # hashes of characters, for example
-        return []
-    if not isinstance(table, nn.Module):  # latent states that read the text, for example
-        return []
-    tables = list(table) if isinstance(table, nn.ModuleList) else [table]  # one for each codebook
+    """What makes embeddings of tokens, as it is now: an adapter around a table and not the table in it.
+
+    Encoder and decoder may have one each, or share one under two names.
+    """
+    tables: list[nn.Module] = []
+    for stack in (model, *_stacks_of(model)):
+        try:
+            table: Any = stack.get_input_embeddings()
+        except (NotImplementedError, AttributeError):  # hashes of characters, for example
+            continue
+        parts = table if isinstance(table, nn.ModuleList) else [table]  # one for each codebook
+        # What is no module: latent states that read the text, for example.
+        tables += [part for part in parts if isinstance(part, nn.Module) and part not in tables]
     weights = {id(weight) for part in tables for weight in part.parameters()}
+    inside = {id(inner) for table in tables for inner in table.modules()}
     every = (part for part in model.modules() if isinstance(part, nn.Embedding))
-    return tables + [part for part in every if id(part.weight) in weights and part not in tables]
+    return tables + [p for p in every if id(p.weight) in weights and id(p) not in inside]
+
+
+def _stacks_of(model: PreTrainedModel) -> list[Any]:
+    if not model.config.is_encoder_decoder:
+        return []
+    return [stack for stack in (model.get_encoder(), model.get_decoder()) if stack is not None]
 
 
 def check_trainable(model: PreTrainedModel) -> None:

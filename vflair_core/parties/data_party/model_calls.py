@@ -6,6 +6,7 @@ takes it through one round (`round.py`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from vflair_core.communication.connection import Connection
 from vflair_core.communication.locks import Lock
 from vflair_core.communication.message import Phase
 from vflair_core.communication.program import Program
+from vflair_core.defenses.account import Account
 from vflair_core.defenses.defense import Exchange
 from vflair_core.defenses.pipeline import Defenses
 from vflair_core.errors import DefenseError, PartitionError
@@ -30,7 +32,9 @@ from vflair_core.parties.data_party.inputs import (
     cache_in,
     learnt_of,
     mask_of,
+    placed,
     positions_of,
+    repeated,
     rows_of,
 )
 from vflair_core.parties.data_party.interception import (
@@ -39,7 +43,9 @@ from vflair_core.parties.data_party.interception import (
     hand_over_parts,
     token_tables,
 )
+from vflair_core.parties.data_party.loss_gate import through_gates
 from vflair_core.parties.data_party.recorder import Recorder
+from vflair_core.parties.data_party.releases import ReleaseCounts
 from vflair_core.parties.data_party.roles import Call
 from vflair_core.parties.data_party.round import LossScale, round_trip
 from vflair_core.parties.data_party.scored_positions import only_scored
@@ -47,7 +53,7 @@ from vflair_core.parties.data_party.stubs import put_stubs
 from vflair_core.partition.partition import Partition
 from vflair_core.partition.stages import Stage, names_in, stage_of
 from vflair_core.randomness import random_states
-from vflair_core.tasks.collation import is_defended
+from vflair_core.tasks.collation import Owner, Owners, digests_of, is_defended, owners_of
 
 
 class ModelCalls:
@@ -87,20 +93,23 @@ class ModelCalls:
         self._last: Exchange | None = None
         self._done: list[Exchange] = []  # all of the call at hand
         self._begun: Exchange | None = None
+        self._account = Account(type(model).__name__)
+        self.counts = ReleaseCounts()
+        self._writing_for: Owners = ()  # whose rows `generate` was given
+        self.crossed: Counter[str] = (
+            Counter()
+        )  # tensors that were sent, by role, and exchanges that were bypassed
         self._asking = False
-        self.model = hand_over_forward(model, self.run_forward)
+        self.model = hand_over_forward(model, self.run_forward, self.generating)
         hand_over_parts(model, names_in(stages), self.run_part)
         self.recorder = Recorder(self.exchange, stages, picks=partition.only_scored)
         stubs = put_stubs(model, absent, local, self.recorder.call, self.recorder.calls)
         self.recorder.absent.update(stubs)
         self.dry_runs = DryRuns(model, self.recorder, stages, partition.disclosing)
-        tables = token_tables(model)
-        if not tables and defenses.at("on_embeddings"):
+        if not token_tables(model) and defenses.at("on_embeddings"):
             raise PartitionError(
                 f"{type(model).__name__} has no table of token embeddings for a defense to stand at."
             )
-        for table in tables:
-            table.register_forward_hook(self._on_embeddings)
 
     # -- a call of the whole model, or of a part of it --------------------------------------------------
 
@@ -109,11 +118,12 @@ class ModelCalls:
         with self.lock:
             if self.dry_runs.probe is not None:
                 return forward(**inputs)
-            self._check(inputs)
+            account = self._begin_account(type(self.model).__name__, inputs)
             number, phase = self.exchanges + 1, self._phase(cache_in(inputs))
-            around = Exchange(number, self.connection.step, phase)
+            around = Exchange(number, self.connection.step, phase, account=account)
             inputs = self.defenses.expand(inputs, around)
             self.sent = self._how_sent(inputs, around)
+            account.owners = placed(account.owners, self.sent.places, rows_of(inputs))
             with self._calling(forward, inputs) as call:
                 outputs = self._defended_forward(call)
             return self.defenses.contract(outputs, around)
@@ -131,34 +141,97 @@ class ModelCalls:
                     f"{type(self.defenses.at('expand')[0]).__name__} adds rows to calls of the whole model; here a "
                     "part of it is called alone."
                 )
-            self._check(inputs)
-            with self._calling(forward, inputs):
-                return forward(**inputs)
+            self._begin_account(_owner_of(forward), inputs)
+            with self._calling(forward, inputs) as call:
+                return self._gated(forward(**call.inputs), labelled=False)
 
     def _defended_forward(self, call: Call) -> Any:
         trains = self.model.training and torch.is_grad_enabled()
-        if not trains:
-            return call.forward(**call.inputs)
+        labels = call.inputs.get("labels")
+        if not trains:  # labels pass defenses in training only, and the loss is charged then
+            undefended = labels is not None and not self.defenses.at("on_labels")
+            return self._gated(call.forward(**call.inputs), labelled=undefended)
         check_trainable(self.model)
-        if call.inputs.get("labels") is not None:
-            labelled = {**call.inputs, "labels": self._defended_labels(call.inputs["labels"])}
+        if labels is not None:
+            labelled = {**call.inputs, "labels": self._defended_labels(labels)}
             call.inputs = only_scored(self.model, self.partition, labelled)
         outputs = call.forward(**call.inputs)
         for exchange in self._done:
             self.defenses.penalise(outputs, exchange)
-        return outputs
+        return self._gated(outputs, labelled=labels is not None)
+
+    def _gated(self, outputs: Any, *, labelled: bool) -> Any:
+        """Let gradients come of nothing but the loss, where defenses see its labels or add to it."""
+        sees_loss = self.defenses.at("on_labels") or self.defenses.at("penalty")
+        if self.counts.public or not (sees_loss and torch.is_grad_enabled()):
+            return outputs
+        self._account.gated = True
+        return through_gates(outputs, self.defenses, self._account, labelled=labelled)
 
     @contextmanager
     def _calling(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> Iterator[Call]:
         """While this lasts, exchanges belong to this call."""
         self.recorder.begin()
         random = random_states(self.model.device) if self.model.training else ()
-        self._call = Call(forward, inputs, self.dry_runs.past(inputs), random)
+        self._call = self.dry_runs.call(forward, inputs, random)
         try:
-            yield self._call
+            with self._defending_embeddings():
+                self._call.inputs = self._with_defended_embeddings(inputs)
+                yield self._call
         finally:
             self._call = self._last = self._begun = None
-            self._done = []
+            self._done, self._account = [], Account("a layer of the model party")
+
+    def _begin_account(self, called: str, inputs: dict[str, Any]) -> Account:
+        owners = repeated(self._owners_of(inputs), rows_of(inputs))
+        self._account = Account(called, owners, bypassed=self.defenses.bypassed)
+        self._check(inputs)
+        self._account.acted |= {"on_text", "on_tokens"}
+        return self._account
+
+    def _owners_of(self, inputs: dict[str, Any]) -> Owners:
+        said = owners_of(inputs.get("input_ids")) or self._writing_for
+        return said or tuple((Owner(known),) for known in digests_of(inputs))
+
+    @contextmanager
+    def generating(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """While this lasts, what crosses is of the rows that `generate` was given."""
+        before = self._writing_for
+        self._writing_for = self._owners_of(inputs)
+        try:
+            yield
+        finally:
+            self._writing_for = before
+
+    # -- what goes into the first block -----------------------------------------------------------------
+
+    @contextmanager
+    def _defending_embeddings(self) -> Iterator[None]:
+        """While this lasts, defenses stand at the tables of tokens as they are now, adapters included."""
+        tables = token_tables(self.model) if self.defenses.at("on_embeddings") else []
+        hooks = [table.register_forward_hook(self._on_embeddings) for table in tables]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _with_defended_embeddings(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Let defenses act on embeddings that the caller gives instead of tokens (prompt tuning does)."""
+        given = [n for n in ("inputs_embeds", "decoder_inputs_embeds") if inputs.get(n) is not None]
+        return inputs | {name: self._defended_embeddings(inputs[name]) for name in given}
+
+    def _on_embeddings(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        if self.dry_runs.probe is not None:
+            return None
+        return self._defended_embeddings(output)
+
+    def _defended_embeddings(self, embeddings: Tensor) -> Tensor:
+        self._begun = self._begun or self._begin(embeddings.shape[1])
+        defended: Tensor = self.defenses.apply(
+            "on_embeddings", embeddings, self._begun, name="embeddings", role="smashed"
+        )
+        return defended
 
     def _check(self, inputs: dict[str, Any]) -> None:
         """See that every defense supports the call, and that none which changes text is gone round."""
@@ -201,17 +274,20 @@ class ModelCalls:
         """Take a finished program from the recorder and carry out the round."""
         if self.dry_runs.probe is not None:
             return self.dry_runs.probe.answer(program, leaves, shapes)
-        roles = self.dry_runs.roles.get(program.id) or self.dry_runs.find_roles(
-            self._call, program, leaves, cache
-        )
+        roles = self.dry_runs.roles_of(self._call, program, leaves, cache)
+        if self.defenses.at("on_embeddings") and self._call is not None:
+            self.dry_runs.check_embeddings(self._call, program, roles, cache)
         positions = positions_of(leaves, roles)
         exchange, self._begun = self._begun or self._begin(positions), None
         self._last = exchange
         self._done.append(exchange)
+        self.crossed.update(roles)
+        self.crossed["bypassed"] += self.defenses.bypassed
         with self._remote(cache, program, positions) as spec:
             return round_trip(
                 self.connection,
                 self.defenses,
+                self.counts,
                 self.loss_scaling,
                 exchange,
                 program,
@@ -250,7 +326,23 @@ class ModelCalls:
         second = self._last is not None or inputs.get("encoder_outputs") is not None
         of_answer = second and bool(self.model.config.is_encoder_decoder)
         mask = answer_mask(inputs, positions) if of_answer else mask_of(inputs, positions)
-        return Exchange(self.exchanges, self.connection.step, phase, mask=mask, batch=inputs)
+        return Exchange(
+            self.exchanges,
+            self.connection.step,
+            phase,
+            mask=mask,
+            batch=inputs,
+            examples=self._examples_in(inputs),
+            account=self._account,
+        )
+
+    def _examples_in(self, inputs: dict[str, Any]) -> tuple[bytes, ...]:
+        """Of which example each row is; a decoy is one of its own."""
+        owners = self._account.owners
+        if not inputs or all(owners):
+            return tuple(row[0].identity for row in owners)
+        pairs = zip(owners, digests_of(inputs), strict=True)
+        return tuple(row[0].identity if row else digest for row, digest in pairs)
 
     def _phase(self, cache: Cache | None) -> Phase:
         if self.model.training and torch.is_grad_enabled():
@@ -259,12 +351,7 @@ class ModelCalls:
             return "eval"
         return "prefill" if getattr(cache, "vflair_remote", None) is None else "decode"
 
-    def _on_embeddings(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-        away = self.dry_runs.probe is not None or self._call is None
-        if away or not self.defenses.at("on_embeddings"):
-            return None
-        self._begun = self._begun or self._begin(output.shape[1])
-        defended: Tensor = self.defenses.apply(
-            "on_embeddings", output, self._begun, name="embeddings", role="smashed"
-        )
-        return defended
+
+def _owner_of(forward: Any) -> str:
+    """The class whose forward was handed over."""
+    return type(forward.args[0]).__name__

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 from vflair_core.communication import counterparts
 from vflair_core.communication.channel import Channel
 from vflair_core.communication.connection import Connection
-from vflair_core.communication.message import Role
 from vflair_core.defenses.calibration import CalibrationCache, Report, Situation
 from vflair_core.defenses.defense import Defense
 from vflair_core.defenses.pipeline import Defenses
 from vflair_core.errors import DefenseError, PartitionError
 from vflair_core.parties.data_party.checkpoint import save_data_party, save_tokenizer
 from vflair_core.parties.data_party.model_calls import ModelCalls
+from vflair_core.parties.data_party.releases import Releases
 from vflair_core.parties.data_party.text import answer_texts
 from vflair_core.partition.slices import Slices
 from vflair_core.partition.stages import Stage, names_in
@@ -123,15 +123,19 @@ class DataParty:
         self.calls.loss_scaling.overflowed = False
 
     @property
-    def roles(self) -> dict[str, tuple[Role, ...]]:
-        """Roles of what crosses, by the id of the program that takes it."""
-        return self.calls.dry_runs.roles
+    def crossed(self) -> dict[str, int]:
+        """How many tensors were sent in each role, and in how many exchanges the defenses were ``bypassed``."""
+        return {name: count for name, count in sorted(self.calls.crossed.items()) if count}
+
+    @property
+    def releases(self) -> Releases:
+        """The most that crossed of any example so far, defended: what a guarantee has to count."""
+        return self.calls.counts.most
 
     @property
     def disclosed(self) -> set[str]:
         """Tensors that crossed although they depend on the text, because the partition says they may."""
-        crossing = any("disclosed" in roles for roles in self.roles.values())
-        return set(self.partition.disclosing) if crossing else set()
+        return set(self.partition.disclosing) if self.crossed.get("disclosed") else set()
 
     def open(
         self, optimizer: Mapping[str, Any] | None = None, resume: Sequence[int] | None = None
@@ -287,8 +291,13 @@ class DataParty:
             report: Told (what, done, total) now and then.
         """
         self.calibration = CalibrationCache(cache, report)
-        for defense in self.defenses.each:
-            defense.prepare(public_texts, self)
+        with self.public_text():
+            for defense in self.defenses.each:
+                defense.prepare(public_texts, self)
+
+    def public_text(self) -> AbstractContextManager[None]:
+        """While this lasts, what crosses is public text: nothing is counted, and gradients may be of any loss."""
+        return self.calls.counts.of_public_text()
 
     def remember(
         self,

@@ -6,6 +6,7 @@ length and pass on what is done to them (beam reordering, cropping, …); these 
 
 from __future__ import annotations
 
+import copy
 import functools
 import uuid
 import weakref
@@ -137,6 +138,21 @@ def stand_in(
 def _remote_kind(kind: str) -> type:
     # Without a type of its own: transformers would use the class for all new caches of that type.
     return type(f"Remote{kind}", (RemoteLayer, layer_class(kind)), {"_layer_type": None})
+
+
+def copied(cache: Cache) -> Cache:
+    """A copy for a run that sends nothing: the model party is not told, and keeps no half of it."""
+    remote: RemoteCache | None = getattr(cache, "vflair_remote", None)
+    memo: dict[int, Any] = {}
+    if remote is not None:
+        memo[id(remote)] = RemoteCache(
+            operations=list(remote.operations), parts=remote.parts, known=remote.known
+        )
+    with (
+        torch.inference_mode(mode=False),
+        torch.no_grad(),
+    ):  # its values only: a graph may hang on them
+        return copy.deepcopy(cache, memo)
 
 
 def length_of(cache: Cache) -> int:

@@ -1,31 +1,44 @@
 """Which tensors depend on the text: found by running the local part again with other text of equal length.
 
-A tensor that stays the same is `structure` (or `weight`, when a local weight made it). A floating tensor
-that changes and was computed from the embeddings is `smashed`, and every defense applies to it. Anything
-else that changes, be it whole numbers, flags or numbers copied from ids, is the text itself, and is refused.
+A floating tensor is `smashed`, and every defense applies to it, until it is proven otherwise: that it stays the same
+whatever words stand in the text, also where padding was, and is the tensor at hand. What is proven to stay the same is
+`structure` (or `weight`, when a local weight made it). Anything that changes and was not computed from the embeddings,
+be it whole numbers, flags or numbers copied from ids, is the text itself, and is refused.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from attrs import define
+from attrs import define, frozen
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.utils.generic import ModelOutput
 
 from vflair_core.communication.message import Role
 from vflair_core.communication.program import Program, tensors_of
 from vflair_core.errors import LeakError
+from vflair_core.parties.data_party import remote_cache
+from vflair_core.parties.data_party.inputs import new_positions
+from vflair_core.parties.data_party.interception import token_tables
+from vflair_core.parties.data_party.other_text import OtherText, is_text, one_vector
 from vflair_core.parties.data_party.probes import Probe, ProbeStopped
 from vflair_core.partition.partition import SCORED
 from vflair_core.randomness import set_random_states
 
-PROBES = 3
+PROBES = 3  # with text of the form at hand, at least
+FREE_PROBES = 2  # with words drawn everywhere
+MOST_PROBES = 16
+WORDS = (
+    16  # that must have been drawn where they were free, over all probes of equal form, for a proof
+)
+POSITIONS = 4  # of one text: what is proven of fewer holds for texts as short only
+
+Probing = Callable[[Probe], AbstractContextManager[None]]
 
 
 @define(eq=False)
@@ -36,84 +49,149 @@ class Call:
     inputs: dict[str, Any]
     past: Any = None  # a copy of the cache as it was before the call
     random: Sequence[Tensor] = ()  # random states then, of the CPU and of every GPU in use
+    visible: int = 0  # positions that this call reads, those in the cache included
+    training: bool = False
+
+    @property
+    def reach(self) -> int:
+        """How many positions a proof must have seen change, to hold for calls like this one."""
+        return min(self.visible, POSITIONS)
+
+
+@frozen
+class Roles:
+    """The role of each tensor that a program takes, and whether the proof holds for other texts of the form."""
+
+    each: tuple[Role, ...]
+    proven: bool
 
 
 def find_roles(
-    model: nn.Module,
+    model: PreTrainedModel,
     call: Call,
     program: Program,
     actual: list[Tensor],
     disclose: tuple[str, ...],
-    probing: Callable[[Probe], AbstractContextManager[None]],
-) -> tuple[Role, ...]:
+    probing: Probing,
+) -> Roles:
     """Return the role of each tensor that `program` takes.
 
     Raises:
         LeakError: A tensor that is not a hidden state changes with the text and is not in `disclose`.
     """
-    runs = []
-    for seed in range(PROBES):
+    alike, proven = _of_equal_form(model, call, program, probing)
+    free = list(_with_words_everywhere(model, call, program, probing))
+    residual = program.residual
+    roles = []
+    for number, (leaf, tensor) in enumerate(zip(program.leaves, actual, strict=True)):
+        evidence = _Evidence(
+            [run.tensors[number] for run in alike], [run.tensors[number] for run in free], tensor
+        )
+        roles.append(_role(leaf, evidence, disclose, residual=number in residual))
+    return Roles(tuple(roles), proven)
+
+
+def _of_equal_form(
+    model: PreTrainedModel, call: Call, program: Program, probing: Probing
+) -> tuple[list[ProbeStopped], bool]:
+    """Runs with other text of the form at hand, and whether enough words were free to differ in them."""
+    runs: list[ProbeStopped] = []
+    drawn: dict[str, int] = {}
+    longest: dict[str, int] = {}
+    for seed in range(MOST_PROBES):
         probe = Probe(program.id, torch.Generator().manual_seed(seed))
-        with probing(probe):
-            runs.append(_run(model, call, probe))
-    # The text at hand is one more witness: random text hardly ever holds the one word a mask may tell.
-    columns = zip(*(run.tensors for run in runs), strict=True)
-    return tuple(
-        _role(leaf, list(column), tensor, disclose)
-        for leaf, column, tensor in zip(program.leaves, columns, actual, strict=True)
-    )
+        text = OtherText(model.config, probe.generator)
+        runs.append(_run(model, call, probe, text, probing))
+        drawn = {key: drawn.get(key, 0) + count for key, count in text.drawn.items()}
+        longest = {key: max(most, longest.get(key, 0)) for key, most in text.longest.items()}
+        enough = all(count >= WORDS for count in drawn.values())
+        if len(runs) >= PROBES and (enough or not all(drawn.values())):
+            break
+    held = call.visible - new_positions(call.inputs)  # positions in the cache
+    # An end token may have taken one place.
+    seen = all(most + held >= max(call.reach - 1, 1) for most in longest.values())
+    return runs, bool(drawn) and enough and seen
+
+
+def _with_words_everywhere(
+    model: PreTrainedModel, call: Call, program: Program, probing: Probing
+) -> Iterator[ProbeStopped]:
+    """Runs with words drawn where padding and ends were, too. Text that the model cannot take shows nothing."""
+    for seed in range(FREE_PROBES):
+        probe = Probe(program.id, torch.Generator().manual_seed(MOST_PROBES + seed))
+        text = OtherText(model.config, probe.generator, keeps_form=False)
+        try:
+            yield _run(model, call, probe, text, probing)
+        except LeakError:
+            continue
+
+
+@frozen(eq=False)
+class _Evidence:
+    """What one tensor was in each run, and what it is in the call at hand."""
+
+    alike: list[Tensor]
+    free: list[Tensor]
+    actual: Tensor
+
+    @property
+    def computed(self) -> bool:
+        """Whether it was computed from embeddings or weights."""
+        return any(version.requires_grad for version in (*self.alike, *self.free))
+
+    def same(self, versions: Sequence[Tensor]) -> bool:
+        """Whether it is what it is in all `versions`."""
+        return all(torch.equal(self.actual, other) for other in versions)
 
 
 def _role(
-    leaf: tuple[str, str, int], versions: list[Tensor], actual: Tensor, disclose: tuple[str, ...]
+    leaf: tuple[str, str, int], evidence: _Evidence, disclose: tuple[str, ...], *, residual: bool
 ) -> Role:
     name, dtype, _ = leaf
-    first = versions[0]
     if name == SCORED:
         return "disclosed"  # it is made of the labels, which a probe leaves where they are
-    computed = any(version.requires_grad for version in versions)
-    if all(torch.equal(first, other) for other in versions[1:]):
-        if computed:
-            return "weight"
-        if torch.equal(first, actual):
-            return "structure"
-    if first.is_floating_point() and computed:
-        return "smashed"
+    if evidence.computed and evidence.actual.is_floating_point():
+        # The text at hand is a witness too: random text hardly ever holds the one word that a value may tell.
+        constant = evidence.free and evidence.same([*evidence.alike, *evidence.free])
+        return "weight" if constant and not residual else "smashed"
+    if evidence.same(evidence.alike):
+        return "smashed" if residual and evidence.actual.is_floating_point() else "structure"
     if name in disclose:
         return "disclosed"
     raise LeakError(
-        f"{name!r} ({dtype}, shape {tuple(first.shape)}) would carry the text across the cut: it changes when "
+        f"{name!r} ({dtype}, shape {tuple(evidence.actual.shape)}) would carry the text across the cut: it changes when "
         "the tokens change and is not computed from their embeddings. Choose another cut, or, if you accept "
         f"this, say Partition(..., disclose=({name!r},)): it is recorded with every result.",
         tensor=name,
     )
 
 
-def _run(model: nn.Module, call: Call, probe: Probe) -> ProbeStopped:
+def _run(
+    model: PreTrainedModel, call: Call, probe: Probe, text: OtherText, probing: Probing
+) -> ProbeStopped:
     """Run the local part with other text. Nothing is sent, and no state of the caller changes."""
     devices = list(range(torch.cuda.device_count()))
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
+    with (
+        probing(probe),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng(devices),
+        _embedding(model, text),
+    ):
         set_random_states(call.random)  # the dropout of the call at hand
         inputs = {
-            key: _copy_cache(call.past)
-            if isinstance(value, Cache)
-            else _other(model, key, value, probe)
+            key: _other_cache(call.past, text) if isinstance(value, Cache) else text.of(key, value)
             for key, value in call.inputs.items()
         }
-        tables = [part for part in model.modules() if isinstance(part, nn.Embedding)]
-        hooks = [table.register_forward_hook(_as_computed) for table in tables]
         try:
             call.forward(**inputs)
         except ProbeStopped as captured:
-            return captured
+            return captured.with_traceback(None)  # which holds all that the run held
         except Exception as error:
             raise LeakError(
                 "The model cannot be run with other content of the same form, so what depends on the text is not "
                 f"known: {type(error).__name__}: {error}."
             ) from error
-        finally:
-            for hook in hooks:
-                hook.remove()
     met = "; ".join(", ".join(other.modules) for other in probe.met) or "nothing"
     raise LeakError(
         "With other text of the same length the model makes other calls to the model party, so the calls "
@@ -121,78 +199,91 @@ def _run(model: nn.Module, call: Call, probe: Probe) -> ProbeStopped:
     )
 
 
+@contextmanager
+def _embedding(model: PreTrainedModel, text: OtherText) -> Iterator[None]:
+    """While this lasts, what embeddings give requires gradients, so that all that comes of it does."""
+    tables: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    hooks = [table.register_forward_hook(_as_computed) for table in tables]
+    if text.fixes_embeddings:
+        hooks += [table.register_forward_hook(_as_one_vector) for table in token_tables(model)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _as_computed(_module: nn.Module, _args: Any, output: Any) -> None:
-    """Let what an embedding gives require gradients, so that all that comes of it does."""
     for tensor in tensors_of(output):
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and tensor.is_leaf:
             tensor.requires_grad_()
 
 
-def _copy_cache(cache: Cache | None) -> Cache | None:
-    # A graph may hang on the cached states; a probe needs their values only.
-    with torch.no_grad():
-        return copy.deepcopy(cache)
+def _as_one_vector(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return one_vector(output)
 
 
-def _other(model: nn.Module, key: str, value: Any, probe: Probe) -> Any:
-    """Other content of equal form for an input that carries text; anything else as it is."""
-    if isinstance(value, ModelOutput):
-        return type(value)(**{k: _other(model, k, item, probe) for k, item in value.items()})
-    if isinstance(value, (tuple, list)):
-        return type(value)(_other(model, key, item, probe) for item in value)
-    if not isinstance(value, Tensor):
-        return value
-    if value.is_floating_point() and "mask" not in key:
-        noise = torch.randn(value.shape, generator=probe.generator).to(value)
-        return torch.where(_places_in(value), value, noise).requires_grad_()
-    if key.endswith("input_ids"):
-        return _other_ids(model.config, value, probe.generator)
-    if key == "labels" and value.dim() > 1 and not value.is_floating_point():  # tokens
-        return torch.where(value < 0, value, _other_ids(model.config, value, probe.generator))
-    if key == "labels":
-        size = max(int(value.max()) + 1, 1)
-        labels = torch.randint(size, value.shape, generator=probe.generator).to(value.device)
-        return torch.where(value < 0, value, labels)
-    return value.clone()
+def _other_cache(cache: Cache | None, text: OtherText) -> Cache | None:
+    if cache is None:
+        return None
+    other = remote_cache.copied(cache)
+    text.cache(other)
+    return other
 
 
-def _places_in(value: Tensor) -> Tensor:
-    """Columns of whole numbers beside others: patches come with their row and column, which are form, not content."""
-    whole = (
-        (value == value.round()).flatten(0, -2).all(0) if value.dim() > 1 else torch.tensor(True)
-    )
-    return (whole & ~whole.all()).to(value.device)
+def unfixed_by_embeddings(
+    model: PreTrainedModel, call: Call, program: Program, roles: Sequence[Role], probing: Probing
+) -> list[str]:
+    """Names of the smashed tensors that change with the text although what the embeddings give does not.
+
+    A defense that stands at the embeddings does not see what changes them: something else of the model reads the text.
+    """
+    runs = []
+    for seed in range(2):
+        probe = Probe(
+            program.id, torch.Generator().manual_seed(0)
+        )  # one answer to what comes before
+        words = torch.Generator().manual_seed(seed)
+        text = OtherText(model.config, words, fixes_embeddings=True)
+        runs.append(_run(model, call, probe, text, probing).tensors)
+    found = zip(program.leaves, roles, *runs, strict=True)
+    return [
+        name
+        for (name, *_), role, first, second in found
+        if role == "smashed" and not torch.equal(first, second)
+    ]
 
 
-def _other_ids(config: Any, ids: Tensor, generator: torch.Generator) -> Tensor:
-    """Random tokens in which padding and places of images stay, and some end tokens, which some models mask by."""
-    text: Any = config.get_text_config()
-    size = getattr(text, "vocab_size", None) or int(ids.max()) + 1
-    named: set[int | None] = {getattr(text, "pad_token_id", None), *_places(config), *_places(text)}
-    fixed = {token for token in named if token is not None}
-    free = next(token for token in range(size) if token not in fixed)
-    other = torch.randint(size, ids.shape, generator=generator).to(ids.device)
-    end = getattr(text, "eos_token_id", None)
-    end = end[0] if isinstance(end, (list, tuple)) else end
-    if ids.dim() < 2 or (end is not None and end >= size):  # configs name ends that have no word
-        end = None
-    stays = torch.zeros_like(ids, dtype=torch.bool)
-    for token in fixed:
-        stays |= ids == token
-        other = other.masked_fill(other == token, free)
-    count = 0 if end is None else max(int((ids[0] == end).sum()), 1)
-    if end is not None and count < ids.shape[-1]:  # some words must be free to differ
-        scores = torch.rand(ids.shape, generator=generator).to(ids.device).masked_fill(stays, -1)
-        other = other.masked_fill(other == end, free)
-        other = other.scatter(1, scores.topk(count, dim=1).indices, end)
-    return torch.where(stays, ids, other)
+def once_more(
+    model: PreTrainedModel, call: Call, program: Program, probing: Probing
+) -> tuple[Tensor, ...]:
+    """Return what `program` would take if other text of the form at hand were read."""
+    probe = Probe(program.id, torch.Generator().manual_seed(0))
+    run = _run(model, call, probe, OtherText(model.config, probe.generator), probing)
+    return tuple(tensor.detach() for tensor in run.tensors)
 
 
-def _places(config: Any) -> set[int]:
-    """Tokens that stand for an image, a video or sound: where they are is form, not content."""
-    senses = ("image", "video", "audio", "vision")
-    return {
-        value
-        for name, value in config.to_dict().items()
-        if isinstance(value, int) and "token" in name and name.startswith(senses)
-    }
+def form_of(call: Call) -> bytes:
+    """A digest of how many positions a call has, of its masks, and of what else is not its content.
+
+    Masks that hide nothing and positions that count from the left say nothing.
+    """
+    width = call.visible
+    digest = hashlib.blake2b(f"{width} {call.training}".encode())
+    for key, value in sorted(call.inputs.items(), key=lambda item: item[0]):
+        if not isinstance(value, Tensor) or is_text(key, value) or _is_usual(key, value, width):
+            continue
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(
+            value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        )
+    return digest.digest()
+
+
+def _is_usual(key: str, value: Tensor, visible: int) -> bool:
+    if "mask" in key:
+        return bool(value.all())
+    if "position" in key and value.dim():
+        counted = torch.arange(visible - value.shape[-1], visible, device=value.device)
+        return torch.equal(value, counted.expand_as(value))
+    return False

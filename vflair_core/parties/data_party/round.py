@@ -16,15 +16,17 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from attrs import define
 from torch import Tensor
 
-from vflair_core.communication.autograd import Gradient, Request, cross
+from vflair_core.communication.autograd import Gradient, Request, Sent, cross
 from vflair_core.communication.connection import Connection
 from vflair_core.communication.message import Role
 from vflair_core.communication.program import Program
 from vflair_core.defenses.defense import Exchange
 from vflair_core.defenses.pipeline import Defenses
+from vflair_core.parties.data_party.releases import ReleaseCounts
 
 
 @define
@@ -40,6 +42,7 @@ class LossScale:
 def round_trip(
     connection: Connection,
     defenses: Defenses,
+    counts: ReleaseCounts,
     scale: LossScale,
     exchange: Exchange,
     program: Program,
@@ -66,7 +69,8 @@ def round_trip(
         cache,
         training=training,
         counterparts=not defenses.bypassed,
-        guard=partial(_defended_gradient, defenses, scale, exchange),
+        inspect=partial(_account_for, defenses, counts, exchange, program),
+        guard=partial(_defended_gradient, defenses, counts, scale, exchange),
     )
     return [
         defenses.apply("on_returned", tensor, exchange, name="returned", role="returned")
@@ -74,10 +78,33 @@ def round_trip(
     ]
 
 
+def _account_for(
+    defenses: Defenses,
+    counts: ReleaseCounts,
+    exchange: Exchange,
+    program: Program,
+    sent: list[Sent],
+) -> None:
+    """See that what is about to be sent has been through every defense, and count it."""
+    account = exchange.account
+    defenses.check_sent(sent, account, program.modules)
+    if not account.bypassed:
+        counts.sent(account.owners, [tensor for _, role, tensor in sent if role == "smashed"])
+
+
 def _defended_gradient(
-    defenses: Defenses, scale: LossScale, exchange: Exchange, name: Gradient, gradient: Tensor
+    defenses: Defenses,
+    counts: ReleaseCounts,
+    scale: LossScale,
+    exchange: Exchange,
+    name: Gradient,
+    gradient: Tensor,
 ) -> Tensor:
     """Pass a gradient through the defenses without the factor by which a `GradScaler` scaled the loss."""
+    if name == "hidden_grad":
+        defenses.check_gradient(exchange.account, torch._C._current_graph_task_id())
+        if not exchange.account.bypassed:
+            counts.gradient(exchange.account.owners)
     place = "on_gradient" if name == "hidden_grad" else "on_smashed_grad"
     if not defenses.at(place):
         return gradient

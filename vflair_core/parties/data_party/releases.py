@@ -1,0 +1,90 @@
+"""How much of each example has crossed, counted where it crosses: what a guarantee is stated for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import attrs
+import torch
+from attrs import define, field, frozen
+from torch import Tensor
+
+from vflair_core.tasks.collation import Owner, Owners
+
+
+@frozen
+class Releases:
+    """What crossed of an example: rows of smashed data, the messages they came in, messages of its gradient.
+
+    A tensor with R rows of an example is R rows in one message. Padding is counted: it has read the text.
+    """
+
+    rows: int = 0
+    messages: int = 0
+    gradients: int = 0
+
+    def __add__(self, other: Releases) -> Releases:
+        pairs = zip(attrs.astuple(self), attrs.astuple(other), strict=True)
+        return Releases(*(a + b for a, b in pairs))
+
+
+@define(eq=False)
+class ReleaseCounts:
+    """Counts, for every example by its identity; defended exchanges only."""
+
+    each: dict[bytes, Releases] = field(factory=dict)
+    public: bool = False  # what crosses now is public text
+
+    @contextmanager
+    def of_public_text(self) -> Iterator[None]:
+        """While this lasts, what crosses is nobody's."""
+        before, self.public = self.public, True
+        try:
+            yield
+        finally:
+            self.public = before
+
+    def sent(self, owners: Owners, smashed: Sequence[Tensor]) -> None:
+        """Count an exchange: `owners` has whose each row of the batch is."""
+        for row in owners:
+            for owner in row:
+                rows = sum(_rows(tensor, len(owners), owner.positions) for tensor in smashed)
+                self._add(owner, Releases(rows, len(smashed)))
+
+    def gradient(self, owners: Owners) -> None:
+        """Count a gradient that is sent."""
+        for owner in (owner for row in owners for owner in row):
+            self._add(owner, Releases(gradients=1))
+
+    @property
+    def most(self) -> Releases:
+        """The most that crossed of any example; its numbers may be of different ones."""
+        each = list(self.each.values()) or [Releases()]
+        columns = zip(*map(attrs.astuple, each), strict=True)
+        return Releases(*map(max, columns))
+
+    def state(self) -> dict[str, Tensor]:
+        """As tensors, for a run that goes on later."""
+        if not self.each:
+            return {}
+        keys = torch.frombuffer(bytearray(b"".join(self.each)), dtype=torch.uint8)
+        counts = torch.tensor([attrs.astuple(count) for count in self.each.values()])
+        return {"keys": keys.view(len(self.each), -1), "counts": counts}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take what `state` returned."""
+        self.each = {}
+        if state:
+            rows = zip(state["keys"].tolist(), state["counts"].tolist(), strict=True)
+            self.each = {bytes(key): Releases(*counts) for key, counts in rows}
+
+    def _add(self, owner: Owner, releases: Releases) -> None:
+        if not self.public:
+            self.each[owner.identity] = self.each.get(owner.identity, Releases()) + releases
+
+
+def _rows(tensor: Tensor, batch: int, positions: int | None) -> int:
+    """Rows of one row of the batch in a tensor, wherever its batch dimension is."""
+    each = -(-tensor.numel() // (max(tensor.shape[-1], 1) * batch))
+    return each if positions is None else min(each, positions)

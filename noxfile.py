@@ -38,9 +38,16 @@ def install(session: nox.Session, *plugins: str, groups: tuple[str, ...] = ()) -
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run all tests with every plugin installed."""
-    install(session, *PLUGINS, groups=("tests",))
-    session.run("pytest", "-n2", "--dist=loadfile", "-q", *session.posargs, env=TESTING)
+    """Run all tests: those of each plugin where no other is installed, the rest with every plugin.
+
+    With arguments of pytest's, run what they say with every plugin.
+    """
+    install(session, groups=("tests",))
+    if not session.posargs:
+        test_plugins_alone(session)
+    session.install("-c", "constraints.txt", *(f"-e{folder}" for folder in PLUGINS.values()))
+    chosen = session.posargs or ("--ignore=tests/plugins",)
+    session.run("pytest", "-n2", "--dist=loadfile", "-q", *chosen, env=TESTING)
 
 
 @nox.session
@@ -63,11 +70,10 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def checks(session: nox.Session) -> None:
-    """Do what `types`, `docs` and `alone` do in one environment, since installing takes most of their time."""
-    install(session, *PLUGINS, groups=("types", "docs", "tests"))
+    """Do what `types` and `docs` do in one environment, since installing takes most of their time."""
+    install(session, *PLUGINS, groups=("types", "docs"))
     check_types(session)
     build_docs(session)
-    check_alone(session)
 
 
 @nox.session
@@ -88,7 +94,7 @@ def docs(session: nox.Session) -> None:
 def alone(session: nox.Session) -> None:
     """Install core and one plugin at a time, and run the plugin's own tests without the others."""
     install(session, groups=("tests",))
-    check_alone(session)
+    test_plugins_alone(session)
 
 
 def check_types(session: nox.Session) -> None:
@@ -102,7 +108,7 @@ def build_docs(session: nox.Session) -> None:
     session.run("sphinx-build", "-W", "-q", "-b", "html", "docs", "docs/_build/html", env=OFFLINE)
 
 
-def check_alone(session: nox.Session) -> None:
+def test_plugins_alone(session: nox.Session) -> None:
     """Test each plugin where no other is installed."""
     for name, folder in PLUGINS.items():
         session.run("python", "-m", "pip", "uninstall", "-qy", *(f"vflair-{n}" for n in PLUGINS))

@@ -119,7 +119,7 @@ def test_gradient_matching_runs_the_whole_model_in_the_worker_and_beats_its_floo
     attacks = [
         {"name": "dlg-updates", "knowledge": ["K3", "updates"], "options": {"iterations": 150}}
     ]
-    e = told("words", attacks=attacks, share_updates=True, count=4, isolation="process")
+    e = told("words", attacks=attacks, share_updates=True, count=12, isolation="process")
     (grade,) = grades(run(e, plugins=pm)).values()
     assert grade["attack_performance"] > grade["floor"] + 0.1
     assert grade["verdict"] == "ok"

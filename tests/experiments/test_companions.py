@@ -291,3 +291,36 @@ def test_a_model_of_two_stacks_is_refused_before_anything_private_crosses(pm):
     }
     with pytest.raises(ExperimentError, match=r"has two stacks.*set victims.companions = 0"):
         run(experiment_from(table), plugins=pm)
+
+
+# -- dropout ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_victims_cross_without_dropout_unless_it_is_asked_for(gradients):
+    """In training, too: what an attacker is shown is the head's row, and gradients of the whole loss without dropout."""
+    dropped = {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}
+    model = tiny_model("gpt2", **dropped)
+    examples = examples_of([5, 9])
+    party, _model_party = split(copy.deepcopy(model), HBT, tokenizer=tiny_tokenizer(64))
+    FineTuning(party, Train())
+    options = {"max_length": 16, "gradients": gradients}
+    found = [record_victims(party, examples, **options) for _ in range(2)]
+    with_dropout = record_victims(party, examples, dropout=True, **options)
+    each = [
+        [
+            r.tensor
+            for r in c.transcript.messages
+            if r.role in ("smashed", "returned", "hidden_grad")
+        ]
+        for c in (*found, with_dropout)
+    ]
+    assert all(map(torch.equal, each[0], each[1]))
+    assert all(map(torch.equal, each[0], each[2])) == (not gradients)
+    ids = party.tokenizer(examples[0].text, return_tensors="pt")["input_ids"]
+    whole = copy.deepcopy(model).eval()
+    torch.testing.assert_close(each[0][0], whole(ids, output_hidden_states=True).hidden_states[1])
+    phases = {r.phase for r in found[0].transcript.messages}
+    assert phases == ({"train", "control"} if gradients else {"eval"}) - {"control"}
+    party.model.train()
+    assert all(module.training for module in party.model.modules())

@@ -11,9 +11,10 @@ import pytest
 from support.paths import SAMPLE_PLUGIN
 from vflair_core import plugin_manager, run
 from vflair_core.cli.main import app
+from vflair_core.cli.terminal import show_cuts
 from vflair_core.errors import ExperimentError, VflairError
 from vflair_core.experiments.config import experiment_from
-from vflair_core.experiments.cut_sweep import run_cuts
+from vflair_core.experiments.cut_sweep import Recovery, draw, run_cuts
 
 MODEL = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3,
@@ -91,3 +92,21 @@ def test_a_list_of_cuts_that_is_none_is_named(tmp_path):
     (tmp_path / "e.toml").write_text('[task]\nname = "words"\n[model]\nname = "m"\n')
     with pytest.raises(VflairError, match=r"--heads '1;2' is no list"):
         app(["run", str(tmp_path / "e.toml"), "--heads", "1;2"], result_action="return_value")
+
+
+def test_a_number_that_says_nothing_is_marked_in_table_file_and_plot(tmp_path, capsys):
+    rows = [
+        Recovery(0, "defended", "vmi", "K3", 0.4, (0.3, 0.5), 0.1, 0.9, "ok", 0.5, 0.5),
+        Recovery(1, "defended", "vmi", "K3", 0.9, (0.8, 1.0), 0.1, 0.9, "positive control failed", 0.5, 0.2),
+    ]  # fmt: skip
+    texts = "".join(ET.parse(draw(rows, tmp_path / "cuts.svg")).getroot().itertext())
+    assert "hollow: a control failed, or uninformative" in texts
+    assert "hollow" not in "".join(
+        ET.parse(draw(rows[:1], tmp_path / "sound.svg")).getroot().itertext()
+    )
+    show_cuts(rows, tmp_path, as_json=True)
+    said = json.loads(capsys.readouterr().out)
+    assert [row["verdict"] for row in said] == ["ok", "positive control failed"]
+    assert [row["positive_control"] for row in said] == [0.5, 0.2]
+    show_cuts(rows, tmp_path, as_json=False)
+    assert "control" in capsys.readouterr().out

@@ -1,13 +1,17 @@
-"""Four attackers that cheat, as a plugin in one file, and a defense that one of them does break."""
+"""Attackers that cheat, as a plugin in one file, and a defense that one of them does break."""
 
 from __future__ import annotations
 
 import gc
+import json
+import os
+from pathlib import Path
 
 import torch
 from attrs import define
 
 from vflair_core import Defense, Guess, hookimpl
+from vflair_core.randomness import stream_seed
 
 TRIED = 64  # seeds
 
@@ -19,6 +23,8 @@ def vflair_attacks():
         "constant": constant,
         "look-around": look_around,
         "guess-the-seed": guess_the_seed,
+        "spy": Spy,
+        "vandal": vandal,
     }
 
 
@@ -31,6 +37,51 @@ def whole_vocabulary(mask, embeddings) -> Guess:
     """Name every token there is in one long row: no token is missed, whatever was sent."""
     everything = torch.arange(len(embeddings))
     return Guess(tokens=everything.expand(len(mask), -1))
+
+
+@define
+class Spy:
+    """Say in the budget what of its surroundings can be read and written."""
+
+    path: str = ""
+
+    def __call__(self, mask) -> Guess:
+        parent = Path("/proc", str(os.getppid()))
+        tries = {
+            "memory": lambda: (parent / "mem").open("rb").close(),
+            "folder": (parent / "cwd").readlink,
+            "files": lambda: [file.readlink() for file in (parent / "fd").iterdir()],
+            "variables": (parent / "environ").read_bytes,  # nothing, where it is not told
+            "path": lambda: Path(self.path).read_bytes(),
+            "written": lambda: Path(self.path).with_suffix(".spy").write_text("here"),
+        }
+        found = {name: float(_works(attempt)) for name, attempt in tries.items()}
+        # It was told no seed from which the experiment's follows.
+        job = json.loads(Path("job.json").read_text())
+        seeds = {
+            stream_seed(seed, f"attack {a['name']}")
+            for seed in range(TRIED)
+            for a in job["attacks"]
+        }
+        found["seed"] = float(any(a["seed"] in seeds for a in job["attacks"]))
+        found["links"] = float(max(p.stat().st_nlink for p in Path().iterdir() if p.is_file()) - 1)
+        return Guess(tokens=torch.where(mask, 7, -1), budget=found)
+
+
+def _works(attempt) -> bool:
+    try:
+        return attempt() not in (b"", [])
+    except OSError:
+        return False
+
+
+def vandal(mask) -> Guess:
+    """Write into every file that it was given, in place."""
+    for path in Path().glob("*.safetensors"):
+        with path.open("r+b") as file:
+            file.seek(-64, os.SEEK_END)
+            file.write(b"\0" * 64)
+    return Guess(tokens=torch.where(mask, 7, -1))
 
 
 def constant(mask) -> Guess:

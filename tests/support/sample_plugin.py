@@ -30,6 +30,7 @@ WORDS = [
 def vflair_attacks():
     return {
         "first-row": FirstRow,
+        "takes-and-idles": takes_and_idles,
         "peek": peek,
         "last-label": last_label,
         "ask-all": ask_all,
@@ -188,3 +189,8 @@ def two_words() -> Task:
         test=examples[150:],
         public=_texts(60, 3),
     )
+
+
+def takes_and_idles(mask, mechanism=None) -> Guess:
+    """Take what is told of the defense, and guess the same whatever it is."""
+    return Guess(tokens=torch.where(mask, 5, -1))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
+from attrs import define
 from torch import Tensor
 
 from vflair_core.attacks.attack import Launch
@@ -17,7 +19,95 @@ Side = Literal[
     "mechanism", "gradient_mechanism", "replacement"
 ]  # of hidden states; of the gradient; of words
 ONE_REPLACES = "defenses of this run replace words; an attacker is told of one. Attack them one by one, or grant no `replacement`."
+ON_HIDDEN, ON_EMBEDDINGS = ("expected", "log_likelihood", "sample"), ("sample_embeddings",)
 Spec = Mapping[str, Any]  # a defense as `evidence.py` writes it down: target and options
+
+
+class WatchedMechanism(ComposedMechanism):
+    """Notes in `used` when it is asked something that the defenses of the run have an answer of their own to.
+
+    To be told of a mechanism is not to use it: a search that asks for the expected row learns nothing of a defense that
+    adds noise to embeddings.
+    """
+
+    def __init__(self, parts: list[Mechanism], used: Callable[[], None]) -> None:
+        super().__init__(parts)
+        self._used = used
+
+    def _asked(self, group: tuple[str, ...]) -> None:
+        if answers(self.parts, group) or not answers(self.parts, (*ON_HIDDEN, *ON_EMBEDDINGS)):
+            self._used()  # where no question has an answer, there is no more to know
+
+    def expected(self, hidden: Tensor) -> Tensor:
+        self._asked(ON_HIDDEN)
+        return super().expected(hidden)
+
+    def log_likelihood(self, observed: Tensor, hidden: Tensor) -> Tensor:
+        self._asked(ON_HIDDEN)
+        return super().log_likelihood(observed, hidden)
+
+    def sample(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        self._asked(ON_HIDDEN)
+        return super().sample(hidden, generator)
+
+    def sample_embeddings(self, embeddings: Tensor, generator: torch.Generator) -> Tensor:
+        self._asked(ON_EMBEDDINGS)
+        return super().sample_embeddings(embeddings, generator)
+
+
+def answers(parts: Sequence[Mechanism], names: Sequence[str]) -> bool:
+    """Whether one of the mechanisms has an answer of its own to one of these questions."""
+    return any(
+        getattr(type(part), name) is not getattr(Mechanism, name)
+        for part in parts
+        for name in names
+    )
+
+
+@define
+class WatchedReplacement(Replacement):
+    """The same of how words are replaced."""
+
+    told: Replacement
+    used: Callable[[], None]
+
+    @property
+    def words(self) -> Sequence[str]:  # type: ignore[override]
+        """Those of what is told."""
+        return self.told.words
+
+    def log_probabilities(self, numbers: Tensor) -> Tensor:
+        self.used()
+        return self.told.log_probabilities(numbers)
+
+
+class WatchedList(list[Any]):
+    """The same of what came through the defense."""
+
+    used: Callable[[], None] = staticmethod(lambda: None)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.used()
+        return super().__iter__()
+
+    def __getitem__(self, index: Any) -> Any:
+        self.used()
+        return super().__getitem__(index)
+
+
+def watched(known: Any, used: Callable[[], None]) -> Any:
+    """What an adaptive attacker is told, so that `used` is called when it asks it something."""
+    match known:
+        case ComposedMechanism():
+            return WatchedMechanism(known.parts, used)
+        case Replacement():
+            return WatchedReplacement(known, used)
+        case list():
+            found = WatchedList(known)
+            found.used = used  # type: ignore[method-assign]
+            return found
+        case _:
+            return known
 
 
 def has_mechanism(specs: Sequence[Spec], side: Side) -> bool:

@@ -9,8 +9,9 @@ import torch
 from attrs import frozen
 from safetensors.torch import load_file
 
-from vflair_core.attacks.adaptive import Side
+from vflair_core.attacks.adaptive import Side, watched
 from vflair_core.attacks.halves import Head, Tail
+from vflair_core.attacks.knowledge import ADAPTIVE
 from vflair_core.attacks.workspace import Workspace
 from vflair_core.tasks.task import Example
 
@@ -22,6 +23,7 @@ class GrantedKnowledge(Mapping[str, Any]):
         self, workspace: Workspace, attack: dict[str, Any], which: str, progress: Any
     ) -> None:
         self.workspace, self.attack, self.which, self.progress = workspace, attack, which, progress
+        self.used: set[str] = set()  # of what makes an attack adaptive
         self.seen = workspace.observables(which)
         observed = frozenset(self.seen)  # names: asking for one would make its tensor
         self.granted = frozenset(attack["granted"])
@@ -40,7 +42,8 @@ class GrantedKnowledge(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if name not in self.names:
             raise KeyError(name)
-        return GRANTS[name].load(self) if name in GRANTS else self.seen[name]
+        known = GRANTS[name].load(self) if name in GRANTS else self.seen[name]
+        return watched(known, lambda: self.used.add(name)) if name in ADAPTIVE else known
 
     @property
     def job(self) -> dict[str, Any]:

@@ -59,11 +59,12 @@ class Progression:
 
 @frozen(eq=False)
 class TimedGuess:
-    """What an attack guessed in the end, the seconds it took, and its course if it told any."""
+    """What an attack guessed in the end, the seconds it took, its course if it told any, and what it used."""
 
     guess: Guess
     seconds: float
     course: Progression
+    used: frozenset[str] = frozenset()  # of what it was told of the defense, what it asked
 
 
 def write_guess(path: Path, found: TimedGuess) -> None:
@@ -76,6 +77,7 @@ def write_guess(path: Path, found: TimedGuess) -> None:
         "positive": guess.positive,
         "seconds": found.seconds,
         "course": [point[:2] for point in points],
+        "used": sorted(found.used),
     }
     metadata = {"vflair_guess": json.dumps(facts)}
     save_file(tensors, path.with_suffix(".safetensors"), metadata=metadata)
@@ -89,4 +91,5 @@ def read_guess(path: Path) -> TimedGuess:
         tensors = {name: file.get_tensor(name) for name in names}
     points = [(*spent, tensors.pop(f"course {n}")) for n, spent in enumerate(facts["course"])]
     guess = Guess(**tensors, positive=facts["positive"], budget=facts["budget"])
-    return TimedGuess(guess, facts["seconds"], Progression(points=points))
+    course = Progression(points=points)
+    return TimedGuess(guess, facts["seconds"], course, frozenset(facts["used"]))

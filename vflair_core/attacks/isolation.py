@@ -18,6 +18,7 @@ from attrs import frozen
 from vflair_core.errors import ExperimentError
 
 Isolation = Literal["process", "inline"]
+FENCE = "vflair_core.attacks.fence"
 
 
 def attack_device(asked: str) -> torch.device:
@@ -80,14 +81,14 @@ def environment() -> dict[str, str]:
 
 @contextmanager
 def started(module: str, folder: Path, **pipes: Any) -> Iterator[subprocess.Popen[Any]]:
-    """Run ``python -m module FOLDER`` in that folder, with a bare environment; wait for its end on the way out."""
+    """Run ``python -m module FOLDER`` in that folder, fenced, with a bare environment; wait for its end on the way out."""
     with (
         (folder / "stderr.txt").open("w") as errors,
         subprocess.Popen(  # noqa: S603 - our own module
-            [sys.executable, "-m", module, str(folder)],
+            [sys.executable, "-m", FENCE, module, str(folder)],
             stderr=errors,
             cwd=folder,
-            env=environment(),
+            env={**environment(), "TMPDIR": str(folder)},
             **pipes,
         ) as process,
     ):

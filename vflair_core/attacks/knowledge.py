@@ -73,6 +73,7 @@ BEFORE = frozenset(ALWAYS | WEIGHTS) - {"progress", "current_head", "current_tai
     "in_domain",
     "few_labelled",
 }  # what there is for an active adversary before anything crosses
+ADAPTIVE = frozenset(DEFENSE) | {"queries"}  # who uses one of these takes the defense into account
 PRESETS = {"K0": _K0, "K1": _K1, "K2": _K2, "K3": _K3, "K4": _K4}
 
 

@@ -64,8 +64,10 @@ def run_job(folder: Path, progress: Progress) -> None:
                 progress(shown, done, total)
 
             torch.manual_seed(attack["seed"])
-            guess = launch(callable_, GrantedKnowledge(workspace, attack, which, report))
-            timed = TimedGuess(guess, time.perf_counter() - start, course)
+            knowledge = GrantedKnowledge(workspace, attack, which, report)
+            guess = launch(callable_, knowledge)
+            seconds = time.perf_counter() - start
+            timed = TimedGuess(guess, seconds, course, frozenset(knowledge.used))
             write_guess(folder / f"guess-{attack['number']}-{which}", timed)
 
 

@@ -70,14 +70,17 @@ def show_cuts(rows: Sequence[Recovery], folder: Path, *, as_json: bool) -> None:
         console.print_json(data=[attrs.asdict(row) for row in rows])
         return
     table = Table(box=SIMPLE, title="recovered by cut (AP with its 95 % interval)")
-    for column in ("head", "arm", "attack", "knows", "AP", "floor", "MP"):
+    for column in ("head", "arm", "attack", "knows", "AP", "floor", "MP", "control", "verdict"):
         table.add_column(column)
     for row in rows:
         low, high = row.interval
         reached = f"{row.attack_performance:.3f} [{low:.2f}, {high:.2f}]"
         floor, main = f"{row.floor:.3f}", f"{row.main_performance:.3f}"
+        bypassed = row.positive_control
+        control = "" if bypassed is None else f"{bypassed:.3f} of {row.reference:.3f}"
         table.add_row(
-            str(row.head), row.arm, row.attack, row.knowledge, escape(reached), floor, main
+            *(str(row.head), row.arm, row.attack, row.knowledge, escape(reached), floor, main),
+            *(control, escape(row.verdict)),
         )
     console.print(table)
     console.print(f"Written to {folder}: cuts.json, cuts.svg, and a folder for each cut.")
@@ -171,6 +174,18 @@ def _remarks(result: Result, arms: list[str]) -> Iterator[str]:
             apart = result.numbers[arm]["unsplit_losses_differ_by"]
             word = "equal" if equal else f"failed to equal (by up to {apart:.1g})"
             yield f"{arm}: all training losses {word} the unsplit model's."
+        told = result.numbers[arm].get("mechanism")
+        if told is not None and not told["matches"]:
+            yield (
+                f"{arm}: MECHANISM DOES NOT MATCH: what crossed of public text is not what the defenses say would cross "
+                f"(p = {told['p']:.3f}), so K4 was told something else."
+            )
+        company = result.numbers[arm].get("company")
+        if company is not None and not company["agrees"]:
+            yield (
+                f"{arm}: ACTS OTHERWISE ON A TEXT ALONE than in a batch (p = {company['p']:.3f}), so victims that cross alone "
+                "are no measure of it: set victims.companions to train.batch_size - 1."
+            )
         for target, there in result.numbers[arm].get("evaluated", {}).items():
             if not there:
                 yield f"{arm}, {target}: {NOT_EVALUATED}."

@@ -232,7 +232,9 @@ class Defenses:
         return left[:, 0]
 
     def penalise(self, outputs: Any, exchange: Exchange) -> None:
-        """Add the defenses' penalties to the loss of a training forward."""
+        """Add the defenses' penalties to the loss of a training forward; without a loss no gradient can leave."""
+        if isinstance(outputs, dict) and outputs.get("loss") is None:
+            return
         for defense in self.at("penalty"):
             if isinstance(outputs, dict):
                 exchange.memo["loss"] = outputs.get("loss")
@@ -244,8 +246,7 @@ class Defenses:
                     f"{type(defense).__name__} adds to the loss, which a tuple of outputs does not name: "
                     "call the model with return_dict=True."
                 )
-            if outputs.get("loss") is not None:
-                outputs["loss"] = outputs["loss"] + penalty
+            outputs["loss"] = outputs["loss"] + penalty
         _enter("penalty", None, exchange)
 
 

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
-from vflair_core.attacks.isolation import attack_device
+from vflair_core.attacks.fence import fence_here
+from vflair_core.attacks.isolation import Isolation, attack_device
 from vflair_core.defenses.defense import Defense
 from vflair_core.experiments.context import Clock, RunContext
 from vflair_core.experiments.grading.grades import Grade
 from vflair_core.experiments.grading.truth import Truth
+from vflair_core.experiments.honesty import company_check, mechanism_check
 from vflair_core.tasks.tokenization import InputFormat
 
 if TYPE_CHECKING:
@@ -35,18 +37,22 @@ def promises_of(
     reading: InputFormat,
 ) -> dict[str, Any]:
     """What the defenses guarantee and cover, of how much that crossed, and how many examples were read."""
-    releases = party.releases
+    releases, crossed = (
+        party.releases,
+        party.crossed,
+    )  # before defenses are looked at, which crosses
     return {
         "guarantees": [
             {"defense": spec.name, **_promise(defense, releases)}
             for spec, defense in zip(setting.experiment.defenses, defenses, strict=False)
         ],
         "findings": _found(defenses, party, setting),
+        **_looked_at(party, setting),
         "covers": sorted({place for defense in defenses for place in defense.covers}),
         "releases_per_example": releases.rows,
         "messages_per_example": releases.messages,
         "gradients_per_example": releases.gradients,
-        "crossed": party.crossed,
+        "crossed": crossed,
         "read": {"examples": reading.tally.examples, "cut": reading.tally.truncated},
     }
 
@@ -59,6 +65,19 @@ def _found(defenses: list[Defense], party: DataParty, setting: RunContext) -> li
     return [{"defense": spec.name, **found} for spec, found in pairs if found]
 
 
+def _looked_at(party: DataParty, setting: RunContext) -> dict[str, Any]:
+    """Whether defenses do what they say, and to a text alone what they do to a batch."""
+    if not party.defenses.each:
+        return {"mechanism": None, "company": None}
+    training = setting.experiment.victims.phase == "train"
+    checks = {"mechanism": mechanism_check, "company": company_check}
+    with torch.random.fork_rng():
+        return {
+            name: check(party, setting.task.public, training=training)
+            for name, check in checks.items()
+        }
+
+
 def _promise(defense: Defense, releases: Releases) -> dict[str, Any]:
     promised = defense.guarantee(releases.rows, releases.messages, releases.gradients)
     if promised.mechanism is not None:
@@ -68,8 +87,10 @@ def _promise(defense: Defense, releases: Releases) -> dict[str, Any]:
     return promised.to_dict()
 
 
-def cost_of(party: DataParty, clock: Clock, grades: list[Grade], asked: str) -> dict[str, Any]:
-    """What the arm cost: messages, bytes and rows by role, and seconds by phase."""
+def cost_of(
+    party: DataParty, clock: Clock, grades: list[Grade], asked: str, isolation: Isolation
+) -> dict[str, Any]:
+    """What the arm cost: messages, bytes and rows by role, and seconds by phase; and where attacks ran."""
     traffic = party.channel.traffic
     return {
         "messages": party.channel.messages,
@@ -78,6 +99,7 @@ def cost_of(party: DataParty, clock: Clock, grades: list[Grade], asked: str) -> 
         "total_bytes": sum(t.bytes for t in traffic.values()),
         "channel_seconds": party.channel.seconds,
         "seconds": clock.seconds,
+        "attack_worker": fence_here() if isolation == "process" else "inline",
         "attack_device": str(attack_device(asked)),
         "attack_seconds": [grade.seconds for grade in grades],
         "course_seconds": [[point["seconds"] for point in grade.course] for grade in grades],

@@ -95,7 +95,7 @@ def run_arm(
     for grade in grades:
         setting.tell("vflair_attack_finished", arm=name, name=grade.attack, grade=grade.to_dict())
     # Before defenses measure themselves, which may cross.
-    cost = cost_of(party, clock, grades, e.attack_device)
+    cost = cost_of(party, clock, grades, e.attack_device, e.isolation)
     metric, performance = next(iter(evaluations[-1]["metrics"].items()))
     numbers = {
         "main_performance": performance,
@@ -110,6 +110,7 @@ def run_arm(
         "untied": list(party.untied),
         "disclosed": sorted(party.disclosed),
         "isolation": e.isolation,
+        "victims_with_dropout": e.victims.dropout,
         "assumes_shared_updates": e.victims.share_updates,
     }
     samples = samples_of(grades, truth)
@@ -134,8 +135,8 @@ def _adversary(
         releases=1,
         task_kind=setting.task.kind,
         victims={"main": 0},
-        seed=e.seed,
-        auxiliary=auxiliary_of(setting.task, e.victims, e.seed),
+        seed=setting.private_seed,
+        auxiliary=auxiliary_of(setting.task, e.victims, setting.private_seed),
     )
     return hosted_adversary(
         evidence,

@@ -77,8 +77,8 @@ def attack_arm(
         releases=e.victims.releases,
         task_kind=setting.task.kind,
         victims=victims,
-        seed=e.seed,
-        auxiliary=auxiliary_of(setting.task, e.victims, e.seed),
+        seed=setting.private_seed,
+        auxiliary=auxiliary_of(setting.task, e.victims, setting.private_seed),
         queries=queries,
         adversary=adversary,
         update_batch=e.victims.update_batch,
@@ -86,8 +86,6 @@ def attack_arm(
     key = _answer_key(party, setting, main, bypassed)
     with _store(name, setting) as store:
         save_evidence(store, evidence, FILES if setting.keep else needed(launches))
-        if setting.keep:
-            key.save(store / KEY)
         grades = attack_and_grade(
             launches,
             store,
@@ -99,6 +97,8 @@ def attack_arm(
             threads=e.threads or None,
             device=e.attack_device,
         )
+        if setting.keep:  # afterwards: no attack of the run can find it
+            key.save(store / KEY)
     return grades, key.truth
 
 
@@ -110,7 +110,7 @@ def _answer_key(
     preprocessor = party.preprocessor(setting.victim_length)
     facts: dict[str, Any] = {
         "known": e.victims.known,
-        "members": candidates_of(setting.task, e.victims, e.seed)[1],
+        "members": candidates_of(setting.task, e.victims, setting.private_seed)[1],
     }
     return AnswerKey(
         truth_of(preprocessor, setting.victims, main.rows, **facts),
@@ -136,7 +136,10 @@ def _store(arm: str, setting: RunContext) -> Iterator[Path]:
         return
     if setting.out is None:
         raise ExperimentError("Evidence is kept in an output folder: pass out= (or --out).")
-    yield setting.out / f"evidence-{arm}"
+    store = setting.out / f"evidence-{arm}"
+    store.mkdir(mode=0o700, parents=True, exist_ok=True)
+    store.chmod(0o700)
+    yield store
 
 
 def attack_again(

@@ -15,12 +15,13 @@ from vflair_core.attacks.knowledge import BEFORE, names_of
 from vflair_core.defenses.defense import Defense
 from vflair_core.errors import ExperimentError
 from vflair_core.experiments.base_model import prepare_model
-from vflair_core.experiments.context import Clock, Reporter, RunContext
+from vflair_core.experiments.context import Clock, Reporter, RunContext, noise_seed
 from vflair_core.experiments.experiment import AttackSpec, Experiment, Victims
 from vflair_core.experiments.pretraining import prior_guess
 from vflair_core.experiments.victims import companions_of, victims_of
 from vflair_core.offers import build, find
 from vflair_core.partition.partition import Partition
+from vflair_core.randomness import stream_seed
 from vflair_core.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -47,14 +48,17 @@ def build_run(
     clock = clock or Clock()
     with clock("task"):
         task: Task = build(find(plugins, "tasks", e.task.name), e.task.options)
-    launches = make_launches(e.attacks, plugins, e.seed)
-    adversary = make_adversary(e.adversary, plugins, e.seed) if e.adversary else None
+    # Who is told it finds neither the experiment's seed, which makes tasks and orders, nor that of the noise.
+    seed = stream_seed(noise_seed(e.seed, task), "attacks")
+    launches = make_launches(e.attacks, plugins, seed)
+    adversary = make_adversary(e.adversary, plugins, seed) if e.adversary else None
     _check(e, task, launches, adversary, make_defenses(e, plugins))
     with clock("pretraining"):
         model, tokenizer, processor = prepare_model(e, task, report)
     _check_model(e, model)
     setting = RunContext(
         experiment=e,
+        private_seed=seed,
         plugins=plugins,
         report=report,
         strict=strict,

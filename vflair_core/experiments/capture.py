@@ -39,6 +39,7 @@ def capture_victims(
         "max_length": length,
         "gradients": v.phase == "train",
         "updates": shares and not again,
+        "dropout": v.dropout,
     }
     main = record_victims(party, setting.victims, companions=beside, releases=v.releases, **options)
     bypassed = None
@@ -56,16 +57,15 @@ def capture_victims(
                 in_prompt=False,
             )  # fmt: skip
     if shares and again:
-        main = _with_updates(party, main, v.update_batch, length, bypass=False)
+        options = {"max_length": length, "dropout": v.dropout}
+        main = _with_updates(party, main, v.update_batch, bypass=False, **options)
         if bypassed is not None:
-            bypassed = _with_updates(party, bypassed, v.update_batch, length, bypass=True)
+            bypassed = _with_updates(party, bypassed, v.update_batch, bypass=True, **options)
     return main, bypassed, queries
 
 
-def _with_updates(
-    party: DataParty, crossed: Capture, size: int, length: int, *, bypass: bool
-) -> Capture:
-    updates = record_updates(party, crossed.rows, size, max_length=length, bypass=bypass)
+def _with_updates(party: DataParty, crossed: Capture, size: int, **options: Any) -> Capture:
+    updates = record_updates(party, crossed.rows, size, **options)
     return attrs.evolve(crossed, updates=updates)
 
 
@@ -94,12 +94,13 @@ def record_victims(
     bypass: bool = False,
     in_prompt: bool = True,
     updates: bool = False,
+    dropout: bool = False,
 ) -> Capture:
     """Send each example across in a batch of its own, `releases` times over, and return what crossed.
 
     An example crosses as one row: of a passage in several windows the first crosses; its `companions`, if any, fill the
     batch. With `gradients` each batch is a training round whose step is skipped on both sides; without, an inference. Without `in_prompt` texts cross as
-    they are, not in the task's prompt, and are public. With `updates` the gradients of the data party's weights are kept.
+    they are, not in the task's prompt, and are public. Without `dropout` nothing is dropped, whatever the model's mode. With `updates` the gradients of the data party's weights are kept.
     """
     reader, rows, spots = party.preprocessor(max_length), list[TokenRow](), list[VictimRow]()
     others = companions or [()] * len(examples)
@@ -107,7 +108,7 @@ def record_victims(
     if not in_prompt:
         reader = attrs.evolve(reader, reading=attrs.evolve(reader.reading, render=None))
     with (
-        _for_the_record(party, bypass=bypass, training=gradients),
+        _for_the_record(party, bypass=bypass, training=gradients, dropout=dropout),
         nullcontext() if in_prompt else party.public_text(),
         party.channel.tap(Transcript()) as transcript,
     ):
@@ -142,7 +143,13 @@ def _spot(party: DataParty, rows: Sequence[TokenRow], transcript: Transcript) ->
 
 
 def record_updates(
-    party: DataParty, rows: Sequence[TokenRow], size: int, *, max_length: int, bypass: bool = False
+    party: DataParty,
+    rows: Sequence[TokenRow],
+    size: int,
+    *,
+    max_length: int,
+    bypass: bool = False,
+    dropout: bool = False,
 ) -> list[dict[str, Tensor]]:
     """Send the victims' rows once more, `size` in a batch, and return the gradients of the data party's weights.
 
@@ -151,7 +158,7 @@ def record_updates(
     is drawn anew. The messages of these rounds are nobody's to attack: the same rows crossed alone.
     """
     reader, updates = party.preprocessor(max_length), list[dict[str, Tensor]]()
-    with _for_the_record(party, bypass=bypass, training=True):
+    with _for_the_record(party, bypass=bypass, training=True, dropout=dropout):
         for first in range(0, len(rows), size):
             batch = reader.together(rows[first : first + size]).batch
             _send(party, batch, gradients=True, keep=updates)
@@ -159,12 +166,17 @@ def record_updates(
 
 
 @contextmanager
-def _for_the_record(party: DataParty, *, bypass: bool, training: bool) -> Iterator[None]:
+def _for_the_record(
+    party: DataParty, *, bypass: bool, training: bool, dropout: bool
+) -> Iterator[None]:
     """While this lasts, what crosses trains nothing: afterwards the model is in its mode, without gradients."""
     was_training = party.model.training
     party.model.train(training)
     try:
-        with party.defenses.bypassing() if bypass else nullcontext():
+        with (
+            party.defenses.bypassing() if bypass else nullcontext(),
+            nullcontext() if dropout else party.without_dropout(),
+        ):
             yield
     finally:
         party.model.train(was_training)

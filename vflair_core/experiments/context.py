@@ -66,6 +66,7 @@ class RunContext:
     adversary: Launch | None  # the attack whose model party cheats
     victims: list[Example]
     prior: Tensor | None
+    private_seed: int  # of attacks and candidates; nobody finds the experiment's by it
     cache: Path | None = None  # of what defenses prepare
     keep: bool = False  # the evidence of each arm, to attack it again
 

@@ -35,6 +35,9 @@ class Recovery:
     interval: tuple[float, float]
     floor: float
     main_performance: float
+    verdict: str  # "ok", or why the number says nothing about the cut
+    reference: float  # what the attack reached here on the victims of the positive control
+    positive_control: float | None  # and with the defense bypassed
 
 
 def run_cuts(
@@ -104,6 +107,9 @@ def recoveries(result: Result, head: int) -> list[Recovery]:
             interval=tuple(grade["interval"]),
             floor=grade["floor"],
             main_performance=numbers["main_performance"],
+            verdict=grade["verdict"],
+            reference=grade["reference"],
+            positive_control=grade["positive_control"],
         )
         for arm, numbers in result.numbers.items()
         if arm in REFERENCES
@@ -112,7 +118,10 @@ def recoveries(result: Result, head: int) -> list[Recovery]:
 
 
 def draw(rows: Sequence[Recovery], path: Path) -> Path:
-    """Plot attack performance by cut: a line with its intervals for each attack and arm, and the highest floor."""
+    """Plot attack performance by cut: a line with its intervals for each attack and arm, and the highest floor.
+
+    Points whose verdict is not ok are hollow, with a cross.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -124,15 +133,24 @@ def draw(rows: Sequence[Recovery], path: Path) -> Path:
         reached = [row.attack_performance for row in line]
         below = [max(row.attack_performance - row.interval[0], 0.0) for row in line]
         above = [max(row.interval[1] - row.attack_performance, 0.0) for row in line]
-        axes.errorbar(
+        drawn = axes.errorbar(
             [row.head for row in line],
             reached,
             yerr=(below, above),
-            marker="o",
             capsize=3,
             linestyle="-" if arm == "undefended" else "--",
             label=f"{attack} ({knowledge}), {arm}",
         )
+        colour = drawn.lines[0].get_color()
+        for row in line:
+            sound = row.verdict == "ok"
+            face = colour if sound else "white"
+            axes.plot(row.head, row.attack_performance, "o", color=colour, markerfacecolor=face)
+            if not sound:
+                axes.plot(row.head, row.attack_performance, "x", color=colour, markersize=9)
+    if any(row.verdict != "ok" for row in rows):
+        hollow = {"marker": "o", "linestyle": "", "color": "gray", "markerfacecolor": "white"}
+        axes.plot([], [], label="hollow: a control failed, or uninformative", **hollow)
     heads = sorted({row.head for row in rows})
     floors = [max(row.floor for row in rows if row.head == head) for head in heads]
     axes.plot(heads, floors, color="gray", linestyle=":", label="floor")

@@ -95,6 +95,7 @@ class Victims:
         phase: train sends each through a training round, inference through a forward only.
         releases: How often each example crosses.
         companions: Other examples in the batch that each victim crosses in, of the same split and no victims, for classes at least one of another class. The attacker is told which row is the victim's.
+        dropout: Whether victims cross with dropout, which defends them by chance; an attack that averages `releases` sees through it.
         max_length: Tokens kept of each victim; 0 takes train.max_length.
         bypass: Victims that cross once more with the defense bypassed, for the positive control.
         queries: Public texts sent through the defended pipeline for attacks that ask for `queries`.
@@ -110,6 +111,7 @@ class Victims:
     phase: Literal["train", "inference"] = "train"
     releases: int = field(default=1, validator=validators.ge(1))
     companions: int = field(default=0, validator=validators.ge(0))
+    dropout: bool = False
     max_length: int = field(default=0, validator=validators.ge(0))
     bypass: int = field(default=4, validator=validators.ge(1))
     queries: int = field(default=64, validator=validators.ge(0))

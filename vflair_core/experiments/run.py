@@ -136,8 +136,12 @@ def _run_seed(e: Experiment, out: Path | None, **options: Any) -> tuple[Result, 
     for name, arm in arms.items():
         numbers[name]["strongest"] = strongest(arm.grades)
     if "defended" in arms:
+        told, company = (numbers["defended"][name] for name in ("mechanism", "company"))
         numbers["defended"]["evaluated"] = evaluated(
-            arms["defended"].grades, numbers["defended"]["covers"], setting.task.kind
+            arms["defended"].grades,
+            numbers["defended"]["covers"],
+            setting.task.kind,
+            as_told=(told is None or told["matches"]) and (company is None or company["agrees"]),
         )
     cost: dict[str, Any] = {name: arm.cost for name, arm in arms.items()}
     cost["seconds"] = clock.seconds
@@ -204,11 +208,11 @@ def _scores(undefended: Arm, defended: Arm) -> dict[str, Any]:
             attacks = (after.attack_performance, before.floor, before.attack_performance)
             row["normalised"] = normalised_dcs(*attacks, main, chance, best)
         rows.append(row)
-    ranked = [row["normalised"] for row in rows if row["normalised"] is not None]
+    ranked = [row for row in rows if row["normalised"] is not None]
     return {
         "per_attack": rows,
-        "mean": sum(row["dcs"] for row in rows) / len(rows),
-        "normalised_worst": min(ranked) if ranked else None,
+        "mean": sum(row["dcs"] for row in ranked) / len(ranked) if ranked else None,
+        "normalised_worst": min(row["normalised"] for row in ranked) if ranked else None,
     }
 
 

@@ -39,8 +39,8 @@ class BeamClean:
         chunk: Candidates tried in one pass.
         group: Examples searched together.
         length: Tokens kept of a public text.
-        forwards: Most candidates tried in all; 0 for no limit.
-        seconds: Most seconds in all; 0 for no limit.
+        forwards: Most candidates tried for each victim in a round; 0 for no limit.
+        seconds: Most seconds for each victim in a round; 0 for no limit.
     """
 
     noise: Literal["gaussian", "laplace"] = field(

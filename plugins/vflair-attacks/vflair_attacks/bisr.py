@@ -53,8 +53,8 @@ class BiSR:
         squared: Weight of the squared against the absolute difference of gradients (the paper's β).
         forward_steps: Steps of the forward stage; 0 leaves it out.
         forward_rate: Its step length, in units of the rms of the embedding table.
-        forwards: Most texts through the head; 0 for no limit.
-        seconds: Most seconds; 0 for no limit.
+        forwards: Most texts through the head in learning, and then for each victim; 0 for no limit.
+        seconds: Most seconds of the same; 0 for no limit.
     """
 
     scales: tuple[float, ...] = field(default=(0.0, 0.5, 1.0), validator=validators.min_len(1))
@@ -102,6 +102,7 @@ class BiSR:
         tokens, labelled = torch.full(mask.shape, -1), 0
         defend = deterministic_part(mechanism, parameters)
         for numbers, target in targets(releases, mask, head, defend, "cosine", self.batch):
+            budget.turn_of(len(numbers))
             seen = releases[:, numbers, : target.mask.shape[1]].to(head.device)
             logits = log_probabilities(network, seen, target.mask)
             guess = logits.argmax(-1)

@@ -31,8 +31,8 @@ class CoordinateSearch:
         candidates: Tokens tried at each position; 0 tries all.
         sweeps: Most times all positions are gone through; it ends earlier when nothing changes.
         chunk: Texts in one pass.
-        forwards: Most texts through the head; 0 for no limit.
-        seconds: Most seconds; 0 for no limit.
+        forwards: Most texts through the head for each victim; 0 for no limit.
+        seconds: Most seconds for each victim; 0 for no limit.
     """
 
     start: str = field(default="nearest", validator=validators.in_(("nearest", "inverter")))
@@ -80,6 +80,7 @@ class CoordinateSearch:
             if not length:
                 continue
             seen = releases[:, number, :length].to(head.device)  # (R, T, D)
+            budget.turn_of(1)
             one = _One(seen, head, measure, budget, self)
             tokens[number, :length] = one.search(
                 None if first is None else first[number, :length]
@@ -135,7 +136,7 @@ class _One:
 
     def _scores(self, texts: Tensor) -> Tensor:
         """How well the hidden states of texts (B, T) explain each row, over all releases: (B, T)."""
-        self.budget.forwards += len(texts)
+        self.budget.spend(len(texts))
         pieces = []
         for part in texts.split(self.plan.chunk):
             hidden = self.head(part)

@@ -21,18 +21,32 @@ Metric = Literal["cosine", "l2"]
 
 @define
 class Budget:
-    """Forwards of one example through the head, and seconds, with a limit on each; 0 is no limit."""
+    """Forwards of one example through the head, and seconds, with a limit on each; 0 is no limit.
+
+    Limits are for each victim, so that an attack of few gets no further than one of many: `turn_of` begins anew.
+    """
 
     most_forwards: int = 0
     most_seconds: float = 0.0
-    forwards: int = 0
+    forwards: int = 0  # of all victims
+    _each: int = 0  # of each victim whose turn it is
+    _victims: int = 1
     _start: float = field(factory=time.monotonic)
+
+    def turn_of(self, victims: int) -> None:
+        """Go on with the next victims, `victims` of them together."""
+        self._each, self._victims, self._start = 0, max(victims, 1), time.monotonic()
+
+    def spend(self, each: int, victims: int = 1) -> None:
+        """Count `each` forwards of each of these victims."""
+        self._each += each
+        self.forwards += each * victims
 
     @property
     def spent(self) -> bool:
         """Whether a limit is reached."""
-        late = time.monotonic() - self._start > self.most_seconds
-        many = self.forwards >= self.most_forwards
+        late = time.monotonic() - self._start > self.most_seconds * self._victims
+        many = self._each >= self.most_forwards
         return bool((self.most_seconds and late) or (self.most_forwards and many))
 
 
@@ -102,7 +116,7 @@ def descend(
     with torch.enable_grad():
         for step in range(steps + 1):
             loss = losses(variable)
-            budget.forwards += len(start)
+            budget.spend(1, len(start))
             better = loss.detach() < lowest
             best[better], lowest[better] = variable.detach()[better], loss.detach()[better].float()
             if step == steps or budget.spent:
@@ -112,6 +126,46 @@ def descend(
             optimizer.step()
             if step % 50 == 0:
                 tell(best, lowest)
+    return best, lowest
+
+
+def descend_by_curvature(
+    start: Tensor,  # (B, ...)
+    losses: Callable[[Tensor], Tensor],  # -> (B,)
+    *,
+    steps: int,
+    unit: float,
+    budget: Budget,
+    tell: Callable[[Tensor, Tensor], None] = lambda *_: None,
+) -> tuple[Tensor, Tensor]:
+    """The same by L-BFGS with a line search (Liu and Nocedal, Mathematical Programming 45, 1989): second-order.
+
+    Lengths are counted in `unit`s, since its first step is of length one. Examples share the steps and the curvature that is learned, their sum is minimised; of each the best point counts.
+    """
+    variable = (start.detach() / unit).requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [variable], max_iter=1, history_size=20, line_search_fn="strong_wolfe",
+        tolerance_grad=1e-12, tolerance_change=0.0,
+    )  # fmt: skip
+    best = start.detach().clone()
+    lowest = torch.full((len(start),), math.inf, device=start.device)
+
+    def closure() -> Tensor:
+        with torch.enable_grad():
+            loss = losses(variable * unit)
+            (variable.grad,) = torch.autograd.grad(loss.sum(), variable)
+        budget.spend(1, len(start))
+        found = loss.detach().float()
+        better = found < lowest
+        best[better], lowest[better] = variable.detach()[better] * unit, found[better]
+        return found.sum()
+
+    for step in range(steps):
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        if budget.spent:
+            break
+        if step % 50 == 0:
+            tell(best, lowest)
     return best, lowest
 
 

@@ -36,8 +36,8 @@ class LearnedInverter:
         length: Tokens kept of a public text.
         queries: Most queries that are learned from; 0 for all. Listed with several, it gives AP against queries.
         held_out: Share of the public texts that chooses the best weights.
-        forwards: Most texts through the head; 0 for no limit.
-        seconds: Most seconds; 0 for no limit.
+        forwards: Most texts through the head, of public text: the number of victims changes nothing; 0 for no limit.
+        seconds: Most seconds of learning; 0 for no limit.
     """
 
     network: Kind = field(default="gru", validator=validators.in_(("mlp", "gru")))

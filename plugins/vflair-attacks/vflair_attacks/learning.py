@@ -135,7 +135,7 @@ def learn(
                     break
             chosen = rest[torch.randint(len(rest), (schedule.batch,), generator=generator)]
             hidden, ids = draw(chosen)
-            budget.forwards += len(chosen)
+            budget.spend(len(chosen))
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate * (1 + math.cos(math.pi * step / schedule.steps)) / 2
             optimizer.zero_grad(set_to_none=True)

@@ -59,8 +59,8 @@ class JointInversion:
         prior: Weight of the tail's log-probability.
         chunk: Candidates tried in one pass.
         group: Examples searched together.
-        forwards: Most candidates tried in all; 0 for no limit.
-        seconds: Most seconds in all; 0 for no limit.
+        forwards: Most candidates tried for each victim; 0 for no limit.
+        seconds: Most seconds for each victim; 0 for no limit.
     """
 
     matching: Matching = field(default="likelihood", validator=validators.in_(MATCHINGS))

@@ -41,8 +41,8 @@ class PatchInversion:
         rate: First step length, in units of the rms of the embedding table; a tenth of it at the end.
         restarts: Starts of each patch.
         batch: Examples inverted together.
-        forwards: Most forwards of one example in all; 0 for no limit.
-        seconds: Most seconds in all; 0 for no limit.
+        forwards: Most forwards for each victim; 0 for no limit.
+        seconds: Most seconds for each victim; 0 for no limit.
     """
 
     patch: int = field(default=4, validator=validators.ge(1))
@@ -80,6 +80,7 @@ class PatchInversion:
         tokens, done, total = torch.full(mask.shape, -1), 0, int(mask.sum())
         defend = deterministic_part(mechanism, parameters)
         for numbers, target in targets(releases, mask, head, defend, self.loss, self.batch):
+            budget.turn_of(len(numbers))
             embeds = torch.empty(len(numbers), 0, table.shape[1], device=table.device)
             for start in range(0, target.mask.shape[1], self.patch):
                 embeds, objective = self._extend(embeds, target, table, generator, budget)

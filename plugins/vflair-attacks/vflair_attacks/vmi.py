@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from attrs import field, frozen, validators
@@ -16,6 +17,7 @@ from vflair_attacks.descent import (
     Target,
     around_the_mean,
     descend,
+    descend_by_curvature,
     deterministic_part,
     nearest_tokens,
     put,
@@ -37,18 +39,22 @@ class ModelInversion:
     Attributes:
         loss: mse, in units of the mean square of what was seen, or cosine.
         metric: How the nearest token is found: cosine or l2.
-        steps: Steps of Adam in each start.
-        rate: First step length, in units of the rms of the embedding table.
+        steps: Steps in each start.
+        rate: First step length of Adam, in units of the rms of the embedding table.
+        optimizer: adam, or lbfgs: second-order, for smooth heads and few positions; it needs no rate.
         restarts: Starts, each at the mean embedding and a little noise.
         batch: Examples inverted together.
-        forwards: Most forwards of one example in all; 0 for no limit.
-        seconds: Most seconds in all; 0 for no limit.
+        forwards: Most forwards for each victim; 0 for no limit.
+        seconds: Most seconds for each victim; 0 for no limit.
     """
 
     loss: Loss = field(default="mse", validator=validators.in_(("mse", "cosine")))
     metric: Metric = field(default="cosine", validator=validators.in_(("cosine", "l2")))
     steps: int = field(default=500, validator=validators.ge(1))
     rate: float = field(default=0.1, validator=validators.gt(0))
+    optimizer: Literal["adam", "lbfgs"] = field(
+        default="adam", validator=validators.in_(("adam", "lbfgs"))
+    )
     restarts: int = field(default=3, validator=validators.ge(1))
     batch: int = field(default=16, validator=validators.ge(1))
     forwards: int = field(default=0, validator=validators.ge(0))
@@ -69,6 +75,7 @@ class ModelInversion:
         tokens, done = torch.full(mask.shape, -1), 0
         defend = deterministic_part(mechanism, parameters)
         for numbers, target in targets(releases, mask, head, defend, self.loss, self.batch):
+            budget.turn_of(len(numbers))
             there = numbers, target, done
 
             def tell(
@@ -88,19 +95,35 @@ class ModelInversion:
         self, target: Target, table: Tensor, generator: torch.Generator, budget: Budget,
         tell: Callable[[Tensor, Tensor], None],
     ) -> Tensor:  # fmt: skip
-        best = around_the_mean(table, target.mask.shape, generator)
+        noise = 1.0 if self.optimizer == "lbfgs" else 0.01  # curvature near zero is none of words
+        best = around_the_mean(table, target.mask.shape, generator, noise)
         lowest = torch.full((len(best),), torch.inf, device=best.device)
         for restart in range(self.restarts):
-            start = best if restart == 0 else around_the_mean(table, target.mask.shape, generator)
-            found, loss = descend(
-                start, target.losses, steps=self.steps, rate=self.rate * rms(table), budget=budget,
-                tell=lambda now, loss: tell(*_better(now, loss, best, lowest)),
-            )  # fmt: skip
+            start = around_the_mean(table, target.mask.shape, generator, noise) if restart else best
+            found, loss = self._descend(
+                start,
+                target,
+                table,
+                budget,
+                lambda now, loss: tell(*_better(now, loss, best, lowest)),
+            )
             better = loss < lowest
             best[better], lowest[better] = found[better], loss[better]
             if budget.spent:
                 break
         return best
+
+    def _descend(
+        self, start: Tensor, target: Target, table: Tensor, budget: Budget,
+        tell: Callable[[Tensor, Tensor], None],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if self.optimizer == "lbfgs":
+            return descend_by_curvature(
+                start, target.losses, steps=self.steps, unit=rms(table), budget=budget, tell=tell
+            )
+        return descend(
+            start, target.losses, steps=self.steps, rate=self.rate * rms(table), budget=budget, tell=tell
+        )  # fmt: skip
 
 
 def _better(now: Tensor, loss: Tensor, best: Tensor, lowest: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,8 +41,8 @@ class VocabularySearch:
         margin: A hypothesis this many nats behind the best is dropped.
         chunk: Candidates tried in one pass.
         group: Examples searched together.
-        forwards: Most candidates tried in all; 0 for no limit.
-        seconds: Most seconds in all; 0 for no limit. Positions not reached have no guess.
+        forwards: Most candidates tried for each victim; 0 for no limit.
+        seconds: Most seconds for each victim; 0 for no limit. Positions not reached have no guess.
     """
 
     matching: Matching = field(default="likelihood", validator=validators.in_(MATCHINGS))
@@ -126,6 +126,7 @@ def search(
     for rows in order.split(plan.group):
         seen, long = releases[:, rows].to(head.device), lengths[rows].to(head.device)
         prior = make_prior() if make_prior is not None and plan.prior else None
+        budget.turn_of(len(rows))
         beam = _Beam(seen, long, rows.to(head.device), measure, head, prior, plan, budget)
         with torch.no_grad():
             for position in range(int(lengths[rows].max())):
@@ -204,7 +205,7 @@ class _Beam:
             candidates = torch.arange(start, last, device=observed.device)
             hidden = self.head.try_tokens(candidates.expand(count * width, -1), self.cache)
             hidden = hidden.unflatten(0, (count, width))  # (N, W, C, D)
-            self.budget.forwards += count * width * len(candidates)
+            self.budget.spend(width * len(candidates), count)
             scored = [self.measure.score(seen[:, None, None], hidden) for seen in observed]
             pieces.append(torch.stack(scored).sum(0))
         scores = torch.cat(pieces, dim=2)

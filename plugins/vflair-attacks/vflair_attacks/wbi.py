@@ -37,8 +37,8 @@ class WhiteBoxInversion:
         rate: First step length.
         sweeps: Times all blocks are gone through, if the head is not causal.
         batch: Examples inverted together.
-        forwards: Most forwards of one example in all; 0 for no limit.
-        seconds: Most seconds in all; 0 for no limit.
+        forwards: Most forwards for each victim; 0 for no limit.
+        seconds: Most seconds for each victim; 0 for no limit.
     """
 
     temperature: float = field(default=0.05, validator=validators.gt(0))
@@ -70,6 +70,7 @@ class WhiteBoxInversion:
         tokens, done, total = torch.full(mask.shape, -1), 0, sweeps * int(mask.sum())
         defend = deterministic_part(mechanism, parameters)
         for numbers, target in targets(releases, mask, head, defend, self.loss, self.batch):
+            budget.turn_of(len(numbers))
             embeds = table.mean(0).repeat(*target.mask.shape, 1)  # (B, T, D), relaxed or decoded
             found = torch.full(target.mask.shape, -1, device=table.device)
             for _ in range(sweeps):

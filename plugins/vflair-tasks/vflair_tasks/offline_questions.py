@@ -5,6 +5,7 @@ Private is what is planted: the name in a question, and name, address and number
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -169,11 +170,14 @@ def _summaries(size: Size) -> Task:
 def _drawings(size: Size, canvas: Canvas) -> Task:
     if canvas.pixels < 8:
         raise TaskError(f"pixels={canvas.pixels} is too small to draw in. Give 8 or more.")
-    rng = random.Random(f"record-drawings {size.seed}")
+    rng, drawn = random.Random(f"record-drawings {size.seed}"), itertools.count()
 
     def make(record: Record) -> Example:
         colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
         left, top = rng.randrange(canvas.pixels // 4), rng.randrange(canvas.pixels // 4)
+        # Corners of even and of odd coordinates: no picture is in both splits.
+        of_test = next(drawn) >= size.train_examples
+        left = left ^ 1 if (left + top) % 2 != of_test else left
         name = record["name"]
         return Example(
             text=f"What did {name} draw?",

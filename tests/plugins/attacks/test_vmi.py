@@ -7,7 +7,7 @@ import torch
 
 from vflair_attacks.patch_inversion import PatchInversion
 from vflair_attacks.vmi import ModelInversion
-from vflair_core import AttackError, Partition
+from vflair_core import AttackError, Defense, Partition
 from vflair_core.attacks.attack import launch
 from vflair_core.defenses.mechanism import Mechanism
 from vflair_core.testing import crossed, tiny_model
@@ -17,6 +17,7 @@ HBT = Partition(1, 1)
 QUICK = {
     "vmi": ModelInversion(steps=200, restarts=2),
     "patch": PatchInversion(steps=80, refine=20, restarts=2),
+    "vmi-lbfgs": ModelInversion(optimizer="lbfgs", steps=80, restarts=1),
 }
 
 
@@ -101,7 +102,19 @@ def test_progress_tells_an_objective_that_falls():
 def test_a_limit_on_forwards_is_kept(attack):
     _, knowledge = victims()
     guess = launch(attack(forwards=60, restarts=3), knowledge)
-    assert 60 <= guess.budget["forwards"] < 90
+    assert 60 <= guess.budget["forwards"] / len(guess.tokens) < 90
+
+
+@pytest.mark.parametrize("attack", [ModelInversion, PatchInversion])
+def test_a_limit_is_for_each_victim_so_that_few_get_no_further_than_many(attack):
+    """A positive control has fewer victims than what it is held against."""
+    _, knowledge = victims()
+    spent = []
+    for count in (1, 2, 3):
+        some = {"releases": knowledge["releases"][:, :count], "mask": knowledge["mask"][:count]}
+        guess = launch(attack(forwards=40, batch=2), {**knowledge, **some})
+        spent.append(guess.budget["forwards"] / count)
+    assert max(spent) <= 1.1 * min(spent)
 
 
 def test_patches_need_a_causal_head():
@@ -124,3 +137,20 @@ def test_equal_seeds_give_equal_guesses():
         again = {**knowledge, "generator": torch.Generator().manual_seed(5)}
         tokens.append(launch(ModelInversion(steps=5), again).tokens)
     assert torch.equal(*tokens)
+
+
+class NoisyEmbeddings(Defense):
+    """Noise of the embeddings' size, as dx-noise adds it."""
+
+    def on_embeddings(self, embeddings, exchange):
+        drawn = torch.randn(embeddings.shape, generator=exchange.generator)
+        return embeddings + drawn * embeddings.square().mean().sqrt()
+
+
+def test_second_order_inversion_reads_through_noise_on_embeddings():
+    """No token's row is what was sent; behind the head lies an embedding whose nearest word is still the right one."""
+    rows = [torch.randint(3, VOCABULARY, (8,)) for _ in range(3)]
+    model = tiny_model("gpt2", vocab_size=VOCABULARY, hidden_size=32, initializer_range=0.02)
+    knowledge = crossed(model, Partition(1, 1), rows, defenses=[NoisyEmbeddings()])
+    guess = launch(ModelInversion(optimizer="lbfgs", steps=150, restarts=1), knowledge)
+    assert accuracy(guess, rows) > 0.9

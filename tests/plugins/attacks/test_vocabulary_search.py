@@ -202,7 +202,7 @@ def test_the_plain_likelihood_does_not_see_through_a_change_of_coordinates(chang
 
 def test_a_limit_on_candidates_leaves_later_positions_without_a_guess():
     *seen, ids = defended(lambda hidden: hidden)
-    guess = VocabularySearch(beam=1, forwards=4 * VOCABULARY * 3)(*seen)
+    guess = VocabularySearch(beam=1, forwards=VOCABULARY * 3)(*seen)  # for each of four
     assert torch.equal(guess.tokens[:, :3], ids[:, :3])
     assert bool((guess.tokens[:, 3:] == -1).all())
     assert guess.budget["forwards"] == 4 * VOCABULARY * 3

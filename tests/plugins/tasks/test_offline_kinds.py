@@ -186,3 +186,12 @@ def test_an_impossible_option_is_an_error(make, options, words):
 def test_an_option_that_does_not_exist_is_an_error():
     with pytest.raises(TypeError, match="record-answers has no option 'shotts'; it has public_"):
         record_answers(shotts=1)
+
+
+@pytest.mark.parametrize("pixels", [8, 30, 32])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_picture_is_in_both_splits(seed, pixels):
+    sizes = {"train_examples": 400, "test_examples": 100, "public_characters": 50_000}
+    task = record_drawings(seed=seed, pixels=pixels, **sizes)
+    splits = [{e.images[0].tobytes() for e in split} for split in (task.train, task.test)]
+    assert not splits[0] & splits[1]

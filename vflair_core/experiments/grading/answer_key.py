@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class AnswerKey:
         )
 
     def save(self, path: Path) -> None:
-        """Write all of it as JSON: private text, in clear."""
+        """Write all of it as JSON: private text, in clear, in a file that nobody else may read."""
         plain = {
             "truth": _plain(self.truth),
             "subset": list(self.subset),
@@ -68,7 +69,9 @@ class AnswerKey:
             "development": self.development,
             "update_batch": self.update_batch,
         }
-        path.write_text(json.dumps(plain))
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(json.dumps(plain))
+        path.chmod(0o600)  # one that was there keeps its mode
 
     @classmethod
     def load(cls, path: Path) -> AnswerKey:

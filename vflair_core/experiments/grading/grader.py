@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vflair_core.attacks.adaptive import Side, has_mechanism
 from vflair_core.attacks.attack import Guess, Launch
 from vflair_core.attacks.evidence import read_facts
 from vflair_core.attacks.guess_files import TimedGuess, read_guess, take_so_far
@@ -112,7 +111,7 @@ def _graded(
     graded = grade(
         guess.of(reported), truth.of(reported), key.prior, decode, name=launch.name, knowledge=launch.knowledge
     )  # fmt: skip
-    graded.adaptive = _is_adaptive(launch, facts)
+    graded.adaptive = bool(facts["defenses"]) and bool(main.used)
     if key.development:
         graded.development = performance(guess.of(key.apart), truth, key.apart)
     graded.seconds = main.seconds
@@ -148,16 +147,6 @@ def _recovered(folder: Path, keys: Sequence[AnswerKey]) -> str:
     if len(tokens) != len(truth.tokens):
         return ""
     return f", recovered {performance(Guess(tokens=tokens), truth, range(len(tokens))):.3f}"
-
-
-def _is_adaptive(launch: Launch, facts: Mapping[str, Any]) -> bool:
-    """Whether the attack can take the defense into account: told of its mechanism, or of what comes through it."""
-    specs, used = facts["defenses"], {"queries"}
-    if has_mechanism(specs, "mechanism"):
-        used |= {"mechanism", "parameters"}
-    sides: tuple[Side, ...] = ("gradient_mechanism", "replacement")
-    used |= {side for side in sides if has_mechanism(specs, side)}
-    return bool(specs) and bool(launch.asked & used)
 
 
 def _accuracy_of(guess: Any, key: AnswerKey) -> float:

@@ -8,6 +8,9 @@ import attrs
 from attrs import define, field, frozen
 
 from vflair_core.attacks.knowledge import names_of, shown
+from vflair_core.experiments.grading.statistics import LEVEL
+
+ENOUGH = 5  # victims: all of them better than the floor by chance are 1 in 32
 
 
 @frozen
@@ -27,7 +30,6 @@ def with_verdict(grade: Grade, reference: Reference | None, bypassed: float | No
     grade.positive_control = bypassed
     others = max(grade.floors.get(name, 0.0) for name in ("constant", "prior", "others"))
     undefended = grade.attack_performance if reference is None else reference.performance
-    low, _ = grade.interval
     if grade.negative_control is not None and grade.negative_control > others + 0.1:
         grade.verdict = (
             f"negative control failed: {grade.negative_control:.3f} on other examples' messages"
@@ -37,10 +39,17 @@ def with_verdict(grade: Grade, reference: Reference | None, bypassed: float | No
             f"positive control failed: {bypassed:.3f} with the defense bypassed against {undefended:.3f} "
             "undefended, so the drop is not the defense's alone"
         )
-    grade.informative = low > grade.floor if reference is None else reference.informative
+    grade.informative = _is_above(grade) if reference is None else reference.informative
     if grade.verdict == "ok" and not grade.informative:
         grade.verdict = "attack uninformative: it is at the floor without a defense"
     return grade
+
+
+def _is_above(grade: Grade) -> bool:
+    """Whether it beats its floor: by a paired test; of fewer victims than can pass one, by its interval."""
+    if len(grade.hits) >= ENOUGH:
+        return grade.by_chance <= 1 - LEVEL + 1e-12
+    return grade.interval[0] > grade.floor
 
 
 @define
@@ -66,6 +75,7 @@ class Grade:
     course: list[dict[str, float]] = field(factory=list)  # AP after some forwards and seconds
     reference: float = 0.0  # performance on the victims that also cross with the defense bypassed
     seconds: float = 0.0
+    by_chance: float = 1.0  # probability of as large an advantage over the floor if there were none
     informative: bool = True  # above its floor where nothing defends
     adaptive: bool = False  # it knows the defense, or learned from what came through it
     development: float | None = None  # performance on the victims that only choose among attacks

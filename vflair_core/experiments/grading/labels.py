@@ -13,11 +13,12 @@ from vflair_core.errors import AttackError
 from vflair_core.experiments.grading.grades import Grade
 from vflair_core.experiments.grading.matching import matched, together
 from vflair_core.experiments.grading.statistics import (
+    Floor,
     Hits,
     auc,
     auc_either,
+    chance_of_no_more,
     interval,
-    mean_over_shifts,
     pooled,
 )
 from vflair_core.experiments.grading.truth import Truth
@@ -37,7 +38,10 @@ def grade_labels(guess: Guess, truth: Truth, *, name: str, knowledge: tuple[str,
         details = _ranking(guess.scores[rows], labels == guess.positive)
     size = truth.update_batch
     others = [_label_hits(guessed, labels, size, shift) for shift in range(1, len(labels) // size)]
-    floors = {"constant": _constant(labels, size), "mismatched": mean_over_shifts(others)}
+    floors = {
+        "constant": Floor(_constant(labels, size)),
+        "mismatched": Floor.over(others, size),
+    }
     hits = _label_hits(guessed, labels, size)
     return _grade("labels", hits, floors, details, guess, name, knowledge, size)
 
@@ -49,10 +53,14 @@ def grade_answers(guess: Guess, truth: Truth, *, name: str, knowledge: tuple[str
         AttackError: The guess has not one row per victim.
     """
     hits, size = _answer_hits(guess, truth), truth.update_batch
-    share = pooled([(int(there.sum()), len(there)) for there in truth.answers])
-    floors = {"constant": max(share, 1 - share)}
+    marked = [(int(there.sum()), len(there)) for there in truth.answers]
+    unmarked = [(count - some, count) for some, count in marked]
     shifts = range(1, len(truth.answers) // size)
-    floors["mismatched"] = mean_over_shifts([_answer_hits(guess, truth, shift) for shift in shifts])
+    others = [_answer_hits(guess, truth, shift) for shift in shifts]
+    floors = {
+        "constant": Floor.over([max(marked, unmarked, key=pooled)], size),
+        "mismatched": Floor.over(others, size),
+    }
     return _grade("answers", hits, floors, {}, guess, name, knowledge, size)
 
 
@@ -66,11 +74,11 @@ def grade_members(guess: Guess, truth: Truth, *, name: str, knowledge: tuple[str
     """
     called, members = _members(guess, truth, name)
     assert guess.members is not None  # _members has checked it
+    all_in, all_out = (_hits(torch.full_like(members, said), members) for said in (True, False))
+    others = [_hits(called, members.roll(shift)) for shift in range(1, len(members))]
     floors = {
-        "constant": max(float(members.double().mean()), float((~members).double().mean())),
-        "mismatched": mean_over_shifts(
-            [_hits(called, members.roll(shift)) for shift in range(1, len(members))]
-        ),
+        "constant": Floor.over([max(all_in, all_out, key=pooled)]),
+        "mismatched": Floor.over(others),
     }
     details = _ranking(guess.members, members)
     return _grade("members", _hits(called, members), floors, details, guess, name, knowledge)
@@ -152,8 +160,8 @@ def _label_hits(guessed: Tensor, labels: Tensor, size: int, shift: int = 0) -> H
     return [(int(guessed[row] == labels[n]), 1) for row, n in pairs]
 
 
-def _constant(labels: Tensor, size: int) -> float:
-    """The best share that the same labels for every update get: of updates of one, that of the largest class.
+def _constant(labels: Tensor, size: int) -> tuple[int, ...]:
+    """How many the best labels that are the same for every update get right in each: of one, the largest class.
 
     With c(u) victims of a class in update u, naming it m times gets Σ_u min(c(u), m). That is concave in m, so the best
     choice takes one label after the other, each time the one that adds most.
@@ -161,12 +169,11 @@ def _constant(labels: Tensor, size: int) -> float:
     counts = torch.stack(
         [torch.bincount(u, minlength=int(labels.max()) + 1) for u in labels.split(size)]
     )
-    said, right = torch.zeros_like(counts[0]), 0
+    said = torch.zeros_like(counts[0])
     for _ in range(size):
         gains = (counts > said).sum(0)  # (C,)
-        right += int(gains.max())
         said[gains.argmax()] += 1
-    return right / len(labels)
+    return tuple(torch.minimum(counts, said).sum(1).tolist())
 
 
 def _hits(guessed: Tensor, labels: Tensor) -> list[tuple[int, int]]:
@@ -176,7 +183,7 @@ def _hits(guessed: Tensor, labels: Tensor) -> list[tuple[int, int]]:
 def _grade(
     target: str,
     hits: Hits,
-    floors: dict[str, float],
+    each: dict[str, Floor],
     details: dict[str, float],
     guess: Guess,
     name: str,
@@ -184,7 +191,11 @@ def _grade(
     size: int = 1,
 ) -> Grade:
     drawn = together(hits, size)
+    count = sum(of for _, of in drawn)
+    floors = {which: floor.rate(count) for which, floor in each.items()}
+    best = each[max(floors, key=lambda which: floors[which])]
     return Grade(
         name, knowledge, target, pooled(drawn), interval(drawn), max(floors.values()), floors, details,
         negative_control=floors["mismatched"], budget=dict(guess.budget or {}), hits=drawn,
+        by_chance=chance_of_no_more(drawn, best),
     )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 from vflair_core.attacks.knowledge import PRESETS, granted, shown
 from vflair_core.experiments.grading.grades import Grade
+from vflair_core.experiments.grading.scores import above_floor
 
 NOT_EVALUATED = (
     "NOT EVALUATED: no attack of this run on them knows the defense or learned from what comes through it. A low AP "
@@ -19,12 +20,13 @@ def strongest(grades: Sequence[Grade]) -> list[dict[str, Any]]:
 
     What an attack was granted beyond all presets, such as `queries` or `known_labels`, makes rows of its own, in which
     it competes with those that did without. The attack is chosen by its performance on the development victims where
-    there are any, and reported on the others. Attacks whose controls failed are left out; a preset without an attack
-    has no row.
+    there are any, and reported on the others; on a scale on which its own floor is 0, as floors differ. Attacks whose
+    controls failed and those that find nothing without a defense are left out; a preset without an attack has no row.
     """
-    sound = [grade for grade in grades if "failed" not in grade.verdict]
+    sound = [grade for grade in grades if grade.verdict == "ok"]
     rows = []
     for extra in sorted({_beyond(grade) for grade in sound} | {()}, key=lambda e: (len(e), e)):
+        so_far: dict[str, Grade] = {}  # by target
         for preset, names in PRESETS.items():
             for target in sorted({grade.target for grade in sound}):
                 able = [
@@ -33,7 +35,10 @@ def strongest(grades: Sequence[Grade]) -> list[dict[str, Any]]:
                     if grade.target == target and _granted(grade) <= names | set(extra)
                 ]
                 if any(_beyond(grade) == extra for grade in able):
-                    rows.append(_row(max(able, key=_chosen_by), preset, extra))
+                    # Whoever knows more can do what less would do: no preset is shown below the one before.
+                    chosen = [max(able, key=_chosen_by), *filter(None, [so_far.get(target)])]
+                    so_far[target] = max(chosen, key=lambda grade: grade.attack_performance)
+                    rows.append(_row(so_far[target], preset, extra))
     return rows
 
 
@@ -61,13 +66,17 @@ def _beyond(grade: Grade) -> tuple[str, ...]:
 
 
 def _chosen_by(grade: Grade) -> float:
-    return grade.attack_performance if grade.development is None else grade.development
+    reached = grade.attack_performance if grade.development is None else grade.development
+    return above_floor(reached, grade.floor)
 
 
-def evaluated(grades: Sequence[Grade], covers: Iterable[str], task_kind: str) -> dict[str, bool]:
+def evaluated(
+    grades: Sequence[Grade], covers: Iterable[str], task_kind: str, *, as_told: bool = True
+) -> dict[str, bool]:
     """Return, for each target that is attacked or covered, whether an attack on it took the defense into account.
 
-    It must have been informative, and have passed its controls. Responses are a target of their own where victims have
+    It must have been informative, and have passed its controls; nothing counts where the mechanism that attackers were
+    told is not what the defense does, or where it does something else to victims than to training. Responses are a target of their own where victims have
     any, else tokens like prompts; labels and gradients are the labels of classes and numbers, and tokens where the task
     is text.
     """
@@ -76,4 +85,4 @@ def evaluated(grades: Sequence[Grade], covers: Iterable[str], task_kind: str) ->
     meant = {"prompt": "tokens", "response": response, "labels": named, "gradients": named}
     targets = {grade.target for grade in grades} | {meant[place] for place in covers}
     known = {grade.target for grade in grades if grade.adaptive and grade.verdict == "ok"}
-    return {target: target in known for target in sorted(targets)}
+    return {target: as_told and target in known for target in sorted(targets)}

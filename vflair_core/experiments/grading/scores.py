@@ -14,6 +14,11 @@ def dcs(attack: float, main: float, undefended_main: float, *, beta: float = 0.5
     return 1 / (1 + math.sqrt((1 - beta) * privacy**2 + beta * utility**2))
 
 
+def above_floor(attack: float, floor: float) -> float:
+    """Attack performance on a scale where 0 is its floor and 1 is everything; negative below the floor."""
+    return (attack - floor) / (1 - floor) if floor < 1 else 0.0
+
+
 def normalised_dcs(
     attack: float, floor: float, undefended_attack: float,
     main: float, chance: float, undefended_main: float,

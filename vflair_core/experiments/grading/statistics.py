@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+from attrs import frozen
 from torch import Tensor
 
 from vflair_core.errors import AttackError
@@ -19,9 +21,47 @@ def pooled(hits: Hits) -> float:
     return sum(h for h, _ in hits) / max(sum(n for _, n in hits), 1)
 
 
-def mean_over_shifts(shifts: Sequence[Hits]) -> float:
-    """Return the rate over all pairings of guesses with other examples."""
-    return pooled([pair for pairs in shifts for pair in pairs]) if shifts else 0.0
+@frozen
+class Floor:
+    """What guesses reach that use no message of the example, on the very victims that are graded.
+
+    `right` has how much of each victim, or update, is right in all `guesses` together.
+    """
+
+    right: tuple[int, ...]
+    guesses: int = 1
+
+    @classmethod
+    def over(cls, guesses: Sequence[Hits], size: int = 1) -> Floor:
+        """Of several guesses, each with its hits by victim; `size` victims share an update."""
+        if not guesses:
+            return cls(())
+        each = zip(*([right for right, _ in hits] for hits in guesses), strict=True)
+        sums = [sum(column) for column in each]
+        return cls(tuple(sum(sums[n : n + size]) for n in range(0, len(sums), size)), len(guesses))
+
+    def rate(self, count: int) -> float:
+        """The mean share of `count` private positions, labels or candidates."""
+        return sum(self.right) / (self.guesses * max(count, 1))
+
+
+def chance_of_no_more(hits: Hits, floor: Floor) -> float:
+    """Return the probability of as large an advantage over the floor if there were none: exact, paired, one-sided.
+
+    Under that hypothesis each victim's (or update's) difference is as likely to be against the attack as for it; a
+    victim's positions are right and wrong together (Fisher's randomisation test of matched pairs, 1935).
+    """
+    right = floor.right or (0,) * len(hits)
+    gaps = [h * floor.guesses - f for (h, _), f in zip(hits, right, strict=True)]
+    sizes = [abs(gap) for gap in gaps if gap]
+    unit = math.gcd(*sizes) if sizes else 1
+    reach = sum(sizes) // unit
+    likely = torch.zeros(2 * reach + 1, dtype=torch.float64)  # of each sum, from -reach
+    likely[reach] = 1.0
+    for size in sizes:
+        step = size // unit
+        likely = (likely.roll(step) + likely.roll(-step)) / 2
+    return float(likely[reach + sum(gaps) // unit :].sum())
 
 
 def interval(hits: Hits) -> tuple[float, float]:

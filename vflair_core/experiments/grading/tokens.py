@@ -13,10 +13,12 @@ from vflair_core.errors import AttackError
 from vflair_core.experiments.grading.grades import Grade
 from vflair_core.experiments.grading.matching import matched, together
 from vflair_core.experiments.grading.statistics import (
+    Floor,
+    Hits,
     bag_overlap,
+    chance_of_no_more,
     interval,
     longest_common_subsequence,
-    mean_over_shifts,
     pooled,
     rouge_l,
 )
@@ -39,7 +41,9 @@ def grade_tokens(
     """
     tokens = checked_tokens(guess, truth)
     hits = together(token_hits(tokens, truth), truth.update_batch)
-    floors = _floors(tokens, truth, prior)
+    each = _floors(tokens, truth, prior)
+    count = sum(of for _, of in hits)
+    floors = {name: floor.rate(count) for name, floor in each.items()}
     details = _token_details(tokens, truth, decode)
     if truth.originals:
         sent = [(int((g == t).sum()), len(t)) for g, t in zip(tokens, truth.tokens, strict=True)]
@@ -57,6 +61,7 @@ def grade_tokens(
         budget=dict(guess.budget or {}),
         recovered=[decode(row[row >= 0].tolist()) for row in tokens],
         hits=hits,
+        by_chance=chance_of_no_more(hits, each[max(floors, key=lambda name: floors[name])]),
     )
 
 
@@ -133,51 +138,51 @@ def _in_order(guessed: Tensor, original: Tensor) -> tuple[int, int]:
     return longest_common_subsequence(guessed.tolist(), original.tolist()), len(original)
 
 
-def _floors(tokens: Sequence[Tensor], truth: Truth, prior: Tensor | None) -> dict[str, float]:
+def _floors(tokens: Sequence[Tensor], truth: Truth, prior: Tensor | None) -> dict[str, Floor]:
     """What guesses reach that use no message of the example."""
-    floors = {
-        "constant": _constant_floor(truth),
-        "prior": 0.0,
-        "mismatched": mismatched(tokens, truth),
-    }
+    size = truth.update_batch
+    floors = {"constant": Floor.over([_constant_guess(truth)], size), "prior": Floor(())}
+    floors["mismatched"] = Floor.over(mismatched(tokens, truth), size)
     if prior is not None:
         longest = max(len(t) for t in truth.places or truth.tokens)
         padded = torch.cat([prior, prior.new_full((max(longest - len(prior), 0),), -1)])
         said = [_looked_at(padded, truth, n) for n in range(len(truth.tokens))]
-        floors["prior"] = pooled(token_hits(said, truth))
+        floors["prior"] = Floor.over([token_hits(said, truth)], size)
     # Texts have words in common, in their order, as answers have; and the best of several orders suits any text a little.
-    if truth.originals or truth.places or truth.update_batch > 1:
-        floors["others"] = mismatched(truth.tokens, truth)
+    if truth.originals or truth.places or size > 1:
+        floors["others"] = Floor.over(mismatched(truth.tokens, truth), size)
     return floors
 
 
-def _constant_floor(truth: Truth) -> float:
-    """The best token, or whole answer, that is the same for all."""
-    return max(_one_token(truth), _one_answer(truth) if truth.places else 0.0)
+def _constant_guess(truth: Truth) -> Hits:
+    """Hits of the best token, or whole answer, that is the same for all."""
+    each = [_one_token(truth), *(_whole_answers(truth) if truth.places else ())]
+    return max(each, key=pooled)
 
 
-def _one_answer(truth: Truth) -> float:
+def _whole_answers(truth: Truth) -> list[Hits]:
     different = dict.fromkeys(tuple(row.tolist()) for row in truth.tokens)
-    each = [[torch.tensor(answer)] * len(truth.tokens) for answer in different]
-    return max(pooled(token_hits(said, truth)) for said in each)
+    return [token_hits([torch.tensor(answer)] * len(truth.tokens), truth) for answer in different]
 
 
-def _one_token(truth: Truth) -> float:
-    private = torch.cat(truth.originals or _private(truth.tokens, truth))
-    return float(torch.bincount(private).max()) / len(private) if len(private) else 0.0
+def _one_token(truth: Truth) -> Hits:
+    private = truth.originals or _private(truth.tokens, truth)
+    every = torch.cat(list(private))
+    said = int(torch.bincount(every).argmax()) if len(every) else -1
+    return [(int((row == said).sum()), len(row)) for row in private]
 
 
-def mismatched(tokens: Sequence[Tensor], truth: Truth) -> float:
+def mismatched(tokens: Sequence[Tensor], truth: Truth) -> list[Hits]:
     """Grade each guess against every other example: what the attack gets without the right message.
 
     Of victims that share an update, against those of every other update, in the order that fits best.
     """
     count, size = len(tokens), truth.update_batch
-    shifts = []
+    shifts: list[Hits] = []
     for shift in range(1, count // size):
         pairs = matched(count, size, lambda row, n: _hits_of(tokens[row], truth, n)[0], shift)
         shifts.append([_hits_of(tokens[row], truth, n) for row, n in pairs])
-    return mean_over_shifts(shifts)
+    return shifts
 
 
 def _token_details(tokens: list[Tensor], truth: Truth, decode: Any) -> dict[str, float]:

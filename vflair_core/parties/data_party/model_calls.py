@@ -26,6 +26,7 @@ from vflair_core.defenses.pipeline import Defenses
 from vflair_core.errors import DefenseError, PartitionError
 from vflair_core.parties.data_party import remote_cache
 from vflair_core.parties.data_party.dry_runs import DryRuns
+from vflair_core.parties.data_party.embeddings import defending_embeddings
 from vflair_core.parties.data_party.inputs import (
     RowPlacement,
     answer_mask,
@@ -53,7 +54,7 @@ from vflair_core.parties.data_party.stubs import put_stubs
 from vflair_core.partition.partition import Partition
 from vflair_core.partition.stages import Stage, names_in, stage_of
 from vflair_core.randomness import random_states
-from vflair_core.tasks.collation import Owner, Owners, digests_of, is_defended, owners_of
+from vflair_core.tasks.collation import digests_of, is_defended
 
 
 class ModelCalls:
@@ -95,12 +96,11 @@ class ModelCalls:
         self._begun: Exchange | None = None
         self._account = Account(type(model).__name__)
         self.counts = ReleaseCounts()
-        self._writing_for: Owners = ()  # whose rows `generate` was given
-        self.crossed: Counter[str] = (
-            Counter()
-        )  # tensors that were sent, by role, and exchanges that were bypassed
+        # Tensors that were sent, by role, and exchanges that were bypassed.
+        self.crossed: Counter[str] = Counter()
         self._asking = False
-        self.model = hand_over_forward(model, self.run_forward, self.generating)
+        self._dropping = True  # in train mode
+        self.model = hand_over_forward(model, self.run_forward, self.counts.generating)
         hand_over_parts(model, names_in(stages), self.run_part)
         self.recorder = Recorder(self.exchange, stages, picks=partition.only_scored)
         stubs = put_stubs(model, absent, local, self.recorder.call, self.recorder.calls)
@@ -175,58 +175,26 @@ class ModelCalls:
         random = random_states(self.model.device) if self.model.training else ()
         self._call = self.dry_runs.call(forward, inputs, random)
         try:
-            with self._defending_embeddings():
-                self._call.inputs = self._with_defended_embeddings(inputs)
+            if not self.defenses.at("on_embeddings"):
+                yield self._call
+                return
+            apply = self._defended_embeddings
+            with defending_embeddings(self.model, inputs, apply) as self._call.inputs:
                 yield self._call
         finally:
             self._call = self._last = self._begun = None
             self._done, self._account = [], Account("a layer of the model party")
 
     def _begin_account(self, called: str, inputs: dict[str, Any]) -> Account:
-        owners = repeated(self._owners_of(inputs), rows_of(inputs))
+        owners = repeated(self.counts.owners_of(inputs), rows_of(inputs))
         self._account = Account(called, owners, bypassed=self.defenses.bypassed)
         self._check(inputs)
         self._account.acted |= {"on_text", "on_tokens"}
         return self._account
 
-    def _owners_of(self, inputs: dict[str, Any]) -> Owners:
-        said = owners_of(inputs.get("input_ids")) or self._writing_for
-        return said or tuple((Owner(known),) for known in digests_of(inputs))
-
-    @contextmanager
-    def generating(self, inputs: dict[str, Any]) -> Iterator[None]:
-        """While this lasts, what crosses is of the rows that `generate` was given."""
-        before = self._writing_for
-        self._writing_for = self._owners_of(inputs)
-        try:
-            yield
-        finally:
-            self._writing_for = before
-
-    # -- what goes into the first block -----------------------------------------------------------------
-
-    @contextmanager
-    def _defending_embeddings(self) -> Iterator[None]:
-        """While this lasts, defenses stand at the tables of tokens as they are now, adapters included."""
-        tables = token_tables(self.model) if self.defenses.at("on_embeddings") else []
-        hooks = [table.register_forward_hook(self._on_embeddings) for table in tables]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _with_defended_embeddings(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Let defenses act on embeddings that the caller gives instead of tokens (prompt tuning does)."""
-        given = [n for n in ("inputs_embeds", "decoder_inputs_embeds") if inputs.get(n) is not None]
-        return inputs | {name: self._defended_embeddings(inputs[name]) for name in given}
-
-    def _on_embeddings(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-        if self.dry_runs.probe is not None:
-            return None
-        return self._defended_embeddings(output)
-
     def _defended_embeddings(self, embeddings: Tensor) -> Tensor:
+        if self.dry_runs.probe is not None:
+            return embeddings
         self._begun = self._begun or self._begin(embeddings.shape[1])
         defended: Tensor = self.defenses.apply(
             "on_embeddings", embeddings, self._begun, name="embeddings", role="smashed"
@@ -266,6 +234,20 @@ class ModelCalls:
             labels = self.defenses.apply("on_labels", labels, self._begun, name="labels")
         return labels
 
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """While this lasts, nothing is dropped at either party, though the model stays in its mode, train perhaps."""
+        before = {module: module.training for module in self.model.modules()}
+        mode, self._dropping = self.model.training, False
+        self.model.eval()
+        self.model.training = mode
+        try:
+            yield
+        finally:
+            self._dropping = True
+            for module, training in before.items():
+                module.training = training
+
     # -- its exchanges ----------------------------------------------------------------------------------
 
     def exchange(
@@ -294,7 +276,7 @@ class ModelCalls:
                 leaves,
                 roles,
                 cache=spec,
-                training=self.model.training,
+                training=self.model.training and self._dropping,
             )
 
     @contextmanager

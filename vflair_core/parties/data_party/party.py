@@ -295,6 +295,10 @@ class DataParty:
             for defense in self.defenses.each:
                 defense.prepare(public_texts, self)
 
+    def without_dropout(self) -> AbstractContextManager[None]:
+        """While this lasts, nothing is dropped at either party, though the model may be in train mode."""
+        return self.calls.without_dropout()
+
     def public_text(self) -> AbstractContextManager[None]:
         """While this lasts, what crosses is public text: nothing is counted, and gradients may be of any loss."""
         return self.calls.counts.of_public_text()

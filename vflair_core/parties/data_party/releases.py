@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import attrs
 import torch
 from attrs import define, field, frozen
 from torch import Tensor
 
-from vflair_core.tasks.collation import Owner, Owners
+from vflair_core.tasks.collation import Owner, Owners, digests_of, owners_of
 
 
 @frozen
@@ -34,7 +35,22 @@ class ReleaseCounts:
     """Counts, for every example by its identity; defended exchanges only."""
 
     each: dict[bytes, Releases] = field(factory=dict)
+    _writing_for: Owners = ()  # whose rows `generate` was given
     public: bool = False  # what crosses now is public text
+
+    def owners_of(self, inputs: Mapping[str, Any]) -> Owners:
+        """Whose each row of a call is: by the mark of its batch, else of what is being generated, else by its tokens."""
+        said = owners_of(inputs.get("input_ids")) or self._writing_for
+        return said or tuple((Owner(known),) for known in digests_of(inputs))
+
+    @contextmanager
+    def generating(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """While this lasts, what crosses is of the rows that `generate` was given."""
+        before, self._writing_for = self._writing_for, self.owners_of(inputs)
+        try:
+            yield
+        finally:
+            self._writing_for = before
 
     @contextmanager
     def of_public_text(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from support.small_models import LLAMA
 from vflair_core import attack_again, plugin_manager, run
 from vflair_core.attacks import isolation
 from vflair_core.attacks.fence import fence_here
+from vflair_core.errors import AttackError
 from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.experiment import AttackSpec
 
@@ -97,3 +98,11 @@ def test_who_writes_in_its_files_changes_no_evidence(pm, tmp_path):
     assert after == before
     again = attack_again(out, [AttackSpec("first-row", knowledge="K1")], plugins=pm)
     assert again["undefended"][0].attack_performance == first["attack_performance"]
+
+
+def test_evidence_that_was_changed_is_not_attacked(pm, tmp_path):
+    spied(pm, "", out=tmp_path, attacks=[])
+    path = tmp_path / "evidence-undefended" / "main.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(AttackError, match=r"main.safetensors in .* is not what the run wrote"):
+        attack_again(tmp_path, [AttackSpec("vandal", knowledge="K3")], plugins=pm)

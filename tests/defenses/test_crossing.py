@@ -335,6 +335,21 @@ def test_no_gradient_leaves_of_a_loss_that_the_defense_has_not_seen(cut, tail, d
     assert "hidden_grad" not in {record.role for record in transcript.messages}
 
 
+@pytest.mark.parametrize("defense", [OtherLabels(), Charge()], ids=["labels", "penalty"])
+def test_a_tensor_that_a_hook_took_from_the_inside_sends_no_gradient_by_itself(cut, defense):
+    party = cut("llama", defenses=[defense]).data_party
+    taken = []
+    party.model.lm_head.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
+    party.model.train()
+    party.model(**tiny_batch(party.model, labels="tokens"))
+    with (
+        party.channel.tap(Transcript()) as transcript,
+        pytest.raises(DefenseError, match=rf"{type(defense).__name__} stands at.*went round it"),
+    ):
+        taken[-1].square().mean().backward()
+    assert not transcript.messages
+
+
 @pytest.mark.parametrize("tail", [1, 0])
 def test_the_loss_that_the_defenses_have_seen_goes_back_again_and_again(cut, tail):
     parties = cut("llama", 1, tail, defenses=[OtherLabels(), Charge()])

@@ -7,6 +7,7 @@ A store that is kept can be attacked again, without either party.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -125,6 +126,7 @@ def save_evidence(
         "defenses": [_told(defense) for defense in party.defenses.each],
         "auxiliary": evidence.auxiliary,
         "seed": evidence.seed,
+        "digests": _digests(store),
     }
     (store / FACTS).write_text(json.dumps(facts))
 
@@ -154,6 +156,27 @@ def read_facts(store: Path) -> dict[str, Any]:
     """Read what is known of the arm beside tensors."""
     facts: dict[str, Any] = json.loads((store / FACTS).read_text())
     return facts
+
+
+def check_unchanged(store: Path) -> None:
+    """See that the files of a kept store are those that the run wrote.
+
+    Raises:
+        AttackError: One was changed or lost since.
+    """
+    written, there = read_facts(store)["digests"], _digests(store)
+    changed = sorted(name for name in written if written[name] != there.get(name))
+    if changed:
+        raise AttackError(
+            f"{', '.join(changed)} in {store} is not what the run wrote, so a grade would be of something else. Run the "
+            "experiment again with --keep-evidence."
+        )
+
+
+def _digests(store: Path) -> dict[str, str]:
+    """A digest of each tensor file."""
+    files = sorted(store.glob("*.safetensors"))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def check_held(store: Path, launch: Launch) -> None:

@@ -15,6 +15,7 @@ from vflair_core.attacks.evidence import (
     FILES,
     Evidence,
     check_held,
+    check_unchanged,
     needed,
     read_facts,
     save_evidence,
@@ -157,7 +158,7 @@ def attack_again(
     attack of the run gets the very grade that it had there, on the same `device` (see `Experiment.attack_device`).
 
     Raises:
-        AttackError: The run kept no evidence, or an attack needs what the run did not make or more than is granted.
+        AttackError: The run kept no evidence, it was changed since, or an attack needs what the run did not make or more than is granted.
         ExperimentError: The device is not there.
     """
     attack_device(device)
@@ -168,6 +169,8 @@ def attack_again(
             f"{run} holds no evidence to attack again. Run the experiment with --keep-evidence (keep_evidence=True); "
             "with several seeds, each has a folder of its own below."
         )
+    for store in stores.values():
+        check_unchanged(store)
     seed = read_facts(next(iter(stores.values())))["seed"]
     launches = make_launches(attacks, plugins if plugins is not None else plugin_manager(), seed)
     grades: dict[str, list[Grade]] = {}

@@ -57,10 +57,9 @@ class WatchedMechanism(ComposedMechanism):
 
 def answers(parts: Sequence[Mechanism], names: Sequence[str]) -> bool:
     """Whether one of the mechanisms has an answer of its own to one of these questions."""
+    inherited = [(name, getattr(Mechanism, name)) for name in names]
     return any(
-        getattr(type(part), name) is not getattr(Mechanism, name)
-        for part in parts
-        for name in names
+        getattr(type(part), name, base) is not base for part in parts for name, base in inherited
     )
 
 

@@ -44,7 +44,7 @@ def tests(session: nox.Session) -> None:
     """
     install(session, groups=("tests",))
     if not session.posargs:
-        test_plugins_alone(session)
+        run_plugins_alone(session)
     session.install("-c", "constraints.txt", *(f"-e{folder}" for folder in PLUGINS.values()))
     chosen = session.posargs or ("--ignore=tests/plugins",)
     session.run("pytest", "-n2", "--dist=loadfile", "-q", *chosen, env=TESTING)
@@ -94,7 +94,7 @@ def docs(session: nox.Session) -> None:
 def alone(session: nox.Session) -> None:
     """Install core and one plugin at a time, and run the plugin's own tests without the others."""
     install(session, groups=("tests",))
-    test_plugins_alone(session)
+    run_plugins_alone(session)
 
 
 def check_types(session: nox.Session) -> None:
@@ -108,7 +108,7 @@ def build_docs(session: nox.Session) -> None:
     session.run("sphinx-build", "-W", "-q", "-b", "html", "docs", "docs/_build/html", env=OFFLINE)
 
 
-def test_plugins_alone(session: nox.Session) -> None:
+def run_plugins_alone(session: nox.Session) -> None:
     """Test each plugin where no other is installed."""
     for name, folder in PLUGINS.items():
         session.run("python", "-m", "pip", "uninstall", "-qy", *(f"vflair-{n}" for n in PLUGINS))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import stat
+import sys
+from types import ModuleType
 
 import pytest
 
 from support.paths import CHEATING_ATTACKS, SAMPLE_PLUGIN
 from support.small_models import LLAMA
 from vflair_core import attack_again, plugin_manager, run
-from vflair_core.attacks import isolation
-from vflair_core.attacks.fence import fence_here
+from vflair_core.attacks import fence, isolation
+from vflair_core.attacks.fence import IMPORTED, fence_here
 from vflair_core.errors import AttackError
 from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.experiment import AttackSpec
@@ -106,3 +108,18 @@ def test_evidence_that_was_changed_is_not_attacked(pm, tmp_path):
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")
     with pytest.raises(AttackError, match=r"main.safetensors in .* is not what the run wrote"):
         attack_again(tmp_path, [AttackSpec("vandal", knowledge="K3")], plugins=pm)
+
+
+def test_packages_that_are_installed_from_elsewhere_are_within_the_fence(monkeypatch, tmp_path):
+    """An editable install may be found by a hook, and its folder be in no list of places."""
+    package = ModuleType("a_plugin_from_elsewhere")
+    package.__path__ = [str(tmp_path / "there")]
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    monkeypatch.setenv(IMPORTED, isolation._imported())
+    assert tmp_path / "there" in fence._libraries()
+
+
+def test_a_folder_of_packages_is_within_the_fence_as_a_whole(monkeypatch, tmp_path):
+    """Libraries beside packages have no Python in them: numpy.libs, nvidia."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site-packages")])
+    assert tmp_path / "site-packages" in fence._libraries()

@@ -11,7 +11,7 @@ import torch
 import vflair_attacks
 import vflair_defenses
 from support.paths import SAMPLE_PLUGIN, TASK_KINDS
-from support.small_models import OF_KINDS
+from support.small_models import OF_KINDS, ZAMBA2
 from vflair_core import Partition, Train, plugin_manager, run, split
 from vflair_core.communication.transcript import Transcript
 from vflair_core.defenses.defense import Defense
@@ -26,19 +26,6 @@ from vflair_defenses.gaussian_noise import GaussianNoise
 from vflair_defenses.label_randomised_response import LabelRandomisedResponse
 
 HT, HBT = {"head": 1, "tail": 0}, {"head": 1, "tail": 1}
-ZAMBA2 = {
-    "num_hidden_layers": 5,
-    "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid", "hybrid"],
-    "n_mamba_heads": 2,
-    "mamba_d_state": 4,
-    "mamba_expand": 1,
-    "mamba_ngroups": 1,
-    "chunk_size": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 32,
-    "adapter_rank": 4,
-    "num_mem_blocks": 1,
-}
 
 
 @pytest.fixture

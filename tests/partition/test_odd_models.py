@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, EncoderDecoderConfig, EncoderDecoderModel, MllamaForCausalLM
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
+from support.small_models import ZAMBA2
 from vflair_core import load_data_party, load_model_party
 from vflair_core.communication import codec
 from vflair_core.communication.program import Program
@@ -32,19 +33,6 @@ MLLAMA = {
     "cross_attention_layers": [1, 3],
     "intermediate_size": 32,
     "num_key_value_heads": 1,
-}
-ZAMBA2 = {
-    "num_hidden_layers": 5,
-    "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid", "hybrid"],
-    "n_mamba_heads": 2,
-    "mamba_d_state": 4,
-    "mamba_expand": 1,
-    "mamba_ngroups": 1,
-    "chunk_size": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 32,
-    "adapter_rank": 4,
-    "num_mem_blocks": 1,
 }
 GEMMA3N = {
     "num_hidden_layers": 5,

@@ -54,3 +54,18 @@ OF_KINDS = {
     "reversed": T5,
     "pictures": LLAVA,
 }
+
+# What tiny_model("zamba2") needs besides.
+ZAMBA2 = {
+    "num_hidden_layers": 5,
+    "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid", "hybrid"],
+    "n_mamba_heads": 2,
+    "mamba_d_state": 4,
+    "mamba_expand": 1,
+    "mamba_ngroups": 1,
+    "chunk_size": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+    "adapter_rank": 4,
+    "num_mem_blocks": 1,
+}

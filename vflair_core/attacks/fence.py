@@ -28,6 +28,7 @@ LIST = 1 << 3
 WRITE = 1 << 1 | sum(1 << bit for bit in range(4, 13))  # write, remove, make whatever there is
 TRUNCATE = 1 << 14  # since version 3
 OF_FILES = 1 << 0 | 1 << 1 | 1 << 2 | TRUNCATE  # what can be allowed of a file, which is no folder
+IMPORTED = "VFLAIR_IMPORTED"  # variable with the places of packages
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/sys")
 DEVICES = "/dev"
 
@@ -94,8 +95,12 @@ def _entries() -> list[Path]:
 
 def _libraries() -> list[Path]:
     """Modules and packages there. What else lies beside them, results of runs for example, is not for attacks."""
-    found: list[Path] = []
+    # What the parent has imported from elsewhere: packages that are installed editable, perhaps.
+    found = [Path(place) for place in os.environ.get(IMPORTED, "").split(os.pathsep) if place]
     for entry in _entries():
+        if entry.name in ("site-packages", "dist-packages"):
+            found.append(entry)
+            continue
         children = list(entry.iterdir()) if entry.is_dir() else [entry]
         found += [c for c in children if c.suffix in (".py", ".so", ".zip") or _is_package(c)]
     return found

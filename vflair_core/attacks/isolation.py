@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from attrs import frozen
 
+from vflair_core.attacks.fence import IMPORTED
 from vflair_core.errors import ExperimentError
 
 Isolation = Literal["process", "inline"]
@@ -79,6 +80,17 @@ def environment() -> dict[str, str]:
     return {name: os.environ[name] for name in KEPT if name in os.environ} | {"PYTHONPATH": here}
 
 
+def _imported() -> str:
+    """Where packages lie that this process has imported, beside Python's own: an attack may need them."""
+    own = (sys.prefix, sys.base_prefix)
+    places: list[str] = []
+    for name, module in list(sys.modules.items()):
+        if "." not in name and name != "__main__":
+            one = [file] if (file := getattr(module, "__file__", None)) else []
+            places += [str(place) for place in getattr(module, "__path__", one)]
+    return os.pathsep.join(sorted({place for place in places if not place.startswith(own)}))
+
+
 @contextmanager
 def started(module: str, folder: Path, **pipes: Any) -> Iterator[subprocess.Popen[Any]]:
     """Run ``python -m module FOLDER`` in that folder, fenced, with a bare environment; wait for its end on the way out."""
@@ -88,7 +100,7 @@ def started(module: str, folder: Path, **pipes: Any) -> Iterator[subprocess.Pope
             [sys.executable, "-m", FENCE, module, str(folder)],
             stderr=errors,
             cwd=folder,
-            env={**environment(), "TMPDIR": str(folder)},
+            env={**environment(), "TMPDIR": str(folder), IMPORTED: _imported()},
             **pipes,
         ) as process,
     ):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import sys
+from contextlib import nullcontext
 from types import ModuleType
 
 import pytest
@@ -64,6 +66,26 @@ def test_without_the_fence_the_same_attack_sees_all_of_it(pm, tmp_path, monkeypa
         spied(pm, secret, attacks=[], isolation="inline").cost["undefended"]["attack_worker"]
         == "inline"
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the calls are Linux's")
+def test_without_landlock_the_process_that_knows_the_truth_cannot_be_looked_into(
+    pm, tmp_path, monkeypatch
+):
+    secret = tmp_path / "truth.json"
+    secret.write_text("the private text")
+    monkeypatch.setattr(isolation, "FENCE", "support.no_landlock")
+    monkeypatch.setattr(fence, "_version", lambda: 0)
+    options = {"path": str(secret), "process": os.getpid()}
+    spy = {"name": "spy", "knowledge": "K0", "options": options}
+    result = spied(pm, secret, attacks=[spy])
+    (grade,) = result.numbers["undefended"]["attacks"]
+    assert {name for name, found in grade["budget"].items() if found} == {"path", "written"}
+    assert result.cost["undefended"]["attack_worker"] == "memory"
+    monkeypatch.setattr(fence, "unseen", nullcontext)
+    monkeypatch.setattr(isolation, "unseen", nullcontext)
+    (grade,) = spied(pm, secret, attacks=[spy]).numbers["undefended"]["attacks"]
+    assert grade["budget"]["folder"] or os.geteuid() == 0  # without capabilities root's is closed
 
 
 @FENCED

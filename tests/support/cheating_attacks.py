@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import stat
 from pathlib import Path
 
 import torch
@@ -44,18 +45,22 @@ class Spy:
     """Say in the budget what of its surroundings can be read and written."""
 
     path: str = ""
+    process: int = 0  # where to look; 0 for everyone from whom this process comes
 
     def __call__(self, mask) -> Guess:
-        parent = Path("/proc", str(os.getppid()))
         tries = {
-            "memory": lambda: (parent / "mem").open("rb").close(),
-            "folder": (parent / "cwd").readlink,
-            "files": lambda: [file.readlink() for file in (parent / "fd").iterdir()],
-            "variables": (parent / "environ").read_bytes,  # nothing, where it is not told
-            "path": lambda: Path(self.path).read_bytes(),
-            "written": lambda: Path(self.path).with_suffix(".spy").write_text("here"),
+            "memory": lambda process: (process / "mem").open("rb").close(),
+            "folder": lambda process: (process / "cwd").readlink(),
+            "files": lambda process: [file.readlink() for file in (process / "fd").iterdir()],
+            "variables": lambda process: (process / "environ").read_bytes(),
+            "path": lambda _: Path(self.path).read_bytes(),
+            "written": lambda _: Path(self.path).with_suffix(".spy").write_text("here"),
+            "handles": lambda _: [f for f in Path("/proc/self/fd").iterdir() if _is_socket(f)],
         }
-        found = {name: float(_works(attempt)) for name, attempt in tries.items()}
+        found = {
+            name: float(any(_works(attempt, process) for process in self.looked_at()))
+            for name, attempt in tries.items()
+        }
         # It was told no seed from which the experiment's follows.
         job = json.loads(Path("job.json").read_text())
         seeds = {
@@ -67,10 +72,25 @@ class Spy:
         found["links"] = float(max(p.stat().st_nlink for p in Path().iterdir() if p.is_file()) - 1)
         return Guess(tokens=torch.where(mask, 7, -1), budget=found)
 
+    def looked_at(self):
+        """Who started this process, and who started that: the experiment is among them."""
+        if self.process:
+            yield Path("/proc", str(self.process))
+            return
+        number = os.getppid()
+        while number > 1:
+            yield Path("/proc", str(number))
+            stat = Path("/proc", str(number), "stat").read_text()
+            number = int(stat.rpartition(")")[2].split()[1])
 
-def _works(attempt) -> bool:
+
+def _is_socket(handle) -> bool:
+    return handle.exists() and stat.S_ISSOCK(handle.stat().st_mode)
+
+
+def _works(attempt, process) -> bool:
     try:
-        return attempt() not in (b"", [])
+        return attempt(process) not in (b"", [])  # nothing, where it is not told
     except OSError:
         return False
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import runpy
+import importlib
 import sys
+from pathlib import Path
 
-if __name__ == "__main__":
-    sys.argv = sys.argv[1:]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+def main(module: str, folder: str) -> None:
+    sys.exit(importlib.import_module(module).main(Path(folder)))

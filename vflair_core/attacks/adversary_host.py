@@ -1,4 +1,4 @@
-"""Hosts an active adversary in a process of its own: ``python -m vflair_core.attacks.adversary_host FOLDER``.
+"""Hosts an active adversary in a process of its own, which :mod:`~vflair_core.attacks.fence` starts.
 
 Like the worker of attacks it holds what is granted, and no truth; what crosses reaches it through its pipes, frame by
 frame: a request and its honest reply go in, the reply that the data party gets comes out.
@@ -7,12 +7,12 @@ frame: a request and its honest reply go in, the reply that the data party gets 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import Popen
 from typing import IO, Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from vflair_core.attacks.adversary import Adversary, Tampered, honestly
 from vflair_core.attacks.attack import Launch, call
 from vflair_core.attacks.evidence import Evidence, needed, save_evidence
+from vflair_core.attacks.fork_server import Forked
 from vflair_core.attacks.grants import GrantedKnowledge
 from vflair_core.attacks.isolation import Isolation, failure_in, reporting, started
 from vflair_core.attacks.workspace import Workspace, write_workspace
@@ -109,7 +110,7 @@ class _Process:
     """The adversary in a process that holds its folder and sees the messages."""
 
     folder: Path
-    process: subprocess.Popen[bytes]
+    process: Popen[bytes] | Forked
 
     def tamper(self, request: Message, reply: Message) -> Message:
         return decode(self._ask(encode(request), encode(reply)))
@@ -136,9 +137,8 @@ class _Process:
 
 @contextmanager
 def _in_process(folder: Path) -> Iterator[_Process]:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     # Its pipes are closed on the way out, at which it ends.
-    with started("vflair_core.attacks.adversary_host", folder, **pipes) as process:
+    with started("vflair_core.attacks.adversary_host", folder) as process:
         yield _Process(folder, process)
 
 
@@ -175,7 +175,3 @@ def main(folder: Path) -> int:
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a plugin prints must not end up among the frames
     return reporting(folder, lambda: _serve(_build(folder), sys.stdin.buffer, replies))
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from subprocess import PIPE, Popen
+from typing import IO, Any, Literal
 
 import torch
 from attrs import frozen
 
-from vflair_core.attacks.fence import IMPORTED
+from vflair_core.attacks.fence import IMPORTED, unseen
+from vflair_core.attacks.fork_server import Forked, ForkServer
 from vflair_core.errors import ExperimentError
 
 Isolation = Literal["process", "inline"]
 FENCE = "vflair_core.attacks.fence"
+FORK_SERVER = ForkServer()
 
 
 def attack_device(asked: str) -> torch.device:
@@ -92,24 +94,30 @@ def _imported() -> str:
 
 
 @contextmanager
-def started(module: str, folder: Path, **pipes: Any) -> Iterator[subprocess.Popen[Any]]:
-    """Run ``python -m module FOLDER`` in that folder, fenced, with a bare environment; wait for its end on the way out."""
-    with (
-        (folder / "stderr.txt").open("w") as errors,
-        subprocess.Popen(  # noqa: S603 - our own module
-            [sys.executable, "-m", FENCE, module, str(folder)],
-            stderr=errors,
-            cwd=folder,
-            env={**environment(), "TMPDIR": str(folder), IMPORTED: _imported()},
-            **pipes,
-        ) as process,
-    ):
-        try:
-            yield process
-        finally:
-            if process.stdin is not None:
+def started(module: str, folder: Path) -> Iterator[Popen[bytes] | Forked]:
+    """Run ``module.main(folder)`` in a process in that folder, fenced, with a bare environment; wait for its end on the way out."""
+    bare = {**environment(), "TMPDIR": str(folder), IMPORTED: _imported()}
+    with (folder / "stderr.txt").open("w") as errors, unseen():
+        process = _start(module, folder, bare, errors)
+        assert process.stdin is not None  # pipes were asked for
+        assert process.stdout is not None
+        with process.stdout:
+            try:
+                yield process
+            finally:
                 process.stdin.close()  # at which who serves ends
-            process.wait()
+                process.wait()
+
+
+def _start(
+    module: str, folder: Path, environment: dict[str, str], errors: IO[str]
+) -> Popen[bytes] | Forked:
+    if sys.platform == "linux":  # where a fork of a process that has imported much is safe
+        return FORK_SERVER.start(FENCE, module, folder, environment, errors)
+    command = [sys.executable, "-m", FENCE, module, str(folder)]
+    return Popen(  # noqa: S603 - our own module
+        command, stdin=PIPE, stdout=PIPE, stderr=errors, cwd=folder, env=environment
+    )
 
 
 @frozen

@@ -1,4 +1,4 @@
-"""Runs attacks in a process of their own: ``python -m vflair_core.attacks.worker FOLDER``.
+"""Runs attacks in a process of their own, which :mod:`~vflair_core.attacks.fence` starts.
 
 The folder holds the transcript and the granted knowledge: no truth, no noise seed and no private text, and
 neither does this process. It is no sandbox: an attack that breaks out of its process attacks the machine, not
@@ -8,7 +8,6 @@ the messages. Guesses are written back into the folder.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from vflair_core.offers import load_target
 
 log = structlog.get_logger()
 
-MARK = "@vflair "
+MARK = b"@vflair "
 WORKER = "vflair_core.attacks.worker"
 Progress = Callable[[str, int, int], None]
 
@@ -80,8 +79,8 @@ def run_worker(folder: Path, isolation: Isolation, progress: Progress) -> None:
     if isolation == "inline":
         run_job(folder, progress)
         return
-    with started(WORKER, folder, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None  # PIPE was asked for
+    with started(WORKER, folder) as process:
+        assert process.stdout is not None  # a pipe was asked for
         for line in process.stdout:
             if line.startswith(MARK):
                 progress(*json.loads(line.removeprefix(MARK)))
@@ -99,11 +98,7 @@ def main(folder: Path) -> int:
     """Entry point of the process; tells its parent how far it is by lines on standard output."""
 
     def tell(label: str, done: int, total: int) -> None:
-        sys.stdout.write(MARK + json.dumps([label, done, total]) + "\n")
+        sys.stdout.write(f"{MARK.decode()}{json.dumps([label, done, total])}\n")
         sys.stdout.flush()
 
     return reporting(folder, lambda: run_job(folder, tell))
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))

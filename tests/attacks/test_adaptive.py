@@ -14,6 +14,7 @@ from vflair_attacks.beam_clean import BeamClean
 from vflair_attacks.bisr import BiSR
 from vflair_attacks.coordinate_search import CoordinateSearch
 from vflair_attacks.inverter import LearnedInverter
+from vflair_attacks.linear_inverter import LinearInverter
 from vflair_attacks.model_completion import JointInversion
 from vflair_attacks.patch_inversion import PatchInversion
 from vflair_attacks.replaced_words import ReplacementInversion
@@ -32,6 +33,7 @@ ADAPTIVE = {
     "vmi": ModelInversion(steps=300, restarts=2),
     "patch-inversion": PatchInversion(steps=100, restarts=2),
     "wbi": WhiteBoxInversion(),
+    "linear-inverter": LinearInverter(),
     "inverter": LearnedInverter(network="mlp", steps=500),
     "bisr": BiSR(scales=(0.0,), network="mlp"),
     "vocabulary-search": VocabularySearch(),

@@ -2,12 +2,13 @@
 
 | name | file | needs |
 |---|---|---|
-| vocabulary-search | vocabulary_search.py | smashed data, a head |
-| greedy-search | vocabulary_search.py | smashed data, a head |
+| vocabulary-search | vocabulary_search.py, proposals.py, matching.py, priors.py | smashed data, a head |
+| greedy-search | the same | smashed data, a head |
 | nearest-embedding | nearest_embedding.py | smashed data, the embedding table |
 | vmi | vmi.py | smashed data, a head |
 | patch-inversion | patch_inversion.py | smashed data, a causal head |
 | inverter | inverter.py, learning.py | smashed data; public text and a head, or queries |
+| linear-inverter | linear_inverter.py, inverter.py, learning.py | smashed data; public text and a head, or queries and the embedding table |
 | bisr | bisr.py, noise_experts.py, learning.py | smashed data, a head, public text; gradients of HBT training |
 | wbi | wbi.py | smashed data, a head |
 | coordinate-search | coordinate_search.py, matching.py | smashed data, a head, also an encoder |
@@ -45,6 +46,7 @@ def vflair_attacks() -> dict[str, str]:
         "vmi": "vflair_attacks.vmi:ModelInversion",
         "patch-inversion": "vflair_attacks.patch_inversion:PatchInversion",
         "inverter": "vflair_attacks.inverter:LearnedInverter",
+        "linear-inverter": "vflair_attacks.linear_inverter:LinearInverter",
         "bisr": "vflair_attacks.bisr:BiSR",
         "wbi": "vflair_attacks.wbi:WhiteBoxInversion",
         "coordinate-search": "vflair_attacks.coordinate_search:CoordinateSearch",

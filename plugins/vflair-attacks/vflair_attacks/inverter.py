@@ -78,7 +78,7 @@ class LearnedInverter:
             rows = tokens_of(tokenizer, texts, self.length)
             draw, count = through_head(head, rows, known, generator), len(rows)
         elif queries:
-            draw, count = _of_queries(tokenizer, queries[: self.queries or None], device)
+            draw, count = of_queries(tokenizer, queries[: self.queries or None], device)
         else:
             raise AttackError(
                 "A learned inverter needs examples of text with hidden states: grant a head, or queries."
@@ -139,7 +139,7 @@ def log_probabilities(network: Inverter, releases: Tensor, mask: Tensor) -> Tens
     return torch.stack(said).sum(0)
 
 
-def _of_queries(tokenizer: Any, queries: Pairs, device: torch.device | str) -> tuple[Draw, int]:
+def of_queries(tokenizer: Any, queries: Pairs, device: torch.device | str) -> tuple[Draw, int]:
     """Draw recorded pairs; a text that crossed at another length than its tokens (a text defense) is no pair."""
     pairs = []
     for text, hidden in queries:

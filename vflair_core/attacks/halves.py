@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from attrs import define
+from attrs import define, field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
 
-from vflair_core.communication.cache_kinds import cache_argument
+from vflair_core.attacks.candidates import Candidates, Prefix
 from vflair_core.errors import AttackError
 from vflair_core.parties.data_party.party import DataParty
 from vflair_core.parties.split import split
@@ -24,6 +23,10 @@ class Head:
     """The head: tokens or embeddings in, undefended smashed data (B, T, D) out, with gradients."""
 
     _party: DataParty
+    _candidates: Candidates = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._candidates = Candidates(self._party)
 
     def __call__(
         self,
@@ -86,50 +89,20 @@ class Head:
         table = self._party.model.get_input_embeddings()
         return table(torch.arange(len(self.embeddings), device=self.device)).detach()  # type: ignore[no-any-return]
 
-    def cache(self) -> Cache:
-        """Return an empty cache for the head's own layers."""
-        return DynamicCache(config=self._party.model.config)
+    def cache(self) -> Prefix:
+        """Return the beginning of texts of which no token is known yet."""
+        return self._candidates.nothing()
 
-    def try_tokens(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Return the smashed row of each candidate as the next token, all in one pass: (B, C) → (B, C, D).
+    def try_tokens(self, tokens: Tensor, cache: Prefix) -> Tensor:
+        """Return the smashed row of each candidate as the next token: (B, C) → (B, C, D).
 
-        Each candidate attends to the cached prefix and to itself only; the cache stays as it was.
+        Each candidate sees the beginning and itself only; the beginning stays as it was.
         """
-        past, (batch, width) = cache.get_seq_length(), tokens.shape
-        dtype = self.embeddings.dtype
-        lowest = torch.finfo(dtype).min
-        alone = torch.full((width, width), lowest, dtype=dtype, device=self.device)
-        seen = torch.zeros(width, past, dtype=dtype, device=self.device)
-        mask = torch.cat([seen, alone.fill_diagonal_(0.0)], dim=1)
-        # An empty cache would stay bound to this batch size, so it is left untouched.
-        scratch = cache if past else self.cache()
-        rows = self._extend(
-            tokens, scratch, mask.expand(batch, 1, width, past + width), repeated=True
-        )
-        scratch.crop(-width)
-        return rows
+        return self._candidates.tried(tokens, cache)
 
-    def append(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Add one token to each prefix in the cache: (B, 1) → (B, 1, D)."""
-        shape = len(tokens), cache.get_seq_length() + tokens.shape[1]
-        everything = torch.ones(shape, dtype=torch.long, device=self.device)
-        return self._extend(tokens, cache, everything, repeated=False)
-
-    def _extend(self, tokens: Tensor, cache: Cache, mask: Tensor, *, repeated: bool) -> Tensor:
-        past = cache.get_seq_length()
-        step = (
-            torch.zeros(tokens.shape[1], dtype=torch.long, device=self.device)
-            if repeated
-            else torch.arange(tokens.shape[1], device=self.device)
-        )
-        positions = (past + step).expand(tokens.shape)
-        return self._party.smashed(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            **{cache_argument(self._party.model): cache},
-        )
+    def append(self, tokens: Tensor, cache: Prefix) -> Tensor:
+        """Add one token to each beginning: (B, 1) → (B, 1, D)."""
+        return self._candidates.append(tokens, cache)
 
     def is_causal(self) -> bool:
         """Whether a smashed row depends on earlier tokens only, found by trying."""

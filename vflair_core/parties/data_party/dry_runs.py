@@ -66,6 +66,7 @@ class DryRuns:
             yield
         finally:
             self.probe = before
+            self.recorder.only_first = False
             self.recorder.reset()
             self.recorder.calls.clear()  # stubs of shared blocks count in this very object
             self.recorder.calls.update(calls)
@@ -77,6 +78,7 @@ class DryRuns:
             remote_cache.attach(cache, layers, lambda _id: None)
         try:
             with self.probing(Probe()):
+                self.recorder.only_first = True  # what follows would only cost time
                 self.model(**inputs)
         except ProbeStopped as captured:
             hidden = captured.first_argument()

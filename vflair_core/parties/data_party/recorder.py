@@ -68,6 +68,7 @@ class Recorder:
     tensors: list[Tensor] = field(factory=list)
     leaves: list[Leaf] = field(factory=list)
     cache: Cache | None = None
+    only_first: bool = False  # whether what the first absent module is given is all that is wanted
     calls: Counter[str] = field(
         factory=Counter
     )  # of shared blocks, since the model was last called
@@ -101,6 +102,8 @@ class Recorder:
         trees = {key: self._tree(value, key) for key, value in named.items()}
         self.steps.append(("module", absent.name, (), tuple(trees.items())))
         self._called.append(absent.name)
+        if self.only_first:
+            self._fire([])
         structure = self._shapes.of(absent, named, trees)
         local_cache = next((value for value in named.values() if isinstance(value, Cache)), None)
         if self._is_complete():

@@ -42,6 +42,11 @@ class Budget:
         self._each += each
         self.forwards += each * victims
 
+    def spend_unevenly(self, total: int, victims: int) -> None:
+        """Count forwards of which some victims took more than others: the limit is then on their mean."""
+        self._each += -(-total // victims)
+        self.forwards += total
+
     @property
     def spent(self) -> bool:
         """Whether a limit is reached."""

@@ -35,6 +35,12 @@ class Measure:
             return scores / best.maximum(smallest.sqrt())[:, None, None]
         return scores / (2 * best.maximum(smallest)[:, None, None])
 
+    def off(self, scores: Tensor, seen: Tensor) -> Tensor:
+        """Turn scores (..., C) of all releases (R, ..., D) into distances in units of what was seen; not of known noise."""
+        if self.noise == "laplace":
+            return -scores / seen.abs().sum((0, -1))
+        return (-scores / seen.square().sum((0, -1))).clamp_min(0).sqrt()
+
 
 def measure_of(matching: Matching, known: Any) -> Measure:
     """Return how candidates are compared with observations; `known` is the mechanism, or None.
@@ -53,7 +59,7 @@ def measure_of(matching: Matching, known: Any) -> Measure:
     return Measure(known.log_likelihood, "known" if known.in_nats else "gaussian")
 
 
-NEAREST_L1 = Measure(lambda seen, hidden: -(seen - hidden).abs().sum(-1), "known")
+NEAREST_L1 = Measure(lambda seen, hidden: -(seen - hidden).abs().sum(-1), "laplace")
 
 
 def _squared(observed: Tensor, hidden: Tensor) -> Tensor:

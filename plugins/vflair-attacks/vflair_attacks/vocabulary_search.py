@@ -7,7 +7,7 @@ Injective and Hence Invertible", arXiv 2510.15511.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from vflair_attacks.descent import Budget
 from vflair_attacks.matching import MATCHINGS, NEAREST_L1, Matching, Measure, measure_of
 from vflair_attacks.priors import ModelPrior, Prior
+from vflair_attacks.proposals import SOURCES, Proposals, Source, proposals_of
 from vflair_core import AttackError, Guess
 
 Progress = Callable[..., None]
@@ -32,20 +33,30 @@ class VocabularySearch:
     Maximises Σ_t log p_noise(H̃_t − f(H_t(v))) + prior · log p_LM(v_t | v_<t), where f is the defense's
     deterministic part; repeated releases of a row add up. Without a known noise its
     scale is estimated, for each example, from what the best candidate leaves over. Differs from the papers: a beam
-    and a likelihood instead of the nearest candidate in L1, all candidates of a position in one pass.
+    and a likelihood instead of the nearest candidate in L1, all candidates of a position in one pass; proposals also
+    come from a linear map, not from a language model alone.
 
     Attributes:
         matching: likelihood of the known noise; sorted for permuted hidden dimensions; support for sparsified rows.
+        proposals: Order of candidates: all tries every token; prior, linear and prior+linear try 64, 128, … at a time the
+            tokens that the pretrained model, a linear map (linear-inverter) or the sum of both puts first, until one is near.
+        candidates: Most of the proposals tried at a position; 0 for no limit. With known noise no candidate is near, so this
+            is what makes the search short.
+        accept: Distance, in units of the row's norm, at which a proposal is taken for the token; 0 measures on public text
+            how near true tokens and how near wrong ones come, or is 1e-4 where none is granted.
         beam: Hypotheses kept per example.
         prior: Weight of the language model's log-probability; 0 for none.
         margin: A hypothesis this many nats behind the best is dropped.
-        chunk: Candidates tried in one pass.
+        chunk: Most candidates tried in one pass.
         group: Examples searched together.
-        forwards: Most candidates tried for each victim; 0 for no limit.
+        forwards: Most candidates tried for each victim (with proposals, on average over a group); 0 for no limit.
         seconds: Most seconds for each victim; 0 for no limit. Positions not reached have no guess.
     """
 
     matching: Matching = field(default="likelihood", validator=validators.in_(MATCHINGS))
+    proposals: Source = field(default="all", validator=validators.in_(SOURCES))
+    candidates: int = field(default=0, validator=validators.ge(0))
+    accept: float = field(default=0.0, validator=validators.ge(0))
     beam: int = field(default=8, validator=validators.ge(1))
     prior: float = field(default=1.0, validator=validators.ge(0))
     margin: float = field(default=50.0, validator=validators.gt(0))
@@ -62,27 +73,43 @@ class VocabularySearch:
         mechanism: Any = None,
         parameters: Any = None,
         pretrained_model: Any = None,
+        tokenizer: Any = None,
+        public_texts: Sequence[str] = (),
+        generator: torch.Generator | None = None,
         progress: Progress = lambda *_: None,
     ) -> Guess:
-        """Return the tokens (N, T) of every example."""
+        """Return the tokens (N, T) of every example.
+
+        Raises:
+            AttackError: The head is not causal, or what the proposals are made of is not granted.
+        """
         known = parameters if parameters is not None else mechanism
         measure = measure_of(self.matching, known)
+        proposals = proposals_of(
+            self, measure, head, known, pretrained_model, tokenizer, public_texts, generator
+        )  # fmt: skip
         make = None if pretrained_model is None else partial(ModelPrior, pretrained_model)
-        return search(releases, lengths, head, measure, self, make, progress)
+        return search(releases, lengths, head, measure, self, make, progress, proposals=proposals)
 
 
 @frozen
 class GreedySearch:
     """The baseline: at each position the one token whose hidden state is nearest in L1.
 
-    Thomas et al., arXiv 2505.18332, without its proposal model and threshold: all tokens are tried. It
-    knows no mechanism and looks at the first release only.
+    Thomas et al., arXiv 2505.18332; with `proposals = "prior"` as there, by default without a proposal model and a
+    threshold: all tokens are tried. It knows no mechanism and looks at the first release only.
 
     Attributes:
-        chunk: Candidates tried in one pass.
+        proposals: Order of candidates, as in vocabulary-search.
+        candidates: Most of the proposals tried at a position; 0 for no limit.
+        accept: Distance, in units of the row's L1 norm, at which a proposal is taken for the token; 0 as in vocabulary-search.
+        chunk: Most candidates tried in one pass.
         group: Examples searched together.
     """
 
+    proposals: Source = field(default="all", validator=validators.in_(SOURCES))
+    candidates: int = field(default=0, validator=validators.ge(0))
+    accept: float = field(default=0.0, validator=validators.ge(0))
     chunk: int = field(default=128, validator=validators.ge(1))
     group: int = field(default=16, validator=validators.ge(1))
 
@@ -91,11 +118,24 @@ class GreedySearch:
         releases: Tensor,  # (R, N, T, D)
         lengths: Tensor,  # (N,)
         head: Any,
+        pretrained_model: Any = None,
+        tokenizer: Any = None,
+        public_texts: Sequence[str] = (),
         progress: Progress = lambda *_: None,
     ) -> Guess:
-        """Return the tokens (N, T) of every example."""
+        """Return the tokens (N, T) of every example.
+
+        Raises:
+            AttackError: The head is not causal, or what the proposals are made of is not granted.
+        """
         plan = VocabularySearch(beam=1, prior=0.0, chunk=self.chunk, group=self.group)
-        return search(releases[:1], lengths, head, NEAREST_L1, plan, None, progress)
+        proposals = proposals_of(
+            self, NEAREST_L1, head, None, pretrained_model, tokenizer, public_texts
+        )  # fmt: skip
+        make = None if pretrained_model is None else partial(ModelPrior, pretrained_model)
+        return search(
+            releases[:1], lengths, head, NEAREST_L1, plan, make, progress, proposals=proposals
+        )
 
 
 def search(
@@ -107,8 +147,9 @@ def search(
     make_prior: Callable[[], Prior] | None = None,
     progress: Progress = lambda *_: None,
     budget: Budget | None = None,
+    proposals: Proposals | None = None,
 ) -> Guess:
-    """Search all examples from left to right, with a prior made anew for each group.
+    """Search all examples from left to right, with a prior made anew for each group; without proposals try all tokens.
 
     Raises:
         AttackError: The head is not causal.
@@ -125,9 +166,12 @@ def search(
     order = lengths.argsort(descending=True)  # examples of like length together
     for rows in order.split(plan.group):
         seen, long = releases[:, rows].to(head.device), lengths[rows].to(head.device)
-        prior = make_prior() if make_prior is not None and plan.prior else None
+        asked = plan.prior or (proposals is not None and proposals.prior)
+        prior = make_prior() if make_prior is not None and asked else None
         budget.turn_of(len(rows))
-        beam = _Beam(seen, long, rows.to(head.device), measure, head, prior, plan, budget)
+        beam = _Beam(
+            seen, long, rows.to(head.device), measure, head, prior, proposals, plan, budget
+        )
         with torch.no_grad():
             for position in range(int(lengths[rows].max())):
                 if budget.spent:
@@ -150,6 +194,7 @@ class _Beam:
     measure: Measure
     head: Any
     prior: Prior | None
+    proposals: Proposals | None
     plan: VocabularySearch
     budget: Budget
 
@@ -169,9 +214,18 @@ class _Beam:
         self._retire(position)
         count, width = self.scores.shape
         observed = self.observed[:, self.alive, position]  # (R, N, D)
-        gain = self._likelihoods(observed)  # (N, W, V)
+        said = None
         if self.prior is not None and position:
             said = self.prior.following(self.tokens, self.numbers[self.alive])
+        if self.proposals is None:
+            scores = self._all_tried(observed)
+        else:
+            scores = self.proposals.scored(
+                observed, said, self.scores.isfinite(), self.head, self.cache, self.measure, self.budget
+            )  # fmt: skip
+        size = len(observed) * observed.shape[-1]
+        gain = self.measure.in_nats(scores, size, self.scale[self.alive])  # (N, W, V)
+        if said is not None and self.plan.prior:
             gain = gain + self.plan.prior * said
         total = (self.scores[..., None] + gain).flatten(1)  # (N, W·V)
         vocabulary = gain.shape[-1]
@@ -195,7 +249,7 @@ class _Beam:
         self.found |= {n: sequence for n, sequence in left if n not in self.found}
         return [self.found[n] for n in range(len(self.lengths))]
 
-    def _likelihoods(self, observed: Tensor) -> Tensor:
+    def _all_tried(self, observed: Tensor) -> Tensor:
         """Score every token as the next one of every hypothesis: (N, W, V)."""
         count, width = self.scores.shape
         vocabulary = len(self.head.embeddings)
@@ -208,9 +262,7 @@ class _Beam:
             self.budget.spend(width * len(candidates), count)
             scored = [self.measure.score(seen[:, None, None], hidden) for seen in observed]
             pieces.append(torch.stack(scored).sum(0))
-        scores = torch.cat(pieces, dim=2)
-        size = len(observed) * observed.shape[-1]
-        return self.measure.in_nats(scores, size, self.scale[self.alive])
+        return torch.cat(pieces, dim=2)
 
     def _retire(self, position: int) -> None:
         """Take finished examples out of the beam."""

@@ -31,6 +31,7 @@ CASES = {
     "vmi": ({"steps": 6, "restarts": 2, "batch": 2}, "HBT"),
     "patch-inversion": ({"steps": 4, "refine": 2, "restarts": 2}, "HBT"),
     "inverter": (LEARNING, "HBT"),
+    "linear-inverter": ({"batch": 4, "chunk": 5}, "HBT"),
     "bisr": (
         {
             **LEARNING,
@@ -78,6 +79,15 @@ OTHERS = [
     ("inverter", LEARNING, "HBT", {"mechanism"}),
     ("inverter", LEARNING, "HBT", {"mechanism", "queries"}),
     ("inverter", LEARNING, "HBT", K1 | {"mechanism"}),
+    ("linear-inverter", {}, "HBT", {"mechanism"}),
+    ("linear-inverter", {}, "HBT", K1 | {"mechanism"}),
+    (
+        "vocabulary-search",
+        {"beam": 3, "proposals": "prior+linear", "chunk": 16},
+        "HBT",
+        {"mechanism"},
+    ),
+    ("greedy-search", {"proposals": "linear", "chunk": 16}, "HBT", set()),
     ("attribute-probe", {}, "HBT", {"mechanism"}),
     ("label-enumeration", {"candidates": 8}, "HBT", {"gradient_mechanism"}),
     ("coordinate-search", {"start": "inverter", "forwards": 60}, "HBT", set()),

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 import torch
+from torch.nn.functional import cosine_similarity, normalize
 from transformers.utils.generic import ModelOutput
 
+from vflair_attacks.linear_inverter import LinearMap
+from vflair_attacks.matching import measure_of
+from vflair_attacks.proposals import Proposals, calibrated
 from vflair_attacks.vocabulary_search import GreedySearch, VocabularySearch
 from vflair_core import AttackError, Guess, Partition, Transcript, split
 from vflair_core.attacks.attack import launch
 from vflair_core.attacks.halves import halves
 from vflair_core.attacks.observables import Observables
 from vflair_core.defenses.mechanism import Mechanism
-from vflair_core.testing import tiny_model
+from vflair_core.testing import numbers_as_texts, tiny_model, tiny_tokenizer
 
 VOCABULARY = 1000
 EXAMPLES, LENGTH = 3, 6
@@ -206,3 +211,160 @@ def test_a_limit_on_candidates_leaves_later_positions_without_a_guess():
     assert torch.equal(guess.tokens[:, :3], ids[:, :3])
     assert bool((guess.tokens[:, 3:] == -1).all())
     assert guess.budget["forwards"] == 4 * VOCABULARY * 3
+
+
+# -- proposals -------------------------------------------------------------------------------------------
+
+
+def proposing(kind="llama", width=32, texts=4, change=lambda hidden: hidden, **options):
+    """What an attack may ask for at K2, of texts in which each token says much of the next, and the texts."""
+    torch.manual_seed(0)
+    model = tiny_model(
+        kind, vocab_size=VOCABULARY, hidden_size=width, initializer_range=0.02, **options
+    )
+    head, _ = halves(model, Partition(2, 1))
+    ids = torch.randint(3, VOCABULARY, (texts, 8))
+    public = torch.randint(3, VOCABULARY, (600, 8))
+    return ids, {
+        "releases": change(head(ids))[None],
+        "lengths": torch.full((texts,), 8),
+        "head": head,
+        "pretrained_model": model,
+        "tokenizer": tiny_tokenizer(VOCABULARY),
+        "public_texts": numbers_as_texts(public),
+    }
+
+
+@pytest.mark.parametrize("source", ["prior", "linear", "prior+linear"])
+@pytest.mark.parametrize("attack", [VocabularySearch, GreedySearch])
+def test_proposals_change_what_a_search_costs_and_not_what_it_finds(attack, source):
+    ids, knowledge = proposing()
+    guess = launch(attack(proposals=source), knowledge)
+    assert torch.equal(guess.tokens, ids)
+    most = {"prior": 0.7, "linear": 0.1, "prior+linear": 0.1}[source] * ids.numel() * VOCABULARY
+    assert guess.budget["forwards"] < most
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("bloom", {"n_layer": 4}), ("mistral", {"sliding_window": 4, "num_key_value_heads": 1}), ("mamba", {})],
+)  # fmt: skip
+def test_heads_that_cannot_read_candidates_in_one_sequence_are_searched_too(kind, options):
+    ids, knowledge = proposing(kind, texts=2, **options)
+    knowledge.pop("pretrained_model")
+    assert torch.equal(launch(VocabularySearch(proposals="linear"), knowledge).tokens, ids)
+
+
+def test_where_nothing_is_near_all_tokens_are_tried_as_without_proposals():
+    ids, knowledge = proposing()
+    knowledge["releases"][:, 0] += 0.5 * knowledge["releases"].std() * torch.randn(1, 8, 32)
+    plain = launch(VocabularySearch(), knowledge)
+    guess = launch(VocabularySearch(proposals="linear"), knowledge)
+    assert torch.equal(guess.tokens, plain.tokens)
+    assert torch.equal(guess.tokens[1:], ids[1:])
+    assert guess.budget["forwards"] > 8 * VOCABULARY  # of the first victim
+
+
+def test_what_is_accepted_is_the_first_that_is_near_enough():
+    ids, knowledge = proposing()
+    guess = launch(VocabularySearch(proposals="prior", accept=1e3, prior=0, beam=1), knowledge)
+    assert accuracy(guess, ids) < 0.5  # the best of the first 64
+    assert guess.budget["forwards"] == 7 * 4 * 64 + 64  # all first positions are one
+
+
+def test_no_more_candidates_are_scored_than_asked_for():
+    ids, knowledge = proposing()
+    noise = 0.3 * float(knowledge["releases"].square().mean().sqrt())
+    knowledge["releases"] = knowledge["releases"] + noise * torch.randn(1, *ids.shape, 32)
+    known = KnownNoise(noise)
+    known.in_nats = True
+    plain = launch(VocabularySearch(beam=2), knowledge | {"mechanism": known})
+    plan = VocabularySearch(proposals="prior+linear", candidates=200, beam=2)
+    guess = launch(plan, knowledge | {"mechanism": known})
+    assert guess.budget["forwards"] < 0.25 * plain.budget["forwards"]
+    assert accuracy(guess, ids) > accuracy(plain, ids) - 0.1
+    blind = launch(
+        attrs.evolve(plan, proposals="prior", candidates=1), knowledge | {"mechanism": known}
+    )
+    assert accuracy(blind, ids) < accuracy(guess, ids)
+
+
+@pytest.mark.parametrize(
+    ("source", "gone", "possible"),
+    [
+        ("prior", ["pretrained_model"], '"all", "linear"'),
+        ("linear", ["public_texts"], '"all", "prior"'),
+        ("prior+linear", ["tokenizer", "pretrained_model"], '"all"'),
+    ],
+)
+def test_what_proposals_are_made_of_must_be_granted(source, gone, possible):
+    _, knowledge = proposing()
+    for name in gone:
+        del knowledge[name]
+    for attack in (VocabularySearch, GreedySearch):
+        with pytest.raises(AttackError, match=f"granted here it can be {possible}\\."):
+            launch(attack(proposals=source), knowledge)
+
+
+def test_candidates_are_ordered_by_cosine_and_log_probability():
+    table, states, said = torch.randn(9, 4), torch.randn(2, 4), torch.randn(2, 3, 9)
+    linear = LinearMap(
+        torch.zeros(2, 4), torch.ones(4), torch.eye(4), torch.zeros(2, 4), normalize(table, dim=-1)
+    )
+    both = Proposals(linear, prior=True).order(states, said, 9, position=1)
+    for n in range(2):
+        for w in range(3):
+            worth = [
+                20 * float(cosine_similarity(states[n], table[v], dim=0)) + float(said[n, w, v])
+                for v in range(9)
+            ]
+            assert both[n, w].tolist() == sorted(range(9), key=lambda v: -worth[v])
+    assert torch.equal(
+        Proposals(None, prior=True).order(states, said, 9, 1), said.argsort(-1, True)
+    )
+    assert Proposals(None, prior=True).order(states, None, 9, 0).tolist() == [[list(range(9))]]
+
+
+class Rounded(Mechanism):
+    """Keeps `levels` levels between the largest magnitudes of a row."""
+
+    def __init__(self, levels):
+        self.levels = levels
+
+    def expected(self, hidden):
+        return hidden
+
+    def sample(self, hidden, generator):
+        step = hidden.abs().amax(-1, keepdim=True) / self.levels
+        return (hidden / step).round() * step
+
+
+def test_public_text_tells_how_near_a_true_token_comes():
+    _, knowledge = proposing()
+    head, rows = knowledge["head"], [torch.randint(3, VOCABULARY, (8,)) for _ in range(8)]
+    limits = {}
+    for levels in (1e9, 1e3, 1):
+        known = Rounded(levels)
+        limits[levels] = calibrated(
+            head, measure_of("likelihood", known), known, rows, None, torch.Generator()
+        )
+    assert 0 < limits[1e9] < limits[1e3] < 0.1
+    assert limits[1] == 0  # what is left of a row is as near to wrong tokens
+
+
+def test_what_is_rounded_is_accepted_early_by_who_knows_it_and_tried_in_full_by_who_does_not():
+    known = Rounded(1e3)
+    ids, knowledge = proposing(change=lambda hidden: known.sample(hidden, None))
+    plan = VocabularySearch(proposals="linear")
+    informed = launch(plan, knowledge | {"mechanism": known})
+    blind = launch(plan, knowledge)
+    assert torch.equal(informed.tokens, ids)
+    assert torch.equal(blind.tokens, ids)
+    assert informed.budget["forwards"] < 0.2 * blind.budget["forwards"]
+
+
+def test_a_limit_on_candidates_holds_for_the_mean_of_a_group():
+    ids, knowledge = proposing()
+    guess = launch(VocabularySearch(proposals="linear", forwards=3 * 64), knowledge)
+    assert torch.equal(guess.tokens[:, :3], ids[:, :3])
+    assert bool((guess.tokens[:, -1] == -1).all())

@@ -31,7 +31,7 @@ def vflair_attacks():
 
 @hookimpl
 def vflair_defenses():
-    return {"fixed-noise": FixedNoise}
+    return {"fixed-noise": FixedNoise, "on-victims": OnVictims}
 
 
 def whole_vocabulary(mask, embeddings) -> Guess:
@@ -143,6 +143,15 @@ def guess_the_seed(smashed, mask, embeddings, mechanism=None) -> Guess:
             if float(distance.mean()) < best:
                 best, tokens[n, : len(row)] = float(distance.mean()), nearest
     return Guess(tokens=tokens)
+
+
+class OnVictims(Defense):
+    """Acts on batches of one: a victim that crosses alone is hidden, and training is as it was."""
+
+    covers = frozenset({"prompt"})
+
+    def on_smashed(self, smashed, exchange):
+        return smashed * 0 if len(smashed) == 1 else smashed
 
 
 class Known:

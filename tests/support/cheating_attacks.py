@@ -26,6 +26,7 @@ def vflair_attacks():
         "guess-the-seed": guess_the_seed,
         "spy": Spy,
         "vandal": vandal,
+        "asks-and-ignores": asks_and_ignores,
     }
 
 
@@ -102,6 +103,14 @@ def vandal(mask) -> Guess:
             file.seek(-64, os.SEEK_END)
             file.write(b"\0" * 64)
     return Guess(tokens=torch.where(mask, 7, -1))
+
+
+def asks_and_ignores(smashed, mask, embeddings, mechanism=None) -> Guess:
+    """Ask what the defense does, and guess as if there were none."""
+    if mechanism is not None:
+        mechanism.expected(smashed)
+    nearest = torch.nn.functional.normalize(smashed, dim=-1) @ embeddings.T
+    return Guess(tokens=torch.where(mask, nearest.argmax(-1), -1))
 
 
 def constant(mask) -> Guess:

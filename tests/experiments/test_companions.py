@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections import Counter
 
+import attrs
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import vflair_attacks
 import vflair_defenses
-from support.paths import SAMPLE_PLUGIN, TASK_KINDS
+from support.paths import CHEATING_ATTACKS, SAMPLE_PLUGIN, TASK_KINDS
 from support.small_models import LLAMA
 from vflair_attacks.label_enumeration import LabelEnumeration
 from vflair_attacks.label_reconstruction import BatchLabelReconstruction
@@ -19,10 +20,12 @@ from vflair_core import Example, Partition, Task, plugin_manager, run, split
 from vflair_core.attacks.attack import launch
 from vflair_core.attacks.halves import halves
 from vflair_core.attacks.observables import Observables
+from vflair_core.cli.terminal import _remarks
 from vflair_core.errors import ExperimentError
 from vflair_core.experiments.capture import record_victims
 from vflair_core.experiments.config import experiment_from
-from vflair_core.experiments.victims import companions_of
+from vflair_core.experiments.experiment import Victims
+from vflair_core.experiments.victims import companions_of, with_companions
 from vflair_core.testing import numbers_as_texts, tiny_model, tiny_tokenizer
 from vflair_core.training.fine_tuning import FineTuning, Train
 from vflair_defenses.decoy_rows import DecoyRows
@@ -291,6 +294,60 @@ def test_a_model_of_two_stacks_is_refused_before_anything_private_crosses(pm):
     }
     with pytest.raises(ExperimentError, match=r"has two stacks.*set victims.companions = 0"):
         run(experiment_from(table), plugins=pm)
+
+
+# -- the default -----------------------------------------------------------------------------------------
+
+
+def resolved(*, model="gpt2", labels=(0, 1) * 20, kind="classification", partition=None, **victims):
+    e, task, _ = chosen(labels=labels, kind=kind, companions=0)
+    e = attrs.evolve(e, victims=Victims(**{"count": 8, **victims}))
+    e = attrs.evolve(e, partition=partition or Partition())
+    whole = tiny_model(model, "seq2seq" if model == "t5" else "causal-lm")
+    return with_companions(e, task, whole).victims.companions
+
+
+def test_left_out_victims_cross_as_training_does():
+    batch = Train().batch_size
+    assert resolved() == batch - 1
+    assert resolved(companions=2) == 2
+    assert resolved(companions=0) == 0
+    assert resolved(count=37) == 3  # no more are there
+    assert resolved(count=40) == 0
+    assert resolved(labels=[1] * 40) == 0  # none of another class is there
+    assert resolved(labels=[1] * 40, kind="causal-lm") == batch - 1
+
+
+def test_left_out_victims_cross_alone_where_a_batch_would_be_another():
+    assert resolved(phase="inference") == 0
+    assert resolved(model="t5") == 0
+    assert resolved(partition=Partition(1, 0, only_scored=True)) == 0
+
+
+@pytest.mark.parametrize("companions", [None, 0])
+def test_a_defense_that_acts_on_who_crosses_alone_hides_nothing_unless_victims_are_alone(
+    companions,
+):
+    pm = plugin_manager([SAMPLE_PLUGIN, CHEATING_ATTACKS], entry_point_group="vflair.none")
+    pm.register(vflair_attacks)
+    victims = {"count": 6, "max_length": 12} | ({} if companions is None else {"companions": 0})
+    table = {
+        "task": {"name": "words"},
+        "model": {"vocab_size": 300, "config": LLAMA},
+        "partition": {"head": 1, "tail": 1},
+        "train": {"steps": 1, "batch_size": 4, "max_length": 12},
+        "victims": victims,
+        "attacks": [{"name": "nearest-embedding", "knowledge": "K1"}],
+        "defenses": [{"name": "on-victims"}],
+    }
+    result = run(experiment_from(table), plugins=pm)
+    alone = companions == 0
+    there, hidden = (result.numbers[arm] for arm in ("undefended", "defended"))
+    assert hidden["companions"] == (0 if alone else 3)
+    read = [arm["attacks"][0]["attack_performance"] for arm in (there, hidden)]
+    assert (read[1] < read[0]) == alone, read
+    said = " ".join(_remarks(result, ["defended"]))
+    assert ("ACTS OTHERWISE ON A TEXT ALONE" in said) == alone
 
 
 # -- dropout ---------------------------------------------------------------------------------------------

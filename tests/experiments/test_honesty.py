@@ -10,6 +10,7 @@ from attrs import define
 
 import vflair_attacks
 import vflair_defenses
+from support.cheating_attacks import OnVictims
 from support.paths import SAMPLE_PLUGIN
 from support.small_models import LLAMA
 from vflair_core import Defense, Mechanism, Partition, plugin_manager, run, split, train_tokenizer
@@ -88,15 +89,6 @@ def test_what_shipped_defenses_say_is_what_they_do(defense, kind):
 def test_shipped_defenses_do_in_company_what_they_do_alone(defense, training):
     found = company_check(party_with([defense]), PUBLIC, training=training)
     assert found["agrees"], found
-
-
-class OnVictims(Defense):
-    """Acts on batches of one: in training nothing is changed, and victims that cross alone are hidden."""
-
-    covers = frozenset({"prompt"})
-
-    def on_smashed(self, smashed, exchange):
-        return smashed * 0 if len(smashed) == 1 else smashed
 
 
 def test_a_defense_that_acts_on_victims_only_is_found_out():

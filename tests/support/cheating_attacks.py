@@ -26,12 +26,13 @@ def vflair_attacks():
         "guess-the-seed": guess_the_seed,
         "spy": Spy,
         "vandal": vandal,
+        "asks-and-ignores": asks_and_ignores,
     }
 
 
 @hookimpl
 def vflair_defenses():
-    return {"fixed-noise": FixedNoise}
+    return {"fixed-noise": FixedNoise, "on-victims": OnVictims}
 
 
 def whole_vocabulary(mask, embeddings) -> Guess:
@@ -104,6 +105,14 @@ def vandal(mask) -> Guess:
     return Guess(tokens=torch.where(mask, 7, -1))
 
 
+def asks_and_ignores(smashed, mask, embeddings, mechanism=None) -> Guess:
+    """Ask what the defense does, and guess as if there were none."""
+    if mechanism is not None:
+        mechanism.expected(smashed)
+    nearest = torch.nn.functional.normalize(smashed, dim=-1) @ embeddings.T
+    return Guess(tokens=torch.where(mask, nearest.argmax(-1), -1))
+
+
 def constant(mask) -> Guess:
     """Say one token everywhere."""
     return Guess(tokens=torch.where(mask, 7, -1))
@@ -143,6 +152,15 @@ def guess_the_seed(smashed, mask, embeddings, mechanism=None) -> Guess:
             if float(distance.mean()) < best:
                 best, tokens[n, : len(row)] = float(distance.mean()), nearest
     return Guess(tokens=tokens)
+
+
+class OnVictims(Defense):
+    """Acts on batches of one: a victim that crosses alone is hidden, and training is as it was."""
+
+    covers = frozenset({"prompt"})
+
+    def on_smashed(self, smashed, exchange):
+        return smashed * 0 if len(smashed) == 1 else smashed
 
 
 class Known:

@@ -118,7 +118,7 @@ def has_mechanism(specs: Sequence[Spec], side: Side) -> bool:
 
 def rebuilt_mechanism(
     specs: Sequence[Spec], side: Side, state: Mapping[str, Tensor] | None
-) -> Mechanism:
+) -> ComposedMechanism:
     """Build the defenses again and return their mechanisms as one; `state` is what they calibrated, if it is known."""
     parts = []
     for number, defense in enumerate(_rebuilt(specs)):

@@ -181,10 +181,11 @@ def _remarks(result: Result, arms: list[str]) -> Iterator[str]:
                 f"(p = {told['p']:.3f}), so K4 was told something else."
             )
         company = result.numbers[arm].get("company")
-        if company is not None and not company["agrees"]:
+        alone = not result.numbers[arm].get("companions")
+        if alone and company is not None and not company["agrees"]:
             yield (
                 f"{arm}: ACTS OTHERWISE ON A TEXT ALONE than in a batch (p = {company['p']:.3f}), so victims that cross alone "
-                "are no measure of it: set victims.companions to train.batch_size - 1."
+                "are no measure of it: give no victims.companions, or train.batch_size - 1."
             )
         for target, there in result.numbers[arm].get("evaluated", {}).items():
             if not there:

@@ -110,6 +110,7 @@ def run_arm(
         "untied": list(party.untied),
         "disclosed": sorted(party.disclosed),
         "isolation": e.isolation,
+        "companions": e.victims.companions,
         "victims_with_dropout": e.victims.dropout,
         "assumes_shared_updates": e.victims.share_updates,
     }

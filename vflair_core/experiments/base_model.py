@@ -11,6 +11,7 @@ import torch
 from vflair_core.errors import ExperimentError
 from vflair_core.experiments.experiment import Experiment
 from vflair_core.experiments.pretraining import Report, pretrain
+from vflair_core.parties.checkpoint_files import locate_checkpoint
 from vflair_core.randomness import stream_seed
 from vflair_core.tasks.kinds import KINDS
 from vflair_core.tasks.task import Task
@@ -119,6 +120,7 @@ def prepare_model(experiment: Experiment, task: Task, report: Report) -> tuple[A
     Raises:
         ExperimentError: The config is not one of transformers or has no model for the task's kind, or texts cannot
             be packed.
+        CheckpointError: The package or the GGUF file is not there, or cannot be read.
     """
     import transformers
 
@@ -127,14 +129,15 @@ def prepare_model(experiment: Experiment, task: Task, report: Report) -> tuple[A
     heads = {"num_labels": max(len(task.labels), 1)} if kind.labelled else {}
     processor = None
     if spec.name:
+        place = locate_checkpoint(spec.name, gguf_file=spec.gguf_file)
         if task.kind == "image-text":
-            processor = transformers.AutoProcessor.from_pretrained(spec.name)
+            processor = transformers.AutoProcessor.from_pretrained(place)
             tokenizer: Any = processor.tokenizer
         else:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(spec.name)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        model = auto.from_pretrained(spec.name, **heads)
+        model = auto.from_pretrained(place, **heads)
         text_config = model.config.get_text_config()
         if text_config.pad_token_id is None:
             text_config.pad_token_id = tokenizer.pad_token_id

@@ -18,7 +18,7 @@ from vflair_core.experiments.base_model import prepare_model
 from vflair_core.experiments.context import Clock, Reporter, RunContext, noise_seed
 from vflair_core.experiments.experiment import AttackSpec, Experiment, Victims
 from vflair_core.experiments.pretraining import prior_guess
-from vflair_core.experiments.victims import companions_of, victims_of
+from vflair_core.experiments.victims import companions_of, victims_of, with_companions
 from vflair_core.offers import build, find
 from vflair_core.partition.partition import Partition
 from vflair_core.randomness import stream_seed
@@ -56,6 +56,7 @@ def build_run(
     with clock("pretraining"):
         model, tokenizer, processor = prepare_model(e, task, report)
     _check_model(e, model)
+    e = with_companions(e, task, model)
     setting = RunContext(
         experiment=e,
         private_seed=seed,

@@ -23,12 +23,14 @@ class Model:
     """The model and its tokenizer: a name to load, or a config to build a random one from.
 
     Attributes:
-        name: Name on the hub or folder of a pretrained model; with it, no config.
+        name: Name on the hub, folder or "package:NAME/FOLDER" of a pretrained model; with it, no config.
+        gguf_file: GGUF file there that holds the model; it is converted once.
         config: Fields of a transformers config, `model_type` first; weights start random.
         vocab_size: Entries of the tokenizer that is trained on the public text when a config is given.
     """
 
     name: str = ""
+    gguf_file: str = ""
     config: Mapping[str, Any] = field(factory=dict)
     vocab_size: int = field(default=2048, validator=validators.ge(259))
 
@@ -38,6 +40,8 @@ class Model:
                 "[model] needs either name = 'a model to load' or config = { model_type = 'llama', … }, "
                 "and not both."
             )
+        if self.gguf_file and not self.name:
+            raise ExperimentError("model.gguf_file needs a model.name: where the file lies.")
         if self.config and "model_type" not in self.config:
             raise ExperimentError("model.config needs a model_type, e.g. model_type = 'llama'.")
 
@@ -94,7 +98,7 @@ class Victims:
         split: Where they are taken from, in order: train or test.
         phase: train sends each through a training round, inference through a forward only.
         releases: How often each example crosses.
-        companions: Other examples in the batch that each victim crosses in, of the same split and no victims, for classes at least one of another class. The attacker is told which row is the victim's.
+        companions: Other examples in the batch that each victim crosses in, of the same split and no victims, for classes at least one of another class. The attacker is told which row is the victim's. Left out, victims cross as training does: beside train.batch_size - 1 others in phase train, where there are so many and the model's batches allow it, else alone.
         dropout: Whether victims cross with dropout, which defends them by chance; an attack that averages `releases` sees through it.
         max_length: Tokens kept of each victim; 0 takes train.max_length.
         bypass: Victims that cross once more with the defense bypassed, for the positive control.
@@ -110,7 +114,7 @@ class Victims:
     split: Literal["train", "test"] = "train"
     phase: Literal["train", "inference"] = "train"
     releases: int = field(default=1, validator=validators.ge(1))
-    companions: int = field(default=0, validator=validators.ge(0))
+    companions: int | None = field(default=None, validator=validators.optional(validators.ge(0)))
     dropout: bool = False
     max_length: int = field(default=0, validator=validators.ge(0))
     bypass: int = field(default=4, validator=validators.ge(1))

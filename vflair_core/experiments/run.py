@@ -137,11 +137,13 @@ def _run_seed(e: Experiment, out: Path | None, **options: Any) -> tuple[Result, 
         numbers[name]["strongest"] = strongest(arm.grades)
     if "defended" in arms:
         told, company = (numbers["defended"][name] for name in ("mechanism", "company"))
+        beside = bool(setting.experiment.victims.companions)
         numbers["defended"]["evaluated"] = evaluated(
             arms["defended"].grades,
             numbers["defended"]["covers"],
             setting.task.kind,
-            as_told=(told is None or told["matches"]) and (company is None or company["agrees"]),
+            as_told=(told is None or told["matches"])
+            and (beside or company is None or company["agrees"]),
         )
     cost: dict[str, Any] = {name: arm.cost for name, arm in arms.items()}
     cost["seconds"] = clock.seconds

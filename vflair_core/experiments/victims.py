@@ -14,6 +14,25 @@ from vflair_core.randomness import stream_seed
 from vflair_core.tasks.task import Example, Task
 
 Split = Literal["train", "test"]
+LOOKED_AT = 256  # examples, for two classes
+
+
+def with_companions(e: Experiment, task: Task, model: Any) -> Experiment:
+    """Return the experiment with the number of companions that it leaves out: victims cross as training does.
+
+    As many as training has beside an example, or as there are; none at inference, and where a batch returns what some
+    row scores, or pads in two ways, and a victim's own part of it would not be known.
+    """
+    v = e.victims
+    if v.companions is not None:
+        return e
+    others = range(v.count, len(task.train if v.split == "train" else task.test))
+    alone = v.phase != "train" or e.partition.only_scored or model.config.is_encoder_decoder
+    if task.kind == "classification" and not alone:
+        labels = {task.row(v.split, row).label for row in others[:LOOKED_AT]}
+        alone = len(labels) < 2  # and none of another class for some victim
+    count = 0 if alone else min(e.train.batch_size - 1, len(others))
+    return attrs.evolve(e, victims=attrs.evolve(v, companions=count))
 
 
 def companions_of(e: Experiment, task: Task) -> list[list[int]]:
@@ -48,7 +67,7 @@ def companions_of(e: Experiment, task: Task) -> list[list[int]]:
 
 def crosses_again(victims: Victims) -> bool:
     """Whether victims cross once more, in batches, to share their updates: those of the attacked batches are of others too."""
-    return victims.share_updates and (victims.update_batch > 1 or victims.companions > 0)
+    return victims.share_updates and (victims.update_batch > 1 or bool(victims.companions))
 
 
 def _with_another(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from vflair_core.errors import CheckpointError, did_you_mean
+from vflair_core.parties.checkpoint_files import locate_checkpoint
 from vflair_core.partition.fingerprint import files_digest
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ PLACE = frozenset(
         "cache_dir",
         "code_revision",
         "force_download",
+        "gguf_file",
         "local_files_only",
         "proxies",
         "revision",
@@ -77,12 +79,15 @@ def find_source(name: str | Path, auto: Any, options: Mapping[str, Any]) -> Sour
     """Read the config of a checkpoint and name its weights.
 
     Raises:
-        CheckpointError: There is no such checkpoint, no such option, or the config names no known class.
+        CheckpointError: There is no such checkpoint, no such option, or the config names no known class; or what
+            `locate_checkpoint` raises.
     """
     from transformers import AutoConfig
 
-    name = str(name)
     place = {key: options[key] for key in PLACE & options.keys()}
+    name = locate_checkpoint(name, **place)
+    if place.pop("gguf_file", ""):
+        place = {}  # the file became a folder of its own
     reading = {key: options[key] for key in READING & options.keys()}
     overrides = {key: options[key] for key in options.keys() - PLACE - READING}
     try:
@@ -100,7 +105,7 @@ def find_source(name: str | Path, auto: Any, options: Mapping[str, Any]) -> Sour
             f"There is no option {key!r} to load {name} with.{did_you_mean(key, READING | PLACE)} Possible: "
             f"keys of its config, {', '.join(sorted(READING | PLACE))}."
         )
-    folder = Path(name) / options.get("subfolder", "")
+    folder = Path(name) / place.get("subfolder", "")
     if folder.is_dir():
         weights = files_digest(folder, options.get("variant"))
     else:

@@ -63,7 +63,7 @@ def load_data_party(
     """Load the data party's half of a checkpoint, and open its session with the model party.
 
     Args:
-        name: A folder, or a model of the Hugging Face hub.
+        name: A folder, a model of the Hugging Face hub, or ``package:NAME/FOLDER`` (`locate_checkpoint`).
         partition: The cut; by default two blocks at either end.
         channel: The way to the model party: its `handle` in one process, a `Channel`, or a URL that a
             plugin opens.
@@ -75,10 +75,11 @@ def load_data_party(
         wire: With a `handle`, pass every message through the codec.
         seed: Seed of the defenses' noise; None draws it from the operating system.
         plugins: Asked for blocks that cannot be found and for channels.
-        options: Of `from_pretrained`: dtype, device_map, revision, attn_implementation, …, and of the config.
+        options: Of `from_pretrained`: dtype, device_map, revision, attn_implementation, gguf_file, …, and of the
+            config.
 
     Raises:
-        CheckpointError: There is no such checkpoint, or it lacks weights of this half.
+        CheckpointError: There is no such checkpoint, package or GGUF file, or it lacks weights of this half.
         PartitionError: The blocks cannot be found, or the cut leaves the legal range.
         ProtocolError: The model party holds another model, other weights or another cut.
     """
@@ -128,7 +129,7 @@ def load_model_party(
     when a data party opens a session.
 
     Args:
-        name: A folder, or a model of the Hugging Face hub.
+        name: A folder, a model of the Hugging Face hub, or ``package:NAME/FOLDER`` (`locate_checkpoint`).
         partition: The cut, the same as the data party's.
         auto: A class to load with, the same as the data party's.
         new: Modules that the checkpoint lacks and that start at random, e.g. ``["score"]`` in HT.
@@ -136,10 +137,11 @@ def load_model_party(
             the last + 1 takes all that follow and what comes after the blocks.
         onward: The way to the next party of the chain, for all but the last: as `channel` of `load_data_party`.
         plugins: Asked for blocks that cannot be found and for channels.
-        options: Of `from_pretrained`: dtype, device_map, revision, quantization_config, …, and of the config.
+        options: Of `from_pretrained`: dtype, device_map, revision, quantization_config, gguf_file, …, and of the
+            config.
 
     Raises:
-        CheckpointError: There is no such checkpoint, or it lacks weights of this half.
+        CheckpointError: There is no such checkpoint, package or GGUF file, or it lacks weights of this half.
         PartitionError: The blocks cannot be found, or the cut or the share leaves the legal range.
     """
     plan = _plan(name, partition, auto, plugins, options)

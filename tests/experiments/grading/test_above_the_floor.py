@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vflair_core import Guess
-from vflair_core.experiments.grading.grader import grade
 from vflair_core.experiments.grading.grades import Grade, with_verdict
+from vflair_core.experiments.grading.performance import grade
 from vflair_core.experiments.grading.ranking import strongest
 from vflair_core.experiments.grading.statistics import Floor, chance_of_no_more
 from vflair_core.experiments.grading.truth import Truth

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from vflair_core import AttackError, Guess
-from vflair_core.experiments.grading.grader import grade, performance
 from vflair_core.experiments.grading.grades import with_verdict
 from vflair_core.experiments.grading.labels import grade_answers, grade_labels, grade_members
+from vflair_core.experiments.grading.performance import grade, performance
 from vflair_core.experiments.grading.statistics import auc_either
 from vflair_core.experiments.grading.tokens import grade_tokens
 from vflair_core.experiments.grading.truth import Truth

@@ -17,8 +17,8 @@ from vflair_core.errors import ExperimentError
 from vflair_core.experiments.capture import record_updates, record_victims
 from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.grading.answer_key import AnswerKey
-from vflair_core.experiments.grading.grader import grade, performance
 from vflair_core.experiments.grading.matching import best_assignment, matched, together
+from vflair_core.experiments.grading.performance import grade, performance
 from vflair_core.experiments.grading.statistics import interval
 from vflair_core.experiments.grading.tokens import checked_tokens, grade_tokens
 from vflair_core.experiments.grading.truth import Truth

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vflair_core.attacks.attack import Guess, Launch
 from vflair_core.attacks.evidence import read_facts
@@ -17,17 +16,10 @@ from vflair_core.attacks.isolation import Isolation, attack_device
 from vflair_core.attacks.worker import Progress, run_worker
 from vflair_core.attacks.workspace import write_workspace
 from vflair_core.errors import AttackError
+from vflair_core.experiments.grading.adaptive_contract import judge_adaptive
 from vflair_core.experiments.grading.answer_key import AnswerKey
 from vflair_core.experiments.grading.grades import Grade, Reference, with_verdict
-from vflair_core.experiments.grading.labels import (
-    grade_answers,
-    grade_labels,
-    grade_members,
-    performance_apart,
-)
-from vflair_core.experiments.grading.statistics import pooled
-from vflair_core.experiments.grading.tokens import checked_tokens, grade_tokens, token_hits
-from vflair_core.experiments.grading.truth import Truth
+from vflair_core.experiments.grading.performance import grade, on_bypassed, performance
 
 
 def attack_and_grade(
@@ -64,10 +56,17 @@ def attack_and_grade(
         launch.check()
     facts = read_facts(store)
     keys = [key.for_updates() if "updates" in launch.asked else key for launch in launches]
+    where = (threads or torch.get_num_threads(), attack_device(device))
+
+    def once_more(store: Path, launch: Launch) -> Guess:
+        with tempfile.TemporaryDirectory(prefix="vflair-") as name:
+            write_workspace(Path(name), store, [launch], *where)
+            run_worker(Path(name), isolation, progress)
+            return read_guess(Path(name) / "guess-0-main").guess
+
     with tempfile.TemporaryDirectory(prefix="vflair-") as name:
         folder = Path(name)
-        place = attack_device(device)
-        write_workspace(folder, store, launches, threads or torch.get_num_threads(), place)
+        write_workspace(folder, store, launches, *where)
 
         def report_progress(label: str, done: int, total: int) -> None:
             progress(label + _recovered(folder, keys), done, total)
@@ -75,12 +74,15 @@ def attack_and_grade(
         run_worker(folder, isolation, report_progress)
         grades: list[Grade] = []
         for number, launch in enumerate(launches):
+            first = len(grades)
             for target, about in _targets(folder, number, keys[number]):
                 reference = references[len(grades)] if references else None
                 grade = _graded(folder, number, launch, facts, about, decode, reference)
                 if target == "response":
                     grade.target, grade.recovered = target, []  # the text is shown once
                 grades.append(grade)
+            used = read_guess(folder / f"guess-{number}-main").used if facts["defenses"] else set()
+            judge_adaptive(launch, frozenset(used), grades[first:], keys[number], store, once_more)
         return grades
 
 
@@ -111,14 +113,13 @@ def _graded(
     graded = grade(
         guess.of(reported), truth.of(reported), key.prior, decode, name=launch.name, knowledge=launch.knowledge
     )  # fmt: skip
-    graded.adaptive = bool(facts["defenses"]) and bool(main.used)
     if key.development:
         graded.development = performance(guess.of(key.apart), truth, key.apart)
     graded.seconds = main.seconds
     graded.course = _course(main, graded, key)
     bypassed = None
     if "bypassed" in facts["victims"]:
-        bypassed = _accuracy_of(read_guess(folder / f"guess-{number}-bypassed").guess, key)
+        bypassed = on_bypassed(read_guess(folder / f"guess-{number}-bypassed").guess, key)
     graded.reference = performance(guess.of(key.subset), truth, key.subset)
     return with_verdict(graded, reference, bypassed)
 
@@ -147,40 +148,3 @@ def _recovered(folder: Path, keys: Sequence[AnswerKey]) -> str:
     if len(tokens) != len(truth.tokens):
         return ""
     return f", recovered {performance(Guess(tokens=tokens), truth, range(len(tokens))):.3f}"
-
-
-def _accuracy_of(guess: Any, key: AnswerKey) -> float:
-    if key.control is None:
-        return performance(guess, key.truth, key.subset)
-    return performance(guess, key.control, range(len(key.subset)))
-
-
-def grade(
-    guess: Guess,
-    truth: Truth,
-    prior: Tensor | None,
-    decode: Any,
-    *,
-    name: str,
-    knowledge: tuple[str, ...],
-) -> Grade:
-    """Grade a guess of whatever kind; `prior` and `decode` are for tokens.
-
-    Raises:
-        AttackError: The guess does not fit the victims, or there is no such truth.
-    """
-    if guess.tokens is not None:
-        return grade_tokens(guess, truth, prior, decode, name=name, knowledge=knowledge)
-    if guess.answers is not None:
-        return grade_answers(guess, truth, name=name, knowledge=knowledge)
-    if guess.members is not None:
-        return grade_members(guess, truth, name=name, knowledge=knowledge)
-    return grade_labels(guess, truth, name=name, knowledge=knowledge)
-
-
-def performance(guess: Guess, truth: Truth, rows: Sequence[int]) -> float:
-    """Attack performance on some victims only; `guess` has one row per chosen victim."""
-    if guess.tokens is None:
-        return performance_apart(guess, truth, rows)
-    chosen = truth.of(rows)
-    return pooled(token_hits(checked_tokens(guess, chosen), chosen))

@@ -77,7 +77,10 @@ class Grade:
     seconds: float = 0.0
     by_chance: float = 1.0  # probability of as large an advantage over the floor if there were none
     informative: bool = True  # above its floor where nothing defends
-    adaptive: bool = False  # it knows the defense, or learned from what came through it
+    adaptive: bool = False  # it takes the defense into account
+    contract: dict[str, Any] | None = (
+        None  # how it did behind a mapping that it was told of, and not
+    )
     development: float | None = None  # performance on the victims that only choose among attacks
     recovered: list[str] = field(factory=list)  # the guesses as text; not among the numbers
     hits: list[tuple[int, int]] = field(factory=list)  # by victim or update; not in the numbers

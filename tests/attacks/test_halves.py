@@ -78,3 +78,15 @@ def test_they_tell_names_and_parts_of_the_whole_model():
     )
     assert tail.is_of(head)
     assert not tail.is_of(other)
+
+
+def test_a_head_stops_at_the_cut(monkeypatch):
+    head, _ = halves(tiny_model("llama"), Partition(1, 1))
+
+    def refuse(*_):
+        raise AssertionError("what lies behind the cut is no business of the head")
+
+    monkeypatch.setattr("vflair_core.parties.data_party.recorder.Shapes.of", refuse)
+    ids = torch.arange(3, 9)[None]
+    assert head(ids).shape == (1, 6, 16)
+    assert head.try_tokens(ids, head.cache()).shape == (1, 6, 16)

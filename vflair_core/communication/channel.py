@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, Protocol, TypeVar
 
-import attrs
 import torch
 from attrs import define
 from torch import Tensor
 
 from vflair_core.communication import codec
-from vflair_core.communication.message import Crossing, Message, Role
+from vflair_core.communication.message import Crossing, Message, Role, reply
 
 Handler = Callable[[Message], Message]  # a model party's `handle`
 Direction = Literal["sent", "received"]  # as the data party sees it
@@ -111,7 +110,7 @@ class LocalChannel(Channel):
 
 def _copy(message: Message) -> Message:
     copies = tuple(Crossing(c.name, c.role, _cloned(c.tensor)) for c in message.tensors)
-    return attrs.evolve(message, tensors=copies)
+    return reply(message, copies, message.meta)
 
 
 def _handed_over(message: Message) -> Message:
@@ -120,7 +119,7 @@ def _handed_over(message: Message) -> Message:
         c if c.let_go and _is_alone(c.tensor) else Crossing(c.name, c.role, _cloned(c.tensor))
         for c in message.tensors
     )
-    return attrs.evolve(message, tensors=tensors)
+    return reply(message, tensors, message.meta)
 
 
 def _is_alone(tensor: Tensor) -> bool:

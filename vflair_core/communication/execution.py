@@ -62,7 +62,10 @@ class Execution:
         """Run one step on the `outputs` of those before it."""
         kind, name, args, kwargs = step
         positional = [self._build(tree, outputs) for tree in args]
-        named = {key: self._build(tree, outputs) for key, tree in kwargs}
+        named = {
+            key: tree[1] if tree[0] == "value" else self._build(tree, outputs)
+            for key, tree in kwargs
+        }
         if kind == "module":
             return self.call(name, positional, named)
         if name == "getitem" and isinstance(positional[1], tuple):
@@ -76,7 +79,10 @@ class Execution:
             case "leaf":
                 return self.leaves[tree[1]]
             case "out":
-                return _at(outputs[tree[1]], tree[2:])
+                value = outputs[tree[1]]
+                for key in tree[2:]:
+                    value = value[key]
+                return value
             case "value":
                 return tree[1]
             case "cache":
@@ -87,7 +93,7 @@ class Execution:
                 self.shared.update(entries)
                 return self.shared
             case "tuple":
-                return tuple(self._build(item, outputs) for item in tree[1:])
+                return tuple([self._build(item, outputs) for item in tree[1:]])
             case "list":
                 return [self._build(item, outputs) for item in tree[1:]]
             case "dict":
@@ -121,9 +127,3 @@ def _check_fit(name: str, first: Tensor, second: Tensor) -> None:
         raise ProtocolError(
             f"{name!r} takes a second tensor that fits the first, {tuple(first.shape)}, not {tuple(second.shape)}."
         )
-
-
-def _at(value: Any, path: tuple[int | str, ...]) -> Any:
-    for key in path:
-        value = value[key]
-    return value

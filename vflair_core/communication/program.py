@@ -102,7 +102,7 @@ class Program:
         """Digest of the content: equal programs have equal ids in every process."""
         return hashlib.sha256(msgpack.packb(self.to_wire())).hexdigest()[:16]
 
-    @property
+    @cached_property
     def modules(self) -> tuple[str, ...]:
         """Names of the modules called, in order."""
         return tuple(name for kind, name, _, _ in self.steps if kind == "module")

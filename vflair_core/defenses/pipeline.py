@@ -83,9 +83,9 @@ class Defenses:
         passed, account.passed = account.passed, []
         if account.bypassed:
             return
-        names = ", ".join(name for name, role, _ in sent if role == "smashed") or "nothing"
         for place in BEFORE:
             if place not in account.acted:
+                names = ", ".join(name for name, role, _ in sent if role == "smashed") or "nothing"
                 self._refuse(place, f"{names} to {modules[0]}", account)
         for name, role, tensor in sent:
             if role == "smashed" and not any(tensor is other for other in passed):
@@ -148,7 +148,7 @@ class Defenses:
 
     def at(self, place: str) -> list[Defense]:
         """Return the defenses that stand at `place`, in order."""
-        if self.bypassed:
+        if self.bypassed or not self.each:
             return []
         base = getattr(Defense, place)
         return [d for d in self.each if getattr(type(d), place) is not base]

@@ -147,6 +147,8 @@ class Stage:
             return False
         if called[-1] in self.pauses and self.allows(called):
             return True
+        if called[-1] != (self.rest or self.blocks)[-1]:
+            return False  # as both runs below end with it
         return called == self.rest[-len(called) :] or self._reached(called) == len(self.names)
 
     def allows(self, called: tuple[str, ...]) -> bool:
@@ -167,10 +169,10 @@ class Stage:
 
     def _reached(self, called: tuple[str, ...]) -> int | None:
         """How many of the names lie behind after `called`; None if it is not their beginning."""
-        position = 0
+        position, names = 0, self.names
         for name in called:
-            while self.names[position : position + 1] != (name,):
-                if position >= len(self.names) or self.names[position] not in self.optional:
+            while names[position : position + 1] != (name,):
+                if position >= len(names) or names[position] not in self.optional:
                     return None
                 position += 1
             position += 1

@@ -78,6 +78,7 @@ class Deferred(Tensor):
     """A tensor inside the model party: shape, dtype and device are known, the value is not."""
 
     meta: Tensor
+    place: torch.device
     recorder: Recording
     node: Tree
     known: dict[Tree, Tensor]  # of the outputs of its program, once the model party gave them
@@ -87,7 +88,8 @@ class Deferred(Tensor):
         deferred: Deferred = Tensor._make_wrapper_subclass(
             Deferred, meta.shape, dtype=meta.dtype, device=device
         )
-        deferred.meta, deferred.recorder, deferred.node = meta, recorder, node
+        deferred.meta, deferred.place = meta, device
+        deferred.recorder, deferred.node = recorder, node
         deferred.known = recorder.fetched
         return deferred
 
@@ -134,6 +136,16 @@ class Deferred(Tensor):
         return (
             f"Deferred(shape={tuple(self.meta.shape)}, dtype={self.meta.dtype}, node={self.node})"
         )
+
+
+def form_of(tensor: Tensor) -> Tensor:
+    """A tensor that answers for the shape and dtype of `tensor`; a deferred one would ask torch each time."""
+    return tensor.meta if isinstance(tensor, Deferred) else tensor
+
+
+def device_of(tensor: Tensor) -> torch.device:
+    """Where `tensor` lies, likewise."""
+    return tensor.place if isinstance(tensor, Deferred) else tensor.device
 
 
 def _mixed(func: Any, args: tuple[Any, ...]) -> Deferred | None:

@@ -51,8 +51,10 @@ class DryRuns:
     _embedded: set[Any] = field(
         factory=set
     )  # forms in which text reaches what is sent by embeddings only
-    # Structure and weights of the forms of calls met last.
+    # Structure and weights of the forms of calls met last; apart, of those with a past, of which each step of a
+    # generation is one, so that they do not push out the others, which are run again when they were forgotten.
     _met: OrderedDict[Any, list[Tensor]] = field(factory=OrderedDict)
+    _met_with_past: OrderedDict[Any, list[Tensor]] = field(factory=OrderedDict)
     probe: Probe | None = None  # of the run under way
     seen_paths: set[Any] = field(factory=set)
 
@@ -111,20 +113,22 @@ class DryRuns:
         """Note a call about to be made; with a copy of its cache if roles must be found from there."""
         cache, training = cache_in(inputs), self.model.training
         length = 0 if cache is None else remote_cache.length_of(cache)
-        visible = new_positions(inputs) + length
-        call = Call(forward, inputs, None, random, visible, training)
-        if cache is None or (self._path(call) in self.seen_paths and length):
+        new = new_positions(inputs)
+        call = Call(forward, inputs, None, random, new, new + length, training)
+        if cache is None:
+            return call
+        path = self._path(call)
+        if path in self.seen_paths and length:
             return call  # an empty one costs nothing to copy
         if len(self.seen_paths) >= MAX_PATHS:
             self.seen_paths.clear()
-        self.seen_paths.add(self._path(call))
+        self.seen_paths.add(path)
         return attrs.evolve(call, past=remote_cache.copied(cache))
 
     def _path(self, call: Call) -> tuple[Any, ...]:
         given = tuple(key for key, value in call.inputs.items() if value is not None)
-        new = new_positions(call.inputs)
         masked = all_ones(call.inputs)
-        return (given, call.visible == new, new == 1, call.training, masked, call.reach)
+        return (given, not call.has_past, call.new == 1, call.training, masked, call.reach)
 
     def roles_of(
         self, call: Call | None, program: Program, leaves: list[Tensor], cache: Cache | None
@@ -145,7 +149,8 @@ class DryRuns:
             return known
         if known is None or not self._holds(known, call, program, leaves, cache):
             known = self._find_roles(call, program, leaves, cache)
-            self._note(self._form(known, call, program, leaves), _fixed(known, leaves))
+            form = self._form(known, call, program, leaves)
+            _note(self._met_like(call), form, _fixed(known, leaves))
         return known
 
     def _remembered(self, call: Call | None, program: Program) -> tuple[Role, ...] | None:
@@ -211,14 +216,17 @@ class DryRuns:
         if not at_hand:
             return True
         form = self._form(roles, call, program, leaves)
-        before = self._met.get(form)
-        if before is None and call.visible == new_positions(call.inputs):
+        before = self._met_like(call).get(form)
+        if before is None and not call.has_past:
             call = self._from_before(call, program, cache)
             before = _fixed(roles, once_more(self.model, call, program, self.probing))
         if before is not None and not all(map(torch.equal, before, at_hand)):
             return False
-        self._note(form, at_hand)
+        _note(self._met_like(call), form, at_hand)
         return True
+
+    def _met_like(self, call: Call) -> OrderedDict[Any, list[Tensor]]:
+        return self._met_with_past if call.has_past else self._met
 
     def _form(
         self, roles: tuple[Role, ...], call: Call, program: Program, leaves: list[Tensor]
@@ -232,13 +240,6 @@ class DryRuns:
         weights = sum(w._version for w in self.model.parameters()) if "weight" in roles else 0
         return form_of(call), described, weights
 
-    def _note(self, form: tuple[Any, ...], fixed: list[Tensor]) -> None:
-        if form not in self._met:
-            self._met[form] = [tensor.clone() for tensor in fixed]
-        self._met.move_to_end(form)
-        if len(self._met) > MAX_FORMS:
-            self._met.popitem(last=False)
-
     def _rewound(
         self, cache: Cache, inputs: dict[str, Any], modules: Sequence[str]
     ) -> Cache | None:
@@ -251,6 +252,14 @@ class DryRuns:
             remote_cache.advance(past, new, self.recorder.layers(modules))
             past.crop(-new)
         return past
+
+
+def _note(met: OrderedDict[Any, list[Tensor]], form: Any, fixed: list[Tensor]) -> None:
+    if form not in met:
+        met[form] = [tensor.clone() for tensor in fixed]
+    met.move_to_end(form)
+    if len(met) > MAX_FORMS:
+        met.popitem(last=False)
 
 
 def _fixed(roles: tuple[Role, ...], leaves: Sequence[Tensor]) -> list[Tensor]:

@@ -222,10 +222,12 @@ class ModelCalls:
                 self._asking = False
 
     def _how_sent(self, inputs: dict[str, Any], around: Exchange) -> RowPlacement:
-        numbers = torch.arange(rows_of(inputs), device=self.model.device)
+        adding = self.defenses.at("contract")  # without, each row crosses in its own place
+        numbers = torch.arange(rows_of(inputs), device=self.model.device if adding else None)
         shifted = not self.model.config.is_encoder_decoder
         return RowPlacement(
-            self.defenses.places(numbers, around), learnt_of(inputs, shifted=shifted)
+            self.defenses.places(numbers, around) if adding else numbers,
+            learnt_of(inputs, shifted=shifted),
         )
 
     def _defended_labels(self, labels: Tensor) -> Tensor:
@@ -287,7 +289,7 @@ class ModelCalls:
         if cache is None:
             yield None
             return
-        remote = remote_cache.attach(
+        remote = remote_cache.attached(cache) or remote_cache.attach(
             cache,
             self.recorder.layers(stage_of(program.modules, self.stages).names),
             self.connection.caches.append,
@@ -331,7 +333,7 @@ class ModelCalls:
             return "train"
         if cache is None:
             return "eval"
-        return "prefill" if getattr(cache, "vflair_remote", None) is None else "decode"
+        return "prefill" if remote_cache.attached(cache) is None else "decode"
 
 
 def _owner_of(forward: Any) -> str:

@@ -29,7 +29,7 @@ from vflair_core.communication.program import (
     tensors_of,
 )
 from vflair_core.errors import LeakError, PartitionError, ProtocolError
-from vflair_core.parties.data_party.deferred import Deferred
+from vflair_core.parties.data_party.deferred import Deferred, device_of
 from vflair_core.parties.data_party.shape_inference import Shapes, first_tensor, rebuilt
 from vflair_core.parties.data_party.shared_states import coming_back, fill, open_store
 from vflair_core.parties.data_party.stubs import ModuleStub
@@ -56,6 +56,10 @@ DROPPED = frozenset(
 )
 
 
+_LITERALS = frozenset({type(None), bool, int, float, str})
+_CACHE: Tree = ("cache",)
+
+
 @define(eq=False)
 class Recorder:
     """Writes down the calls of absent modules until a program is complete, then hands it over."""
@@ -77,7 +81,8 @@ class Recorder:
         factory=dict
     )  # of outputs of this program that were fetched
     _returned: Any = None  # the form of what the last module gives
-    _known: dict[int, int] = field(factory=dict)
+    _known: dict[int, Tree] = field(factory=dict)  # by the id of what has this tree
+    _held: list[Any] = field(factory=list)  # these, so that no id is used again
     _store: UserDict[str, Any] | None = None  # that the blocks of this program share
     _versions: list[int] = field(factory=list)  # of `tensors`, as they were when they were taken
     _shapes: Shapes = field(factory=Shapes)
@@ -91,32 +96,35 @@ class Recorder:
         """Forget what was recorded."""
         self.steps, self.tensors, self.leaves, self.cache = [], [], [], None
         self._known, self._called, self.fetched, self._returned = {}, [], {}, None
-        self._versions, self._store = [], None
+        self._versions, self._store, self._held = [], None, []
 
     def call(self, absent: ModuleStub, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record the call of an absent module."""
         named = dict(zip(absent.parameter_names, args, strict=False)) | _checked(absent, kwargs)
-        waits = any(isinstance(t, Deferred) and t.fetched is None for t in tensors_of(named))
+        hidden = first_tensor(named)
+        waits = _waits(hidden) or _waits(named)
         if not waits and any(stage.allows(tuple(self._called)) for stage in self.stages):
             self._fetch()  # what was recorded does not feed this module: it is asked for alone
-        trees = {key: self._tree(value, key) for key, value in named.items()}
-        self.steps.append(("module", absent.name, (), tuple(trees.items())))
+        trees = tuple([(key, self._tree(value, key)) for key, value in named.items()])
+        self.steps.append(("module", absent.name, (), trees))
         self._called.append(absent.name)
         if self.only_first:
             self._fire([])
-        structure = self._shapes.of(absent, named, trees)
-        local_cache = next((value for value in named.values() if isinstance(value, Cache)), None)
+        structure = self._shapes.of(absent, hidden, named, trees)
+        local_cache = next((named[key] for key, tree in trees if tree == _CACHE), None)
         if self._is_complete():
             shapes = tensors_of(structure)
             answer = self._fire(shapes)
             real = iter(answer)
             return rebuilt(structure, lambda _meta, _path: next(real), local_cache)
         self._returned = structure
-        return self._deferred(structure, first_tensor(named).device, local_cache)
+        return self._deferred(structure, device_of(hidden), local_cache)
 
     def _deferred(self, shapes: Any, device: torch.device, cache: Cache | None = None) -> Any:
         """What the last step will give."""
         step = len(self.steps) - 1
+        if isinstance(shapes, Tensor):
+            return Deferred.of(shapes, device, self, ("out", step))
         return rebuilt(
             shapes, lambda meta, path: Deferred.of(meta, device, self, ("out", step, *path)), cache
         )
@@ -137,11 +145,11 @@ class Recorder:
         named = tuple((key, self._tree(value, name)) for key, value in kwargs.items())
         self.steps.append(("op", name, trees, named))
         shapes = OPERATIONS[name](*map(_on_meta, args), **kwargs)
-        return self._deferred(shapes, args[0].device)
+        return self._deferred(shapes, device_of(args[0]))
 
-    def layers(self, names: Sequence[str]) -> list[int]:
+    def layers(self, names: Sequence[str]) -> frozenset[int]:
         """Numbers of the cache layers that the modules `names` fill."""
-        return sorted({index for name in names for index in self.absent[name].layers})
+        return frozenset().union(*[self.absent[name].layers for name in names])
 
     def is_between_parts(self) -> bool:
         """Whether the model party has still blocks to run, so that nothing can be sent back now."""
@@ -214,9 +222,13 @@ class Recorder:
         return answer[:rest]
 
     def _tree(self, value: Any, name: str) -> Tree:
+        if type(value) in _LITERALS:  # asked first, with what was met before: it is all but a few
+            return "value", value
+        if (known := self._known.get(id(value))) is not None:
+            return known
         match value:
             case Deferred(fetched=Tensor() as fetched):
-                return "leaf", self._leaf(fetched, name)
+                return self._leaf(fetched, name)
             case Deferred():
                 if value.known is not self.fetched:
                     raise PartitionError(
@@ -224,15 +236,20 @@ class Recorder:
                     )
                 return value.node
             case Tensor():
-                return "leaf", self._leaf(value, name)
+                return self._leaf(value, name)
             case None | bool() | int() | float() | str():
                 return "value", value
             case Cache():
                 self.cache = value
-                return ("cache",)
+                return self._settled(value, _CACHE)
             case tuple() | list():
-                kind = "tuple" if isinstance(value, tuple) else "list"
-                return (kind, *(self._tree(item, f"{name}.{n}") for n, item in enumerate(value)))
+                items = [self._tree(item, f"{name}.{n}") for n, item in enumerate(value)]
+                if isinstance(value, list):
+                    return ("list", *items)
+                tree = ("tuple", *items)
+                # Nothing can be put into it, and a leaf stays one.
+                settled = all(item[0] == "leaf" for item in items)
+                return self._settled(value, tree) if settled else tree
             case dict():
                 return (
                     "dict",
@@ -259,14 +276,29 @@ class Recorder:
                     "texts and caches can."
                 )
 
-    def _leaf(self, tensor: Tensor, name: str) -> int:
-        index = self._known.get(id(tensor))
-        if index is None:
-            index = self._known[id(tensor)] = len(self.tensors)
-            self.tensors.append(tensor)
-            self._versions.append(_version(tensor))
-            self.leaves.append((name, NAMES[tensor.dtype], tensor.dim()))
-        return index
+    def _leaf(self, tensor: Tensor, name: str) -> Tree:
+        if (known := self._known.get(id(tensor))) is not None:
+            return known
+        tree = "leaf", len(self.tensors)
+        self.tensors.append(tensor)
+        self._versions.append(_version(tensor))
+        self.leaves.append((name, NAMES[tensor.dtype], tensor.dim()))
+        return self._settled(tensor, tree)
+
+    def _settled(self, value: Any, tree: Tree) -> Tree:
+        """Remember the tree of `value`, which is the same wherever this program takes it."""
+        self._known[id(value)] = tree
+        self._held.append(value)
+        return tree
+
+
+def _waits(value: Any) -> bool:
+    """Whether `value` is, or holds, a deferred tensor that was not fetched."""
+    if isinstance(value, Deferred):
+        return value.fetched is None
+    if isinstance(value, dict):
+        return any(map(_waits, value.values()))
+    return isinstance(value, (tuple, list)) and any(map(_waits, value))
 
 
 def _version(tensor: Tensor) -> int:
@@ -287,9 +319,11 @@ def _no_module(name: str, *_: Any) -> Any:
 
 
 def _checked(absent: ModuleStub, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if absent.accepted.issuperset(kwargs):
+        return kwargs
     accepted = {}
     for key, value in kwargs.items():
-        if key in absent.parameter_names or key in ALLOWED:
+        if key in absent.accepted:
             accepted[key] = value
         elif key not in DROPPED and value is not None:
             raise LeakError(

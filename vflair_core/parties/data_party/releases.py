@@ -26,8 +26,11 @@ class Releases:
     gradients: int = 0
 
     def __add__(self, other: Releases) -> Releases:
-        pairs = zip(attrs.astuple(self), attrs.astuple(other), strict=True)
-        return Releases(*(a + b for a, b in pairs))
+        return Releases(
+            self.rows + other.rows,
+            self.messages + other.messages,
+            self.gradients + other.gradients,
+        )
 
 
 @define(eq=False)

@@ -70,14 +70,11 @@ class RemoteLayer:
     def get_seq_length(self) -> int:
         return self.length
 
-    def advance(self, positions: int) -> None:
-        """Count new positions, which the model party put in."""
-        self._become(self.length + positions)
-
-    def _become(self, length: int) -> None:
+    def become(self, length: int) -> None:
+        """Have this many positions: the model party put something in, or took something out."""
         self.length = self.cumulative_length = length
         self.is_initialized = length > 0
-        self.keys = torch.empty(length, device="meta")  # there is something, and nothing to read
+        self.keys = _nothing(length)  # there is something, and nothing to read
         seen: dict[int, bool] | None = getattr(self, "has_previous_state", None)
         if seen is not None:
             seen.update(dict.fromkeys(seen, length > 0))
@@ -104,7 +101,7 @@ class RemoteLayer:
                 "`crop` with a positive value is not supported: pass minus the tokens to remove."
             )
         if self.length:  # one that was never filled stays empty
-            self._become(self.length + tokens_to_remove)
+            self.become(self.length + tokens_to_remove)
         self._note("crop", tokens_to_remove)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -117,12 +114,17 @@ class RemoteLayer:
         self._note("record", None)
 
     def reset(self) -> None:
-        self._become(0)
+        self.become(0)
         self._note("reset", None)
 
     def _note(self, operation: str, detail: Any) -> None:
         if self.leads:
             self.remote.operations.append([self.part, operation, detail])
+
+
+@functools.lru_cache(maxsize=4)  # all layers of a cache grow by as much, one after the other
+def _nothing(length: int) -> Tensor:
+    return torch.empty(length, device="meta")
 
 
 def stand_in(
@@ -142,7 +144,7 @@ def _remote_kind(kind: str) -> type:
 
 def copied(cache: Cache) -> Cache:
     """A copy for a run that sends nothing: the model party is not told, and keeps no half of it."""
-    remote: RemoteCache | None = getattr(cache, "vflair_remote", None)
+    remote = attached(cache)
     memo: dict[int, Any] = {}
     if remote is not None:
         memo[id(remote)] = RemoteCache(
@@ -169,6 +171,11 @@ def holds_past(cache: Cache, layers: Iterable[int]) -> bool:
     return any(isinstance(layer, RemoteLayer) and layer.length > 0 for layer in held)
 
 
+def attached(cache: Cache) -> RemoteCache | None:
+    """The handle of a cache that was made ready before."""
+    return getattr(cache, "vflair_remote", None)
+
+
 def attach(
     cache: Cache,
     absent_layers: Iterable[int],
@@ -182,9 +189,8 @@ def attach(
     Raises:
         PartitionError: A layer is of a kind whose state the model party cannot keep.
     """
-    remote: RemoteCache | None = getattr(cache, "vflair_remote", None)
-    if remote is not None:
-        return remote
+    if (known := attached(cache)) is not None:
+        return known
     remote, layers = RemoteCache(copied=copied, released=released), sorted(absent_layers)
     if not layers:
         raise PartitionError(
@@ -222,5 +228,5 @@ def _described(layer: Any) -> list[Any]:
 def advance(cache: Cache, positions: int, numbers: Collection[int]) -> None:
     """Count `positions` new positions in the absent layers of these `numbers`; cross-attention keeps the encoder's."""
     for number, layer in enumerate(parts_of(cache)[0].layers):
-        if isinstance(layer, RemoteLayer) and number in numbers:
-            layer.advance(positions)
+        if number in numbers and isinstance(layer, RemoteLayer):
+            layer.become(layer.length + positions)

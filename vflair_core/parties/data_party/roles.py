@@ -23,7 +23,6 @@ from vflair_core.communication.message import Role
 from vflair_core.communication.program import Program, tensors_of
 from vflair_core.errors import LeakError
 from vflair_core.parties.data_party import remote_cache
-from vflair_core.parties.data_party.inputs import new_positions
 from vflair_core.parties.data_party.interception import token_tables
 from vflair_core.parties.data_party.other_text import OtherText, is_text, one_vector
 from vflair_core.parties.data_party.probes import Probe, ProbeStopped
@@ -49,8 +48,14 @@ class Call:
     inputs: dict[str, Any]
     past: Any = None  # a copy of the cache as it was before the call
     random: Sequence[Tensor] = ()  # random states then, of the CPU and of every GPU in use
+    new: int = 1  # positions that it reads anew
     visible: int = 0  # positions that this call reads, those in the cache included
     training: bool = False
+
+    @property
+    def has_past(self) -> bool:
+        """Whether there is something in the cache already."""
+        return self.visible > self.new
 
     @property
     def reach(self) -> int:
@@ -107,7 +112,7 @@ def _of_equal_form(
         enough = all(count >= WORDS for count in drawn.values())
         if len(runs) >= PROBES and (enough or not all(drawn.values())):
             break
-    held = call.visible - new_positions(call.inputs)  # positions in the cache
+    held = call.visible - call.new  # positions in the cache
     # An end token may have taken one place.
     seen = all(most + held >= max(call.reach - 1, 1) for most in longest.values())
     return runs, bool(drawn) and enough and seen
@@ -284,6 +289,8 @@ def _is_usual(key: str, value: Tensor, visible: int) -> bool:
     if "mask" in key:
         return bool(value.all())
     if "position" in key and value.dim():
+        if value.shape[-1] == 1:  # of every step of a generation
+            return bool((value == visible - 1).all())
         counted = torch.arange(visible - value.shape[-1], visible, device=value.device)
         return torch.equal(value, counted.expand_as(value))
     return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import UserDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from vflair_core.communication.program import Tree
 from vflair_core.errors import PartitionError
-from vflair_core.parties.data_party.deferred import Deferred
+from vflair_core.parties.data_party.deferred import Deferred, form_of
 from vflair_core.parties.data_party.remote_cache import holds_past
 from vflair_core.parties.data_party.shared_states import shadow_of, written
 
@@ -35,14 +35,20 @@ class Shapes:
     _structures: dict[Any, Any] = field(factory=dict)
     _learnt: dict[str, Any] = field(factory=dict)  # of each module the last, and its input's shape
 
-    def of(self, absent: ModuleStub, named: dict[str, Any], trees: dict[str, Tree]) -> Any:
-        """What the module returns, with meta tensors for tensors. Learned once per shape of its input."""
-        hidden = first_tensor(named)
-        literals = tuple((key, tree) for key, tree in trees.items() if tree[0] == "value")
-        key = (absent.name, tuple(hidden.shape), hidden.dtype, absent.training, literals)
+    def of(
+        self,
+        absent: ModuleStub,
+        first: Tensor,
+        named: dict[str, Any],
+        trees: Sequence[tuple[str, Tree]],
+    ) -> Any:
+        """What the module returns, with meta tensors for tensors. Learned once per shape of its input, the `first`."""
+        hidden = form_of(first)
+        literals = tuple([pair for pair in trees if pair[1][0] == "value"])
+        key = (absent.name, hidden.shape, hidden.dtype, absent.training, literals)
         if len(self._structures) >= MAX_STRUCTURES:
             self._structures.clear()
-        store = next((shadow_of(v) for v in named.values() if isinstance(v, UserDict)), {})
+        store = next((shadow_of(named[name]) for name, tree in trees if tree[0] == "shared"), {})
         if key not in self._structures:
             before = dict(store)
             structure = self._learned(absent, named, hidden)
@@ -72,7 +78,10 @@ class Shapes:
 
 def first_tensor(named: dict[str, Any]) -> Tensor:
     """The hidden states, which come first in every call."""
-    return next(value for value in named.values() if isinstance(value, Tensor))
+    for value in named.values():
+        if isinstance(value, Tensor):
+            return value
+    raise PartitionError("A layer of the model party was called without a tensor.")
 
 
 def _run_skeleton(absent: ModuleStub, named: dict[str, Any]) -> Any:

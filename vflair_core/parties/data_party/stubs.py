@@ -10,11 +10,14 @@ from typing import Any
 from torch import nn
 
 from vflair_core.communication.cache_kinds import layers_of
+from vflair_core.communication.program import ALLOWED
 from vflair_core.errors import PartitionError
 from vflair_core.partition.module_tree import on_meta, replace_module
 
 # What may be set on a stand-in: its own facts, and what only concerns the party where the block is run.
-_OWN = frozenset({"name", "layers", "parameter_names", "training", "gradient_checkpointing"})
+_OWN = frozenset(
+    {"name", "layers", "parameter_names", "accepted", "training", "gradient_checkpointing"}
+)
 
 
 Record = Callable[["ModuleStub", tuple[Any, ...], dict[str, Any]], Any]  # a recorder's `call`
@@ -34,6 +37,7 @@ class ModuleStub(nn.Module):
         self.parameter_names = [
             p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
         ]
+        self.accepted = ALLOWED.union(self.parameter_names)
         self.training = module.training
 
     def __getattr__(self, name: str) -> Any:

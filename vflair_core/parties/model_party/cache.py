@@ -63,7 +63,7 @@ class HeldCaches:
         except BaseException:
             if known and before is not None:
                 for part, layers_before in zip(parts_of(known), before, strict=True):
-                    part.layers[:] = layers_before
+                    part.layers[:] = [_restored(*layer) for layer in layers_before]
             else:
                 self._caches.pop(key, None)
             raise
@@ -176,10 +176,18 @@ def in_place(cache: Cache) -> bool:
     """Whether a forward overwrites states, so that a failed one cannot be undone."""
     linear = cache_utils.LinearAttentionCacheLayerMixin
     return any(
-        type(part).__name__ in GROWING or any(isinstance(layer, linear) for layer in part.layers)
+        type(part).__name__ in GROWING
+        or any(issubclass(kind, linear) for kind in set(map(type, part.layers)))
         for part in parts_of(cache)
     )
 
 
-def _snapshot(cache: Cache) -> list[list[Any]]:
-    return [[copy.copy(layer) for layer in part.layers] for part in parts_of(cache)]
+def _snapshot(cache: Cache) -> list[list[tuple[Any, dict[str, Any]]]]:
+    """The layers of each part, and all that each of them refers to now; taken before every call, restored seldom."""
+    return [[(layer, vars(layer).copy()) for layer in part.layers] for part in parts_of(cache)]
+
+
+def _restored(layer: Any, state: dict[str, Any]) -> Any:
+    vars(layer).clear()
+    vars(layer).update(state)
+    return layer

@@ -25,6 +25,7 @@ class HeldStage:
             name: tuple(inspect.signature(module.forward).parameters)
             for name, module in modules.items()
         }
+        self._paths = {name: name.split(".") for name in modules}
         self.layers = sorted(frozenset().union(*map(layers_of, modules.values())))
 
     def call(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -36,7 +37,10 @@ class HeldStage:
         first = self._arguments[name][0]
         if first in kwargs:
             args = [*args, kwargs.pop(first)]
-        return self.model.get_submodule(name)(*args, **kwargs)
+        module = self.model
+        for part in self._paths[name]:  # as `get_submodule`, which takes longer than some blocks
+            module = module._modules[part]  # type: ignore[assignment]
+        return module(*args, **kwargs)
 
     def check(self, program: Program) -> None:
         """See that each module is called as often as it should be, in order, fed by the one before it.

@@ -113,7 +113,9 @@ class ModelParty:
     @property
     def device(self) -> torch.device:
         """Where messages are brought: the device of the first weight."""
-        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        # As the first of `parameters()`, which makes ready for all of them.
+        weights = (p for m in self.model.modules() for p in m._parameters.values() if p is not None)
+        return next((weight.device for weight in weights), torch.device("cpu"))
 
     def save(self, folder: str | Path) -> Path:
         """Write what this party owns, and nothing else, to ``model_party.safetensors``; `merge` reads it."""

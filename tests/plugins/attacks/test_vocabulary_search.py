@@ -272,8 +272,10 @@ def test_what_is_accepted_is_the_first_that_is_near_enough():
     assert guess.budget["forwards"] == 7 * 4 * 64 + 64  # all first positions are one
 
 
-def test_no_more_candidates_are_scored_than_asked_for():
-    ids, knowledge = proposing()
+@pytest.mark.parametrize("texts", [1, 4])
+def test_no_more_candidates_are_scored_than_asked_for(texts):
+    """Of one text too, whose hypotheses have read different tokens."""
+    ids, knowledge = proposing(texts=texts)
     noise = 0.3 * float(knowledge["releases"].square().mean().sqrt())
     knowledge["releases"] = knowledge["releases"] + noise * torch.randn(1, *ids.shape, 32)
     known = KnownNoise(noise)

@@ -21,9 +21,15 @@ import time
 from collections.abc import Callable
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+)
 
 from vflair_core import CheckpointError, Lora, Partition, locate_checkpoint, split, tune
+from vflair_core.communication.cache_kinds import cache_argument
 
 BATCH, LENGTH, PROMPT, TOKENS = 8, 128, 32, 64
 GPT2_OFF = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
@@ -69,7 +75,8 @@ def main() -> None:
         measured |= of_language_model("SmolLM2-135M", make, ids[:2])
     for title, contenders in measured.items():
         if options.only in title:
-            report(title, interleaved(contenders(), options.rounds))
+            rounds = options.rounds * (TOKENS if title.startswith("one token") else 1)
+            report(title, interleaved(contenders(), rounds))
     print(json.dumps({"bytes to hidden states and gradients": bytes_of_a_step(gpt2, ids)}))
 
 
@@ -96,6 +103,9 @@ def of_language_model(
         f"generate {TOKENS} tokens, {name}": lambda: {
             kind: lambda model=owners[0]: generate(model, ids)
             for kind, owners in pairs(make()).items()
+        },
+        f"one token more, {name}": lambda: {
+            kind: Continuation(owners[0], ids) for kind, owners in pairs(make()).items()
         },
     }
 
@@ -160,6 +170,22 @@ def generate(model: torch.nn.Module, ids: torch.Tensor) -> float:
     return time.process_time() - start
 
 
+class Continuation:
+    """A text to which each call adds a token: so contenders take turns at every token, on a machine that is shared."""
+
+    def __init__(self, model: torch.nn.Module, ids: torch.Tensor) -> None:
+        self.model, self.ids = model.eval(), ids[:1, :PROMPT]
+        self.cached = {cache_argument(model): DynamicCache(config=model.config)}
+
+    def __call__(self) -> float:
+        """CPU seconds of one token; the first time, of the prompt."""
+        start = time.process_time()
+        with torch.no_grad():
+            logits = self.model(self.ids, use_cache=True, **self.cached).logits
+        self.ids = logits[:, -1:].argmax(-1)
+        return time.process_time() - start
+
+
 def interleaved(contenders: Contenders, rounds: int) -> dict[str, list[float]]:
     """Run each in turn, once to warm up and then `rounds` times, the order turning round each time."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -177,7 +203,7 @@ def report(title: str, times: dict[str, list[float]]) -> None:
     base = statistics.median(times["unsplit"])
     rows = {
         name: {
-            "CPU s": round(statistics.median(t), 4),
+            "CPU s": round(statistics.median(t), 5),
             "ratio": round(statistics.median(t) / base, 4),
         }
         for name, t in times.items()

@@ -18,7 +18,6 @@ from transformers.cache_utils import Cache
 from vflair_core.communication.codec import NAMES
 from vflair_core.communication.execution import Execution
 from vflair_core.communication.program import (
-    ALLOWED,
     MIXING,
     OPERATIONS,
     Leaf,
@@ -28,33 +27,16 @@ from vflair_core.communication.program import (
     sources,
     tensors_of,
 )
-from vflair_core.errors import LeakError, PartitionError, ProtocolError
+from vflair_core.errors import PartitionError, ProtocolError
 from vflair_core.parties.data_party.deferred import Deferred, device_of
 from vflair_core.parties.data_party.shape_inference import Shapes, first_tensor, rebuilt
 from vflair_core.parties.data_party.shared_states import coming_back, fill, open_store
-from vflair_core.parties.data_party.stubs import ModuleStub
+from vflair_core.parties.data_party.stubs import ModuleStub, named_arguments
 from vflair_core.partition.stages import Stage, stage_of
 
 # Hands a program, the tensors it takes, the cache and the form of the answer (meta tensors) to who exchanges them;
 # returns the answer's tensors.
 Handover = Callable[[Program, list[Tensor], "Cache | None", list[Tensor]], list[Tensor]]
-
-# Arguments that transformers threads through every block and that no block computes with.
-DROPPED = frozenset(
-    [
-        "input_ids",
-        "decoder_input_ids",
-        "labels",
-        "shift_labels",
-        "num_items_in_batch",
-        "logits_to_keep",
-        "return_dict",
-        "output_hidden_states",
-        "output_attentions",
-        "output_router_logits",
-    ]
-)
-
 
 _LITERALS = frozenset({type(None), bool, int, float, str})
 _CACHE: Tree = ("cache",)
@@ -100,7 +82,7 @@ class Recorder:
 
     def call(self, absent: ModuleStub, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record the call of an absent module."""
-        named = dict(zip(absent.parameter_names, args, strict=False)) | _checked(absent, kwargs)
+        named = named_arguments(absent, args, kwargs)
         hidden = first_tensor(named)
         waits = _waits(hidden) or _waits(named)
         if not waits and any(stage.allows(tuple(self._called)) for stage in self.stages):
@@ -111,20 +93,19 @@ class Recorder:
         if self.only_first:
             self._fire([])
         structure = self._shapes.of(absent, hidden, named, trees)
-        local_cache = next((named[key] for key, tree in trees if tree == _CACHE), None)
         if self._is_complete():
             shapes = tensors_of(structure)
             answer = self._fire(shapes)
             real = iter(answer)
-            return rebuilt(structure, lambda _meta, _path: next(real), local_cache)
+            return rebuilt(structure, lambda _meta, _path: next(real), _cache_in(named))
         self._returned = structure
-        return self._deferred(structure, device_of(hidden), local_cache)
+        if isinstance(structure, Tensor):  # most blocks give nothing else
+            return self._deferred(structure, device_of(hidden))
+        return self._deferred(structure, device_of(hidden), _cache_in(named))
 
     def _deferred(self, shapes: Any, device: torch.device, cache: Cache | None = None) -> Any:
         """What the last step will give."""
         step = len(self.steps) - 1
-        if isinstance(shapes, Tensor):
-            return Deferred.of(shapes, device, self, ("out", step))
         return rebuilt(
             shapes, lambda meta, path: Deferred.of(meta, device, self, ("out", step, *path)), cache
         )
@@ -292,6 +273,10 @@ class Recorder:
         return tree
 
 
+def _cache_in(named: dict[str, Any]) -> Cache | None:
+    return next((value for value in named.values() if isinstance(value, Cache)), None)
+
+
 def _waits(value: Any) -> bool:
     """Whether `value` is, or holds, a deferred tensor that was not fetched."""
     if isinstance(value, Deferred):
@@ -316,19 +301,3 @@ def _on_meta(value: Any) -> Any:
 
 def _no_module(name: str, *_: Any) -> Any:
     raise ProtocolError(f"{name} is held by the model party.")
-
-
-def _checked(absent: ModuleStub, kwargs: dict[str, Any]) -> dict[str, Any]:
-    if absent.accepted.issuperset(kwargs):
-        return kwargs
-    accepted = {}
-    for key, value in kwargs.items():
-        if key in absent.accepted:
-            accepted[key] = value
-        elif key not in DROPPED and value is not None:
-            raise LeakError(
-                f"{absent.name} was called with {key!r}, which is not an argument a block is known to take. "
-                f"It stays with the data party. Known: {', '.join(sorted(ALLOWED))} and the block's own "
-                f"{', '.join(absent.parameter_names)}."
-            )
-    return accepted

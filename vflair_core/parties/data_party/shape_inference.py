@@ -48,13 +48,14 @@ class Shapes:
         key = (absent.name, hidden.shape, hidden.dtype, absent.training, literals)
         if len(self._structures) >= MAX_STRUCTURES:
             self._structures.clear()
-        store = next((shadow_of(named[name]) for name, tree in trees if tree[0] == "shared"), {})
+        store = [shadow_of(named[name]) for name, tree in trees if tree[0] == "shared"]
         if key not in self._structures:
-            before = dict(store)
+            before: dict[str, Any] = dict(*store)
             structure = self._learned(absent, named, hidden)
-            self._structures[key] = structure, written(store, before)
+            self._structures[key] = structure, written(dict(*store), before)
         structure, entries = self._structures[key]
-        store.update(entries)
+        for shadow in store:
+            shadow.update(entries)
         return structure
 
     def _learned(self, absent: ModuleStub, named: dict[str, Any], hidden: Tensor) -> Any:

@@ -11,7 +11,7 @@ from torch import nn
 
 from vflair_core.communication.cache_kinds import layers_of
 from vflair_core.communication.program import ALLOWED
-from vflair_core.errors import PartitionError
+from vflair_core.errors import LeakError, PartitionError
 from vflair_core.partition.module_tree import on_meta, replace_module
 
 # What may be set on a stand-in: its own facts, and what only concerns the party where the block is run.
@@ -19,6 +19,21 @@ _OWN = frozenset(
     {"name", "layers", "parameter_names", "accepted", "training", "gradient_checkpointing"}
 )
 
+# Arguments that transformers threads through every block and that no block computes with.
+DROPPED = frozenset(
+    [
+        "input_ids",
+        "decoder_input_ids",
+        "labels",
+        "shift_labels",
+        "num_items_in_batch",
+        "logits_to_keep",
+        "return_dict",
+        "output_hidden_states",
+        "output_attentions",
+        "output_router_logits",
+    ]
+)
 
 Record = Callable[["ModuleStub", tuple[Any, ...], dict[str, Any]], Any]  # a recorder's `call`
 
@@ -64,6 +79,35 @@ class ModuleStub(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.record(self, args, kwargs)  # type: ignore[no-any-return]
+
+
+def named_arguments(
+    absent: ModuleStub, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call of an absent module by their names, without those that no block computes with.
+
+    Raises:
+        LeakError: One is not known to be something that blocks take.
+    """
+    named = dict(zip(absent.parameter_names, args, strict=False))
+    named.update(_checked(absent, kwargs))
+    return named
+
+
+def _checked(absent: ModuleStub, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if absent.accepted.issuperset(kwargs):
+        return kwargs
+    accepted = {}
+    for key, value in kwargs.items():
+        if key in absent.accepted:
+            accepted[key] = value
+        elif key not in DROPPED and value is not None:
+            raise LeakError(
+                f"{absent.name} was called with {key!r}, which is not an argument a block is known to take. "
+                f"It stays with the data party. Known: {', '.join(sorted(ALLOWED))} and the block's own "
+                f"{', '.join(absent.parameter_names)}."
+            )
+    return accepted
 
 
 def put_stubs(

@@ -39,7 +39,6 @@ from vflair_core.partition.stages import Stage, stage_of
 Handover = Callable[[Program, list[Tensor], "Cache | None", list[Tensor]], list[Tensor]]
 
 _LITERALS = frozenset({type(None), bool, int, float, str})
-_CACHE: Tree = ("cache",)
 
 
 @define(eq=False)
@@ -222,7 +221,7 @@ class Recorder:
                 return "value", value
             case Cache():
                 self.cache = value
-                return self._settled(value, _CACHE)
+                return ("cache",)
             case tuple() | list():
                 items = [self._tree(item, f"{name}.{n}") for n, item in enumerate(value)]
                 if isinstance(value, list):

@@ -48,7 +48,7 @@ class Shapes:
         key = (absent.name, hidden.shape, hidden.dtype, absent.training, literals)
         if len(self._structures) >= MAX_STRUCTURES:
             self._structures.clear()
-        store = [shadow_of(named[name]) for name, tree in trees if tree[0] == "shared"]
+        store = [shadow_of(named[name]) for name, tree in trees if tree[0] == "shared"][:1]
         if key not in self._structures:
             before: dict[str, Any] = dict(*store)
             structure = self._learned(absent, named, hidden)

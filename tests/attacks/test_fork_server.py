@@ -56,6 +56,7 @@ def test_it_has_its_folder_its_pipes_and_its_environment_only(server, tmp_path, 
     assert "A_TOKEN_OF_MINE" not in said
     assert said.endswith("b'a line'\n")
     assert f" {os.getpid()} " not in said  # its parent is another, which knows nothing
+    assert "AN_OWN" not in ask(server, tmp_path, "told")[1]  # nor what another was given
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ class Spy:
             "variables": lambda process: (process / "environ").read_bytes(),
             "path": lambda _: Path(self.path).read_bytes(),
             "written": lambda _: Path(self.path).with_suffix(".spy").write_text("here"),
-            "handles": lambda _: [f for f in Path("/proc/self/fd").iterdir() if _is_socket(f)],
+            "handles": lambda _: [f for f in Path("/proc/self/fd").iterdir() if _leads_out(f)],
         }
         found = {
             name: float(any(_works(attempt, process) for process in self.looked_at()))
@@ -85,8 +85,12 @@ class Spy:
             number = int(stat.rpartition(")")[2].split()[1])
 
 
-def _is_socket(handle) -> bool:
-    return handle.exists() and stat.S_ISSOCK(handle.stat().st_mode)
+def _leads_out(handle) -> bool:
+    """Whether it leads to another process, beside the three that every process has."""
+    if int(handle.name) < 3 or not handle.exists():
+        return False
+    mode = handle.stat().st_mode
+    return stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode)
 
 
 def _works(attempt, process) -> bool:

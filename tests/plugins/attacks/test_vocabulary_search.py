@@ -281,7 +281,7 @@ def test_no_more_candidates_are_scored_than_asked_for(texts):
     known = KnownNoise(noise)
     known.in_nats = True
     plain = launch(VocabularySearch(beam=2), knowledge | {"mechanism": known})
-    plan = VocabularySearch(proposals="prior+linear", candidates=200, beam=2)
+    plan = VocabularySearch(proposals="prior+linear", candidates=200, beam=2, margin=1e9)
     guess = launch(plan, knowledge | {"mechanism": known})
     assert guess.budget["forwards"] < 0.25 * plain.budget["forwards"]
     assert accuracy(guess, ids) > accuracy(plain, ids) - 0.1

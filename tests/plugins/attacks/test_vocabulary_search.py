@@ -274,9 +274,10 @@ def test_what_is_accepted_is_the_first_that_is_near_enough():
 
 def test_hypotheses_of_one_text_that_read_different_tokens_are_tried_apart():
     ids, knowledge = proposing(texts=1)
-    noise = 0.01 * float(knowledge["releases"].square().mean().sqrt())
+    known = KnownNoise(0.1 * float(knowledge["releases"].square().mean().sqrt()))
+    known.in_nats = True
     plan = VocabularySearch(proposals="prior+linear", candidates=200, beam=2, margin=1e9)
-    guess = launch(plan, knowledge | {"mechanism": KnownNoise(noise)})
+    guess = launch(plan, knowledge | {"mechanism": known})
     assert torch.equal(guess.tokens, ids)
 
 

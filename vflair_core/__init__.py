@@ -70,6 +70,7 @@ _HOMES = {
     "token_f1": "tasks.metrics",
     "cache_argument": "communication.cache_kinds",
     "did_you_mean": "errors",
+    "alternatives": "errors",
     "train_tokenizer": "tasks.tokenizer_training",
     "launch": "attacks.attack",
     "experiment_from": "experiments.config",
@@ -123,6 +124,7 @@ if TYPE_CHECKING:
     from vflair_core.errors import SecondDerivativeError as SecondDerivativeError
     from vflair_core.errors import TaskError as TaskError
     from vflair_core.errors import VflairError as VflairError
+    from vflair_core.errors import alternatives as alternatives
     from vflair_core.errors import did_you_mean as did_you_mean
     from vflair_core.experiments.attack_phase import attack_again as attack_again
     from vflair_core.experiments.config import experiment_from as experiment_from

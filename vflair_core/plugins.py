@@ -18,7 +18,7 @@ from typing import Any
 import pluggy
 from attrs import frozen
 
-from vflair_core.errors import PluginError, did_you_mean
+from vflair_core.errors import PluginError, alternatives
 from vflair_core.hookspecs import KINDS, PROJECT
 
 
@@ -114,7 +114,7 @@ def _register(manager: PluginManager, plugin: Any, name: str, source: str, versi
         if hasattr(getattr(plugin, attribute, None), f"{PROJECT}_impl") and attribute not in HOOKS:
             raise PluginError(
                 f"Plugin {name} ({source}) implements {attribute!r}, which is not a hook."
-                f"{did_you_mean(attribute, HOOKS)} Possible: {', '.join(HOOKS)}."
+                f"{alternatives(attribute, HOOKS)}"
             )
     try:
         manager.register(plugin, name)

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig
 
+from vflair_core.errors import alternatives
 from vflair_core.tasks.kinds import KINDS as TASK_KINDS
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def tiny_model(
         overrides: Options of the config, e.g. ``num_hidden_layers=2`` or ``num_labels=3``.
     """
     if task not in AUTOS:
-        raise ValueError(f"There is no task {task!r}. Possible: {', '.join(AUTOS)}.")
+        raise ValueError(f"There is no task {task!r}.{alternatives(task, AUTOS)}")
     config = AutoConfig.for_model(kind, **{**SIZES, **KINDS.get(kind, {}), **overrides})
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from vflair_core.cli.app import Json, Plugin, configure_logging
 from vflair_core.cli.tables import plain, say, summary, table
-from vflair_core.errors import VflairError
+from vflair_core.errors import VflairError, alternatives
 
 
 def plugins(*, plugin: Plugin = None, json_: Json = False) -> None:
@@ -48,7 +48,7 @@ def list_(what: str, *, plugin: Plugin = None, json_: Json = False) -> None:
 
     shelves = ("attacks", "defenses", "tasks", "commands")
     if what not in shelves:
-        raise VflairError(f"Cannot list {what!r}. Possible: {', '.join(shelves)}, models.")
+        raise VflairError(f"Cannot list {what!r}.{alternatives(what, (*shelves, 'models'))}")
     found = offers(plugin_manager(plugin or ()), what)  # type: ignore[arg-type]
     if what == "tasks":
         list_tasks(found, json_=json_)

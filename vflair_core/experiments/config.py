@@ -12,7 +12,7 @@ import cattrs
 from cattrs import Converter
 from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
 
-from vflair_core.errors import ExperimentError, VflairError, did_you_mean
+from vflair_core.errors import ExperimentError, VflairError, alternatives
 from vflair_core.experiments.experiment import Experiment
 
 
@@ -117,8 +117,7 @@ def _explain(error: BaseException, where: str) -> list[str]:
         case ForbiddenExtraKeysError():
             known = [attribute.name for attribute in attrs.fields(error.cl)]
             return [
-                f"{f'{where}.{name}'.lstrip('.')}: there is no such key.{did_you_mean(name, known)} "
-                f"Possible: {', '.join(known)}."
+                f"{f'{where}.{name}'.lstrip('.')}: there is no such key.{alternatives(name, known)}"
                 for name in sorted(error.extra_fields)
             ]
         case KeyError():

@@ -113,9 +113,12 @@ def test_a_run_with_a_one_file_plugin_shows_and_writes_its_result(file, tmp_path
     }
     result = json.loads((tmp_path / "result.json").read_text())
     assert len(result["numbers"]["defended"]["losses"]) == 2
-    again = vflair(
-        "run", tmp_path / "experiment.toml", "--plugin", SAMPLE_PLUGIN, "--out", tmp_path, "--json"
+    again = (
+        *("run", tmp_path / "experiment.toml", "--plugin", SAMPLE_PLUGIN, "--out", tmp_path),
+        "--json",
     )
+    assert "--overwrite" in vflair(*again, code=1).stderr
+    again = vflair(*again, "--overwrite")
     assert json.loads(again.stdout)["numbers_hash"] == result["numbers_hash"]
 
 

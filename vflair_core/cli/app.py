@@ -11,7 +11,12 @@ from cyclopts import App, Parameter
 
 from vflair_core import __version__
 
-app = App(name="vflair", version=__version__, help="Split learning of large language models.")
+app = App(
+    name="vflair",
+    version=__version__,
+    help="Split learning of large language models.",
+    suppress_keyboard_interrupt=False,  # `main` says what is left of a run
+)
 
 
 Plugin = Annotated[

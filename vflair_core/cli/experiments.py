@@ -21,6 +21,9 @@ def run(
     out: Annotated[
         Path | None, Parameter(help="Folder for the result; runs/NAME by default.")
     ] = None,
+    overwrite: Annotated[
+        bool, Parameter(help="Let the run that the folder holds go away first.")
+    ] = False,
     heads: Annotated[
         str | None,
         Parameter(
@@ -49,6 +52,7 @@ def run(
     folder = out or Path("runs") / file.stem
     options: dict[str, Any] = {
         "plugins": plugin_manager(plugin or ()),
+        "overwrite": overwrite,
         "strict": strict,
         "keep_evidence": keep_evidence,
         "cache": cache,

@@ -60,14 +60,28 @@ for _name, _command in COMMANDS.items():
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the program on `arguments`, by default those it was called with; an error of ours is one message."""
+    """Run the program on `arguments`, by default those it was called with; an error of ours or of a file is one message."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         _add_plugin_commands(words)
         app(words)
     except VflairError as error:
-        sys.stderr.write(f"vflair: {error}\n")
-        sys.exit(1)
+        _end(str(error), error, 1)
+    except KeyboardInterrupt as stop:
+        _end("interrupted.", stop, INTERRUPTED)
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        _end(" ".join(str(error).split()), error, 1)
+
+
+INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
+
+
+def _end(message: str, error: BaseException, code: int) -> None:
+    """Say why the program ends, and what is left of a run."""
+    sys.stderr.write(f"vflair: {' '.join([message, *getattr(error, '__notes__', ())])}\n")
+    sys.exit(code)
 
 
 def _add_plugin_commands(arguments: list[str]) -> None:

@@ -26,6 +26,7 @@ from vflair_core.experiments.capture import capture_victims
 from vflair_core.experiments.context import Clock, RunContext, noise_seed
 from vflair_core.experiments.experiment import Experiment
 from vflair_core.experiments.grading.grades import Grade, Reference
+from vflair_core.experiments.output import closed
 from vflair_core.experiments.victims import auxiliary_of
 from vflair_core.parties.split import split
 from vflair_core.partition.slices import Slices
@@ -231,8 +232,9 @@ def _evaluate(name: str, party: DataParty, setting: RunContext) -> Evaluation:
 def _save(arm: str, party: DataParty, model_party: ModelParty, setting: RunContext) -> None:
     if setting.out is None:
         raise ExperimentError("save = true needs an output folder: pass out= (or --out).")
-    folder = setting.out / arm
-    for path in (party.save(folder), model_party.save(folder)):
+    with closed(setting.out / arm) as folder:
+        paths = (party.save(folder), model_party.save(folder))
+    for path in paths:
         setting.tell("vflair_checkpoint_saved", arm=arm, path=str(path), step=party.step)
 
 

@@ -5,10 +5,12 @@ Names load on first use (PEP 562), so that ``vflair --help`` and plugin modules 
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # who listens adds another
 
 _HOMES = {
     "Channel": "communication.channel",

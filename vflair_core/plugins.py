@@ -19,6 +19,7 @@ import pluggy
 from attrs import frozen
 
 from vflair_core.errors import PluginError, alternatives
+from vflair_core.events import events
 from vflair_core.hookspecs import KINDS, PROJECT
 
 
@@ -82,9 +83,7 @@ def plugin_manager(
 
 
 def _warn(event: str, **facts: Any) -> None:
-    import structlog  # only now: it brings rich along, where that is installed
-
-    structlog.get_logger().warning(event, **facts)
+    events(__name__).warning(event, **facts)
 
 
 def load_file(path: Path) -> ModuleType:

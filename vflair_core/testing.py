@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from vflair_core.errors import alternatives
+from vflair_core.parties.config_fields import check_class, check_model_type
 from vflair_core.tasks.kinds import KINDS as TASK_KINDS
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def tiny_model(
     """
     if task not in AUTOS:
         raise ValueError(f"There is no task {task!r}.{alternatives(task, AUTOS)}")
+    if wrong := check_model_type(kind) or check_class(transformers.CONFIG_MAPPING[kind], overrides):
+        raise ValueError(wrong)
     config = AutoConfig.for_model(kind, **{**SIZES, **KINDS.get(kind, {}), **overrides})
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)

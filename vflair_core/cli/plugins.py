@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from vflair_core.cli.app import Json, Plugin, configure_logging
+from vflair_core.cli.app import Json, Plugin, app, configure_logging
 from vflair_core.cli.tables import plain, say, summary, table
 from vflair_core.errors import VflairError, alternatives
 
@@ -32,8 +32,11 @@ def plugins(*, plugin: Plugin = None, json_: Json = False) -> None:
     table(("plugin", "from", "hooks, or why it failed"), rows)
 
 
-def list_(what: str, *, plugin: Plugin = None, json_: Json = False) -> None:
+def list_(what: str | None = None, *, plugin: Plugin = None, json_: Json = False) -> None:
     """List attacks, defenses, tasks or models (types that `verify` found exact)."""
+    if what is None:
+        app.help_print(["list"])
+        return
     if what == "models":
         from vflair_core.parties.verified_models import VERIFIED
 

@@ -46,6 +46,7 @@ def build_run(
     """
     attack_device(e.attack_device)  # what is not there is told before anything is built
     clock = clock or Clock()
+    report("building the task", 0, 1)
     with clock("task"):
         task: Task = build(find(plugins, "tasks", e.task.name), e.task.options)
     # Who is told it finds neither the experiment's seed, which makes tasks and orders, nor that of the noise.
@@ -53,9 +54,12 @@ def build_run(
     launches = make_launches(e.attacks, plugins, seed)
     adversary = make_adversary(e.adversary, plugins, seed) if e.adversary else None
     _check(e, task, launches, adversary, make_defenses(e, plugins))
+    report("building the task", 1, 1)
+    report("building the model", 0, 1)
     with clock("pretraining"):
         model, tokenizer, processor = prepare_model(e, task, report)
     _check_model(e, model)
+    report("building the model", 1, 1)
     e = with_companions(e, task, model)
     setting = RunContext(
         experiment=e,

@@ -151,7 +151,7 @@ def _arms(model: Any, setting: RunContext, clock: Clock) -> Iterator[tuple[str, 
         name = "active-" if active else ""
         plain = run_arm(f"{name}undefended", copy.deepcopy(model), [], setting, [], active=active)
         if e.check_unsplit and not active:
-            with clock("unsplit reference"):
+            with clock("unsplit reference"), setting.phase("unsplit reference"):
                 _compare_unsplit(copy.deepcopy(model), setting, plain)
         yield f"{name}undefended", plain
         if e.defenses:

@@ -63,8 +63,9 @@ NEAREST = 5  # names that it lists of more
 
 def did_you_mean(asked: str, possible: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` when something close to `asked` exists, else ``""``."""
-    close = difflib.get_close_matches(asked, list(possible), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    names = {name.lower(): name for name in map(str, possible)}
+    close = difflib.get_close_matches(asked.lower(), names, n=1)
+    return f" Did you mean {names[close[0]]!r}?" if close else ""
 
 
 def alternatives(

@@ -25,6 +25,7 @@ from attrs import define
 
 IMPORTED_FIRST = "vflair_core.attacks.worker"
 LONGEST = 1 << 20  # bytes of a request
+LOOK_EVERY = 20  # milliseconds, for the end of a process
 
 
 @define
@@ -138,13 +139,14 @@ def _keep(words: list[object], stdin: int, stdout: int, stderr: int, line: int) 
 
 def _end_with_the_line(child: int, line: int) -> None:
     """Wait until the process has ended; kill it when the other end of the line is closed, as by a process that died."""
-    ended, events = os.pidfd_open(child), select.poll()
-    events.register(ended, select.POLLIN)
+    events = select.poll()
     events.register(line, select.POLLIN)
-    if ended not in dict(events.poll()):
-        for group in (-child, child):  # it may not have a group of its own yet
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(group, signal.SIGKILL)
+    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if events.poll(LOOK_EVERY):
+            for group in (-child, child):  # it may not have a group of its own yet
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(group, signal.SIGKILL)
+            return
 
 
 def _become(entry: str, module: str, folder: str, environment: Mapping[str, str]) -> None:

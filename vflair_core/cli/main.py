@@ -16,7 +16,7 @@ from vflair_core.cli.app import Json, app, configure_logging
 from vflair_core.cli.experiments import attack, explain, run
 from vflair_core.cli.plugins import list_, plugins, show
 from vflair_core.cli.tables import say
-from vflair_core.errors import VflairError
+from vflair_core.errors import PluginError, VflairError, alternatives
 
 
 def merge(
@@ -95,7 +95,13 @@ def _add_plugin_commands(arguments: list[str]) -> None:
     after = itertools.pairwise(arguments)
     configure_logging(verbose=False, level=logging.ERROR)
     manager = plugin_manager([value for flag, value in after if flag == "--plugin"])
-    offered = [find(manager, "commands", name)] if name else offers(manager, "commands").values()
+    try:
+        offered = (
+            [find(manager, "commands", name)] if name else offers(manager, "commands").values()
+        )
+    except PluginError as error:
+        ours = alternatives(name, COMMANDS, label="Commands of vflair itself")
+        raise PluginError(f"{error}{ours}") from error
     for command in offered:
         app.command(command.load(), name=command.name)
 

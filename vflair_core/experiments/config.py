@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import attrs
 import cattrs
@@ -62,6 +62,7 @@ def _converter() -> Converter:
     converter = Converter(forbid_extra_keys=True, detailed_validation=True)
     for kind in (int, float, str, bool):
         converter.register_structure_hook(kind, _exactly)
+    converter.register_structure_hook_func(_is_choice, _one_of)
     converter.register_structure_hook_func(
         lambda t: t == Mapping[str, Any], lambda value, _: dict(value)
     )
@@ -79,6 +80,18 @@ def _exactly(value: Any, kind: type) -> Any:
         return float(value)
     if type(value) is not kind:
         raise TypeError(f"expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _is_choice(kind: Any) -> bool:
+    origin: Any = get_origin(kind)
+    return origin is Literal
+
+
+def _one_of(value: Any, kind: Any) -> Any:
+    possible = get_args(kind)
+    if value not in possible or type(value) is not type(possible[possible.index(value)]):
+        raise ValueError(f"there is no {value!r}.{alternatives(str(value), possible)}")
     return value
 
 

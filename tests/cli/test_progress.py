@@ -14,6 +14,7 @@ from support.small_models import LLAMA
 from vflair_core import experiment_from, plugin_manager, run
 from vflair_core.cli.progress import lines
 from vflair_core.cli.tables import table
+from vflair_core.cli.terminal import _in_short
 
 EXPERIMENT = {
     "task": {"name": "words"},
@@ -67,6 +68,17 @@ def test_who_listens_to_the_logger_hears_events_with_what_they_tell(caplog):
     (held,) = [record for record in caplog.records if record.event == "parameters"]
     assert held.levelno == logging.INFO
     assert held.fields["data_party"] + held.fields["model_party"] == held.fields["total"]
+
+
+def test_in_short_what_nobody_should_miss_is_named():
+    remarks = [
+        "defended, mid: positive control failed.",
+        "defended, labels: NOT EVALUATED.",
+        "mid: a promise.",
+    ]
+    said = _in_short(remarks, remarks[:2])
+    assert said.startswith("3 remarks, 2 of them warnings (failed, NOT EVALUATED): --verbose")
+    assert _in_short(remarks[2:], []).startswith("1 remarks, no warning")
 
 
 @pytest.mark.parametrize("width", [80, 40])

@@ -55,6 +55,7 @@ def build(config, tokenizer):
             {**LLAMA, "num_attention_heads": 3},
             "model.config: .*not a multiple of the number of attention",
         ),
+        ({**LLAMA, "vocab_size": 99}, "vocab_size comes from the tokenizer.*model.vocab_size"),
         ({**LLAMA, "hidden_size": "16"}, "model.config: .*hidden_size"),
         ({**LLAMA, "model_type": "lama"}, "no model type 'lama'.*Did you mean 'l?lama"),
         (

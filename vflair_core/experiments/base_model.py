@@ -54,6 +54,11 @@ def random_model(
     if "text_config" in given:
         given["text_config"] = {**special, **given["text_config"]}
         special = {"image_token_id": tokenizer.convert_tokens_to_ids("<image>")}
+    if twice := special.keys() & given.keys():
+        _check(
+            f"{', '.join(sorted(twice))} comes from the tokenizer that is trained; leave it out, and give its size as "
+            "model.vocab_size."
+        )
     try:
         config = transformers.AutoConfig.for_model(model_type, **special, **given, **heads)
         _check(check_fields(config, fields))

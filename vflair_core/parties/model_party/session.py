@@ -22,6 +22,7 @@ from vflair_core.parties.model_party.cache import HeldCaches
 from vflair_core.parties.model_party.caps import Caps
 from vflair_core.parties.model_party.held_stage import HeldStage, matching
 from vflair_core.parties.model_party.relay import Relay, Rest, divide_program
+from vflair_core.partition.adapter_state import AdapterState
 
 
 @frozen(eq=False)
@@ -46,6 +47,7 @@ class Graph:
     inputs: list[Tensor]
     ends: list[End]
     training: bool
+    adapters: AdapterState | None  # that were on
 
 
 @frozen(eq=False)
@@ -113,6 +115,8 @@ class Session:
         """Drop what the data party no longer uses, and copy the caches it copied."""
         for number in meta.get("released_graphs", ()):
             self.graphs.pop(number, None)
+        for program in meta.get("released_programs", ()):
+            self.jobs.pop(program, None)
         for old, new in meta.get("copied_caches", ()):
             self.caches.copy(old, new)
         for key in meta.get("released_caches", ()):

@@ -134,6 +134,7 @@ def _privacy(result: Result, arms: list[str], scores: Sequence[dict[str, Any]] =
             cells.append(f"{scores[row]['dcs']:.3f}")
         lines.append((_named(last), last["knowledge"], *cells))
     if lines:
+        say("AP with its 95 % interval")
         reached = tuple(f"AP {arm}" for arm in arms)
         columns = ("attack", "knows", *reached, "floor", *(("DCS",) if scores else ()))
         table(columns, lines, whole=reached)

@@ -150,7 +150,7 @@ class DataParty:
         each = [(type(d).__name__, d.counterpart()) for d in self.defenses.each]
         wanted = [(name, module) for name, module in each if module is not None]
         facts = self.connection.open(*counterparts.describe(wanted), optimizer, resume)
-        if (moved := facts["moved"]) and not self._told_moved:
+        if (moved := facts.get("moved")) and not self._told_moved:
             self._told_moved = True
             warnings.warn(
                 f"The model party's weights are not those that were loaded any more: other sessions took {moved} steps on "

@@ -5,10 +5,12 @@ Names load on first use (PEP 562), so that ``vflair --help`` and plugin modules 
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # who listens adds another
 
 _HOMES = {
     "Channel": "communication.channel",
@@ -71,6 +73,7 @@ _HOMES = {
     "token_f1": "tasks.metrics",
     "cache_argument": "communication.cache_kinds",
     "did_you_mean": "errors",
+    "alternatives": "errors",
     "train_tokenizer": "tasks.tokenizer_training",
     "launch": "attacks.attack",
     "experiment_from": "experiments.config",
@@ -124,6 +127,7 @@ if TYPE_CHECKING:
     from vflair_core.errors import SecondDerivativeError as SecondDerivativeError
     from vflair_core.errors import TaskError as TaskError
     from vflair_core.errors import VflairError as VflairError
+    from vflair_core.errors import alternatives as alternatives
     from vflair_core.errors import did_you_mean as did_you_mean
     from vflair_core.experiments.attack_phase import attack_again as attack_again
     from vflair_core.experiments.config import experiment_from as experiment_from

@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from vflair_core.errors import PluginError, VflairError, did_you_mean
+from vflair_core.errors import PluginError, VflairError, alternatives
 from vflair_core.offers import Offered, Shelf, build, offers
 from vflair_core.plugins import PluginManager
 from vflair_core.tasks.spans import rendered
@@ -29,9 +29,7 @@ def describe(
     """
     everything = {key: (shelf, o) for shelf in SHELVES for key, o in offers(manager, shelf).items()}
     if name not in everything:
-        raise PluginError(
-            f"No plugin offers {name!r}.{did_you_mean(name, everything)} Possible: {', '.join(everything)}."
-        )
+        raise PluginError(f"No plugin offers {name!r}.{alternatives(name, everything)}")
     shelf, offered = everything[name]
     thing = offered.load()
     facts: dict[str, Any] = {

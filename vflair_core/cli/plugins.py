@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from vflair_core.cli.app import Json, Plugin, configure_logging
+from vflair_core.cli.app import Json, Plugin, app, configure_logging
 from vflair_core.cli.tables import plain, say, summary, table
-from vflair_core.errors import VflairError
+from vflair_core.errors import VflairError, alternatives
 
 
 def plugins(*, plugin: Plugin = None, json_: Json = False) -> None:
@@ -32,8 +32,11 @@ def plugins(*, plugin: Plugin = None, json_: Json = False) -> None:
     table(("plugin", "from", "hooks, or why it failed"), rows)
 
 
-def list_(what: str, *, plugin: Plugin = None, json_: Json = False) -> None:
+def list_(what: str | None = None, *, plugin: Plugin = None, json_: Json = False) -> None:
     """List attacks, defenses, tasks or models (types that `verify` found exact)."""
+    if what is None:
+        app.help_print(["list"])
+        return
     if what == "models":
         from vflair_core.parties.verified_models import VERIFIED
 
@@ -48,7 +51,7 @@ def list_(what: str, *, plugin: Plugin = None, json_: Json = False) -> None:
 
     shelves = ("attacks", "defenses", "tasks", "commands")
     if what not in shelves:
-        raise VflairError(f"Cannot list {what!r}. Possible: {', '.join(shelves)}, models.")
+        raise VflairError(f"Cannot list {what!r}.{alternatives(what, (*shelves, 'models'))}")
     found = offers(plugin_manager(plugin or ()), what)  # type: ignore[arg-type]
     if what == "tasks":
         list_tasks(found, json_=json_)

@@ -15,7 +15,7 @@ from typing import Any
 
 from attrs import field, frozen
 
-from vflair_core.errors import TaskError, did_you_mean
+from vflair_core.errors import TaskError, alternatives
 from vflair_core.tasks.kinds import KINDS, TaskKind
 
 Span = tuple[int, int]
@@ -24,8 +24,7 @@ EAGER = 4096  # rows of a list that are checked when the task is made; others wh
 
 def _check_kind(_instance: object, _attribute: object, kind: str) -> None:
     if kind not in KINDS:
-        possible, hint = ", ".join(KINDS), did_you_mean(kind, KINDS)
-        raise TaskError(f"A task cannot be of kind {kind!r}. Possible: {possible}.{hint}")
+        raise TaskError(f"A task cannot be of kind {kind!r}.{alternatives(kind, KINDS)}")
 
 
 def _check_private(_instance: object, _attribute: object, spans: tuple[Span, ...] | None) -> None:

@@ -185,8 +185,8 @@ def pack(tokenizer: PreTrainedTokenizerBase, rows: Sequence[TokenRow], max_lengt
 
 def _learnt(row: TokenRow) -> list[int]:
     """Of a row that continues: the ids of its answer, or all of them where there is none."""
-    prompt = len(row.ids) - len(row.target) if row.target else 0
-    return [IGNORED] * prompt + row.ids[prompt:]
+    pairs = zip(row.ids, row.learnt, strict=True)
+    return [token if learnt else IGNORED for token, learnt in pairs]
 
 
 def _targets(

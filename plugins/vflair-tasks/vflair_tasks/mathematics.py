@@ -22,7 +22,8 @@ from vflair_tasks.rows import Make
 from vflair_tasks.tables import Original, Row, Source
 
 _MARKED = re.compile(r"####\s*(-?[\d.,]+)")
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+# In "10-5" and "x-5" the sign is no part of the number; ".5" is one.
+_NUMBER = re.compile(r"(?:(?<![\w.)\]])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 _ANNOTATION = re.compile(r"<<[^>]*>>")  # what the paper's calculator reads
 
 

@@ -31,11 +31,16 @@ def gsm8k_score(predictions: Sequence[str], examples: Sequence[Example]) -> dict
     """Return how often the number behind ``####`` is right, and how often the last number of the text is."""
     truth = [_number(_MARKED, example.answer or "") for example in examples]
     marked = [_number(_MARKED, said) for said in predictions]
-    last = [_number(_NUMBER, said, last=True) for said in predictions]
+    last = [last_number(said) for said in predictions]
     return {
         "exact_match": _share(marked, truth),
         "exact_match_of_last_number": _share(last, truth),
     }
+
+
+def last_number(text: str) -> Decimal | None:
+    """Return the last number of a text, without the commas between its digits; None if it has none."""
+    return _number(_NUMBER, text, last=True)
 
 
 def _number(pattern: re.Pattern[str], text: str, *, last: bool = False) -> Decimal | None:

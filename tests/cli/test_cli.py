@@ -163,6 +163,28 @@ def test_list_names_what_plugins_offer_and_which_models_are_verified():
     assert "llama · causal-lm" in json.loads(vflair("list", "models", "--json").stdout)
 
 
+@pytest.mark.parametrize("name", ["own", "gsm8k", "planted-records", "gaussian-noise"])
+def test_show_says_of_each_option_what_it_is(name):
+    done = vflair("show", name)
+    facts = json.loads(vflair("show", name, "--json").stdout)
+    explained = name != "planted-records"  # a function whose options explain themselves
+    for option in facts["options"]:
+        assert ("about" in option) == explained
+        assert option.get("about", "")[:30] in done.stdout
+    assert "Args:" not in done.stdout
+    if name == "own":
+        about = {option["name"]: option["about"] for option in facts["options"]}
+        assert {
+            "private_patterns",
+            "private_spans",
+            "separator",
+            "quoting",
+            "metric",
+            "join",
+        } <= set(about)
+        assert about["empty"].startswith("``error`` or ``drop``")
+
+
 def test_a_task_is_listed_by_its_card_and_shown_with_an_example_and_its_private_spans():
     listed = {
         row["name"]: row

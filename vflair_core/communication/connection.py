@@ -49,15 +49,30 @@ class Connection:
         return self.request("open", weights, meta).meta
 
     def commit(
-        self, *, scale: float | None, rate: float, skip: bool, sharing: str | None = None
+        self,
+        *,
+        scale: float | None,
+        rate: float,
+        skip: bool,
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        sharing: str | None = None,
     ) -> None:
         """Let the model party take or skip its step; either way both parties count it.
 
-        In a chain of model parties, `sharing` is the rule for shared weights that all must have.
+        Args:
+            scale: What gradients are multiplied with; None leaves them.
+            rate: Learning rate of all groups of the optimizer.
+            skip: Take no step.
+            groups: Options of each group instead, learning rates among them, as they are from this step on.
+            sharing: In a chain of model parties, the rule for shared weights that all must have.
         """
-        meta = {"scale": scale, "lr": rate, "skip": skip}
-        self.request("commit", (), meta if sharing is None else {**meta, "sharing": sharing})
+        meta = {"scale": scale, "lr": rate, "skip": skip, "groups": groups, "sharing": sharing}
+        self.request("commit", (), {k: v for k, v in meta.items() if v is not None or k == "scale"})
         self.step += 1
+
+    def facts(self) -> Mapping[str, Any]:
+        """Ask what the model party trains (``trainable``, names) and whether it keeps checkpoints (``keeps``)."""
+        return self.request("facts").meta
 
     def close(self) -> None:
         """End the session: the model party forgets it, with its graphs, caches and gradients."""

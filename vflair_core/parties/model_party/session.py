@@ -5,7 +5,7 @@ A request over a cap is refused; nothing that is in use is ever dropped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,17 @@ def _nothing(name: str, *_: Any) -> Any:
     raise ProtocolError(f"{name} is not held here.")
 
 
+@frozen
+class StepOptions:
+    """What an optimizer step is taken with: a learning rate, or the options of each group of weights."""
+
+    rate: float
+    groups: Sequence[Mapping[str, Any]] | None = None
+
+    def __str__(self) -> str:
+        return f"learning rate {self.rate}" if self.groups is None else f"options {self.groups}"
+
+
 @define(eq=False)
 class Session:
     """What the model party remembers of one data party."""
@@ -92,7 +103,7 @@ class Session:
     step: int = 0
     gradients: dict[nn.Parameter, Tensor] = field(factory=dict)  # while others are on the weights
     deposit: dict[nn.Parameter, Tensor] | None = None  # what it committed to a round under way
-    rate: float = 0.0
+    options: StepOptions | None = None  # of the optimizer, for that round
     skipped: bool = False
 
     def __attrs_post_init__(self) -> None:

@@ -216,6 +216,22 @@ def _first(tokenizer: PreTrainedTokenizerBase, row: TokenRow) -> int:
     return row.ids.index(token) if token in row.ids else 0
 
 
+def loss_items(batch: Mapping[str, Tensor], *, shifted: bool) -> int:
+    """Return what the loss of a batch is the mean of: tokens to be said, numbers of several labels, else rows.
+
+    Args:
+        batch: As the model takes it.
+        shifted: Whether a label is compared with what is said before it, so that the first of a row is not.
+    """
+    labels = batch.get("labels")
+    if labels is None or labels.dim() < 2:
+        return len(batch["input_ids"] if "input_ids" in batch else next(iter(batch.values())))
+    if labels.is_floating_point():
+        return labels.numel()
+    said = labels[:, 1:] if shifted else labels
+    return int((said != IGNORED).sum())
+
+
 def _whole(row: TokenRow) -> int:
     label = row.example.label
     if not isinstance(label, int) or isinstance(label, bool):

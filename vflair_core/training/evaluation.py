@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from attrs import define, field, frozen
-from torch import Tensor
 
 from vflair_core.parties.data_party.party import DataParty
-from vflair_core.tasks.collation import IGNORED
+from vflair_core.tasks.collation import IGNORED, loss_items
 from vflair_core.tasks.continuation import answer_text, end_tokens
 from vflair_core.tasks.metrics import chance_of, standard_score
 from vflair_core.tasks.preprocessor import Preprocessor
@@ -99,7 +98,8 @@ def _predict(
     encoded = reader.batch(examples)
     batch = encoded.batch
     outputs = model(**batch, use_cache=False)
-    found.losses.append((float(outputs.loss), _weight(batch, reader)))
+    items = loss_items(batch, shifted=not reader.reading.two_stacks)
+    found.losses.append((float(outputs.loss), items))
     if task.kind == "classification":
         found.predictions += outputs.logits.argmax(-1).tolist()
         found.truth += batch["labels"].tolist()
@@ -120,15 +120,6 @@ def _predict(
     else:
         found.predictions += list(outputs.logits.argmax(-1))
         found.truth += list(batch["labels"])
-
-
-def _weight(batch: Mapping[str, Tensor], reader: Preprocessor) -> int:
-    """What the loss is the mean of: tokens to be said, or rows."""
-    labels = batch.get("labels")
-    if labels is None or labels.dim() < 2:
-        return len(batch["input_ids"])
-    said = labels if reader.reading.two_stacks else labels[:, 1:]
-    return int((said != IGNORED).sum())
 
 
 def _choose(model: Any, reader: Preprocessor, examples: Sequence[Example], found: _Found) -> None:

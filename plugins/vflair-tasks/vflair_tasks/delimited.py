@@ -27,7 +27,7 @@ QUOTING: dict[str, dict[str, Any]] = {
     },
     "none": {"quoting": csv.QUOTE_NONE},
 }
-AT_ONCE = 2000  # rows that are parsed together
+AT_ONCE = 500  # rows that are parsed together; more of them leave the cache of the processor
 TRIED = 2000  # rows that are looked at for a guess
 _BYTE_ORDERS = {
     codecs.BOM_UTF32_LE: "utf-32",

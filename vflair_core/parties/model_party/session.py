@@ -5,6 +5,7 @@ A request over a cap is refused; nothing that is in use is ever dropped.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from vflair_core.parties.model_party.cache import HeldCaches
 from vflair_core.parties.model_party.caps import Caps
 from vflair_core.parties.model_party.held_stage import HeldStage, matching
 from vflair_core.parties.model_party.relay import Relay, Rest, divide_program
+from vflair_core.partition.adapter_state import AdapterState
 
 
 @frozen(eq=False)
@@ -46,6 +48,7 @@ class Graph:
     inputs: list[Tensor]
     ends: list[End]
     training: bool
+    adapters: AdapterState | None  # that were on
 
 
 @frozen(eq=False)
@@ -105,6 +108,7 @@ class Session:
     deposit: dict[nn.Parameter, Tensor] | None = None  # what it committed to a round under way
     options: StepOptions | None = None  # of the optimizer, for that round
     skipped: bool = False
+    heard: float = field(factory=time.monotonic)  # when its last message came, in seconds
 
     def __attrs_post_init__(self) -> None:
         self.caches = HeldCaches(self.caps)
@@ -113,6 +117,8 @@ class Session:
         """Drop what the data party no longer uses, and copy the caches it copied."""
         for number in meta.get("released_graphs", ()):
             self.graphs.pop(number, None)
+        for program in meta.get("released_programs", ()):
+            self.jobs.pop(program, None)
         for old, new in meta.get("copied_caches", ()):
             self.caches.copy(old, new)
         for key in meta.get("released_caches", ()):

@@ -69,6 +69,9 @@ _HOMES = {
     "Batch": "tasks.collation",
     "Replaced": "tasks.spans",
     "WORD": "tasks.spans",
+    "Chat": "tasks.task",
+    "in_chat": "tasks.chat",
+    "takes_system": "tasks.chat",
     "exact_match": "tasks.metrics",
     "token_f1": "tasks.metrics",
     "cache_argument": "communication.cache_kinds",
@@ -152,12 +155,15 @@ if TYPE_CHECKING:
     from vflair_core.partition.partition import Blocks as Blocks
     from vflair_core.partition.partition import Partition as Partition
     from vflair_core.plugins import plugin_manager as plugin_manager
+    from vflair_core.tasks.chat import in_chat as in_chat
+    from vflair_core.tasks.chat import takes_system as takes_system
     from vflair_core.tasks.collation import Batch as Batch
     from vflair_core.tasks.kinds import TaskKind as TaskKind
     from vflair_core.tasks.metrics import exact_match as exact_match
     from vflair_core.tasks.metrics import token_f1 as token_f1
     from vflair_core.tasks.spans import WORD as WORD
     from vflair_core.tasks.spans import Replaced as Replaced
+    from vflair_core.tasks.task import Chat as Chat
     from vflair_core.tasks.task import Example as Example
     from vflair_core.tasks.task import Score as Score
     from vflair_core.tasks.task import Span as Span

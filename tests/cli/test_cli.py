@@ -216,6 +216,28 @@ def test_an_experiment_file_may_begin_with_a_byte_order_mark(file, tmp_path):
         read_experiment(marked)
 
 
+@pytest.mark.parametrize("name", ["own", "gsm8k", "planted-records", "gaussian-noise"])
+def test_show_says_of_each_option_what_it_is(name):
+    done = vflair("show", name)
+    facts = json.loads(vflair("show", name, "--json").stdout)
+    explained = name != "planted-records"  # a function whose options explain themselves
+    for option in facts["options"]:
+        assert ("about" in option) == explained
+        assert option.get("about", "")[:30] in done.stdout
+    assert "Args:" not in done.stdout
+    if name == "own":
+        about = {option["name"]: option["about"] for option in facts["options"]}
+        assert {
+            "private_patterns",
+            "private_spans",
+            "separator",
+            "quoting",
+            "metric",
+            "join",
+        } <= set(about)
+        assert about["empty"].startswith("``error`` or ``drop``")
+
+
 def test_a_task_is_listed_by_its_card_and_shown_with_an_example_and_its_private_spans():
     listed = {
         row["name"]: row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +37,7 @@ def describe(
         "name": name,
         "sort": shelf[:-1],
         "from": offered.source,
-        "text": inspect.getdoc(thing) or "",
+        "text": _ARGUMENTS.sub("", inspect.getdoc(thing) or ""),
         "options": _options(thing) if isinstance(thing, type) or shelf == "tasks" else [],
     }
     if shelf == "tasks":
@@ -48,7 +49,13 @@ def describe(
     return facts
 
 
+_ARGUMENTS = re.compile(r"\n\n(?:Args|Attributes):\n((?:    .*\n?|\n(?=    ))+)")
+_EXPLAINED = re.compile(r"^    (\w+): (.*(?:\n     .*)*)", re.MULTILINE)
+
+
 def _options(thing: Any) -> list[dict[str, str]]:
+    section = _ARGUMENTS.search(inspect.getdoc(thing) or "")
+    about = dict(_EXPLAINED.findall(section[1])) if section else {}
     return [
         {
             "name": parameter.name,
@@ -57,6 +64,7 @@ def _options(thing: Any) -> list[dict[str, str]]:
             if parameter.default is parameter.empty
             else repr(parameter.default),
         }
+        | ({"about": " ".join(about[parameter.name].split())} if parameter.name in about else {})
         for parameter in inspect.signature(thing).parameters.values()
     ]
 

@@ -77,7 +77,7 @@ def show(
     plugin: Plugin = None,
     json_: Json = False,
 ) -> None:
-    """Show an attack, a defense or a task: options with types and defaults, source; of a task also an example."""
+    """Show an attack, a defense or a task: options with types, defaults and what they are, source; of a task also an example."""
     from vflair_core.cli.catalogue import describe
     from vflair_core.experiments.config import override
     from vflair_core.plugins import plugin_manager
@@ -94,8 +94,8 @@ def show(
         say(f"needs: {', '.join(facts['knowledge']['needs']) or 'nothing'}")
         say(f"can use: {', '.join(facts['knowledge']['can use']) or 'nothing else'}\n")
     table(
-        ("option", "type", "default"),
-        [(o["name"], o["type"], o["default"]) for o in facts["options"]],
+        ("option", "type", "default", "what it is"),
+        [(o["name"], o["type"], o["default"], o.get("about", "")) for o in facts["options"]],
     )
     for part in ("card", "example"):
         if facts.get(part):

@@ -18,7 +18,12 @@ from vflair_core.experiments.base_model import prepare_model
 from vflair_core.experiments.context import Clock, Reporter, RunContext, noise_seed
 from vflair_core.experiments.experiment import AttackSpec, Experiment, Victims
 from vflair_core.experiments.pretraining import prior_guess
-from vflair_core.experiments.victims import companions_of, victims_of, with_companions
+from vflair_core.experiments.victims import (
+    check_secrets,
+    companions_of,
+    victims_of,
+    with_companions,
+)
 from vflair_core.offers import build, find
 from vflair_core.partition.partition import Partition
 from vflair_core.randomness import stream_seed
@@ -95,6 +100,7 @@ def _check(
     if adversary is not None:
         _check_offered(adversary, e.victims, active=True)
     companions_of(e, task)
+    check_secrets(e, task)
     check_one_replaces(defenses, launches)
     if e.victims.companions and e.partition.only_scored:
         raise ExperimentError(

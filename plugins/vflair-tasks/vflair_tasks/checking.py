@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vflair_core import TaskError, did_you_mean
+from vflair_core import TaskError, alternatives
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,10 +24,8 @@ def column_of(table: Dataset, names: Sequence[str], *, where: str) -> str:
     for name in names:
         if name in table.column_names:
             return name
-    hint = did_you_mean(names[0], table.column_names)
-    raise TaskError(
-        f"{where} has no column {' or '.join(map(repr, names))}. It has {', '.join(table.column_names)}.{hint}"
-    )
+    there = alternatives(names[0], table.column_names, label="It has")
+    raise TaskError(f"{where} has no column {' or '.join(map(repr, names))}.{there}")
 
 
 def empty_cells(table: Dataset, columns: Sequence[str]) -> list[tuple[int, str]]:

@@ -8,7 +8,7 @@ from typing import get_args
 
 from attrs import frozen
 
-from vflair_core import TaskError, TaskKind, did_you_mean
+from vflair_core import TaskError, TaskKind, alternatives
 from vflair_tasks.cells import Use, use_of
 from vflair_tasks.comparison import check_metric
 from vflair_tasks.delimited import Writing, check_writing
@@ -156,8 +156,7 @@ def check(columns: Columns, asking: Asking) -> None:
         TaskError: They are not, or one would.
     """
     if columns.kind not in KINDS:
-        hint = did_you_mean(columns.kind, KINDS)
-        raise TaskError(f"kind={columns.kind!r} is unknown. Possible: {', '.join(KINDS)}.{hint}")
+        raise TaskError(f"kind={columns.kind!r} is unknown.{alternatives(columns.kind, KINDS)}")
     if columns.empty not in ("error", "drop"):
         raise TaskError(f"empty={columns.empty!r} is unknown. Possible: error, drop.")
     if columns.kind == "question-answering" and asking != Asking():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from vflair_core import Example, Score, TaskError, did_you_mean
+from vflair_core import Example, Score, TaskError, alternatives
 from vflair_tasks.formulas import boxed, same_formula
 from vflair_tasks.mathematics import last_number
 from vflair_tasks.metrics import texts
@@ -47,9 +47,7 @@ def check_metric(metric: str, kind: str, *, written: bool) -> None:
         TaskError: It does not.
     """
     if metric not in METRICS:
-        raise TaskError(
-            f"metric={metric!r} is unknown. Possible: {', '.join(METRICS)}.{did_you_mean(metric, METRICS)}"
-        )
+        raise TaskError(f"metric={metric!r} is unknown.{alternatives(metric, METRICS)}")
     if METRICS[metric] is not None and not written:
         raise TaskError(
             f"metric={metric!r} compares written answers, and kind {kind!r} has none here. Leave it out."

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vflair_core import TaskError, did_you_mean
+from vflair_core import TaskError, alternatives
 from vflair_tasks.cells import CellError, Use
 from vflair_tasks.delimited import Writing, guess, header_and_rows, lines_of
 from vflair_tasks.json_rows import rows_of
@@ -159,7 +159,7 @@ def _check_column(name: str, header: Sequence[str], where: str, hint: str = "") 
     count = list(header).count(name)
     if not count:
         raise TaskError(
-            f"{where} has no column {name!r}. It has {', '.join(header)}.{did_you_mean(name, header)}{hint}"
+            f"{where} has no column {name!r}.{alternatives(name, header, label='It has')}{hint}"
         )
     if count > 1:
         raise TaskError(

@@ -14,7 +14,7 @@ from typing import Any
 
 from attrs import evolve, field, frozen
 
-from vflair_core import Example, TaskError, did_you_mean, in_chat
+from vflair_core import Example, TaskError, alternatives, in_chat
 
 Span = tuple[int, int]
 
@@ -84,7 +84,7 @@ def check_fields(template: str, names: Mapping[str, str]) -> None:
     for name in fields:
         if name not in names:
             raise TaskError(
-                f"The template asks for {{{name}}} and there is {', '.join(names)}.{did_you_mean(name, names)}"
+                f"The template asks for {{{name}}}.{alternatives(name, names, label='There is')}"
             )
 
 

@@ -263,7 +263,7 @@ def test_pictures_in_a_parquet_file_stay_beside_nested_columns(tmp_path):
         ),
         ("jsonl", '{"t": "a"}\n[1]\n', r"row 1 \(the first is 0\) is .* no object of columns"),
         ("jsonl", '{"t": "a", "t": "b"}\n', r"row 0.*the key 't' is there twice"),
-        ("jsonl", '{"x": "a"}\n', r"no column 't'. It has x"),
+        ("jsonl", '{"x": "a"}\n', r"no column 't'. It has: x"),
         ("jsonl", "\n \n", r"is empty"),
         ("jsonl", '{"t": "\\ud800"}\n', r"Row 0.*column 't'.*half a sign"),
         ("json", "[]", r"has no rows"),
@@ -331,7 +331,7 @@ def test_a_tsv_that_looks_quoted_is_refused_until_somebody_says_what_quotes_are(
     [
         ('t,a\nx,1\n"open,2\ny,3\nz,4\n', r'row 1 .*a quote opens a cell.*quoting = "none" every row has 2'),
         ('t,a\nx,1\n"a"b,2\n', r"row 1 .*a quote opens a cell"),
-        ("t;a\nx;1\n", r"no column '[ta]'. It has t;a.*separator = \";\""),
+        ("t;a\nx;1\n", r"no column '[ta]'. It has: t;a.*separator = \";\""),
         ("t,a\nx,1\ny\n", r"row 1 .*it has 1 cell and the header has 2"),
         ("t,a\nx,y,1\n", r"row 0 .*it has 3 cells and the header has 2"),
         ("t,a,t\nx,1,y\n", r"has the column 't' 2 times.*Rename"),

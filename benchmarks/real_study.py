@@ -33,7 +33,7 @@ from vflair_attacks.linear_inverter import LinearInverter, LinearMap, fitted
 from vflair_attacks.matching import Matching, measure_of
 from vflair_attacks.nearest_embedding import NearestEmbedding
 from vflair_attacks.priors import ModelPrior
-from vflair_attacks.proposals import proposals_of
+from vflair_attacks.proposals import Proposals, proposals_of
 from vflair_attacks.vocabulary_search import VocabularySearch, search
 from vflair_core import Guess, Partition
 from vflair_core.attacks.halves import halves
@@ -54,8 +54,19 @@ RESULTS = Path(__file__).parent / "results" / "real"
 CUTS = {"real-hbt": Partition(2, 2), "real-deep": Partition(8, 2), "real-ht": Partition(2, 0)}
 VICTIMS, DEVELOPMENT, LENGTH = 40, 8, 20
 PRIVATE, PUBLIC, QUERIES, PREPARED = 16, 80_000, 96, 32  # texts, characters, texts, texts
-EVALUATIONS = 6  # of each defense for each keep
-UNSURE = 512  # candidates at a position where no threshold tells the token; where one does, there is no limit but
+EVALUATIONS = 5  # of each defense for each keep
+KEPT = (
+    "attack",
+    "knowledge",
+    "attack_performance",
+    "interval",
+    "floor",
+    "by_chance",
+    "development",
+    "seconds",
+    "budget",
+)
+UNSURE = 128  # candidates at a position where no threshold tells the token; where one does, there is no limit but
 FORWARDS = 60_000  # candidates a victim
 
 
@@ -110,6 +121,9 @@ class Setting:
     task: Any
     prior: Any
     head: Any
+    blind: dict[Matching, Proposals] = field(
+        factory=dict
+    )  # of who does not know the defense: the same for all
 
     @property
     def partition(self) -> Partition:
@@ -203,7 +217,8 @@ def attacked(setting: Setting, arm: Arm, knob: Knob) -> list[dict[str, Any]]:
             guess.of(reported), truth.of(reported), setting.prior, tokenizer.decode, name=attack, knowledge=knowledge
         )  # fmt: skip
         graded.development, graded.seconds = performance(guess.of(apart), truth, apart), seconds
-        grades.append(graded.to_dict() | {"hits": graded.hits})
+        plain = graded.to_dict()
+        grades.append({name: plain[name] for name in KEPT} | {"hits": graded.hits})
 
     if arm.defense is None:
         start = time.process_time()
@@ -229,10 +244,13 @@ def searched(setting: Setting, seen: Any, mechanism: Any, matching: Matching, *,
     plan = VocabularySearch(matching, "prior+linear", beam=2, forwards=FORWARDS)
     measure, generator = measure_of(matching, mechanism), torch.Generator().manual_seed(0)
     start = time.process_time()
-    proposals = proposals_of(
+    proposals = None if mechanism else setting.blind.get(matching)
+    proposals = proposals or proposals_of(
         plan, measure, setting.head, mechanism, setting.model, setting.tokenizer, setting.task.public, generator
     )  # fmt: skip
     assert proposals is not None  # of prior and linear
+    if mechanism is None:
+        setting.blind[matching] = proposals
     yield "linear-inverter", _read(proposals.linear, seen), time.process_time() - start
     most = 0 if sure and proposals.accept else UNSURE
     proposals = attrs.evolve(proposals, most=most, accept=proposals.accept if sure else 0.0)
@@ -263,6 +281,13 @@ def promised(arm: Arm) -> dict[str, Any] | None:
         return None
     found = arm.defense.guarantee(1, 1)
     return {"statement": str(found), "epsilon": found.epsilon_per_release}
+
+
+def readable(found: dict[str, Any]) -> str:
+    """JSON with a line for each entry and each grade."""
+    grades = ",\n  ".join(json.dumps(grade) for grade in found.get("grades", []))
+    rest = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in found.items() if k != "grades"]
+    return "{\n " + ",\n ".join([*rest, f'"grades": [\n  {grades}\n ]']) + "\n}\n"
 
 
 def main() -> None:
@@ -308,7 +333,7 @@ def study(name: str, seed: int, keeps: Sequence[float], only: Sequence[str]) -> 
                     "grades": attacked(setting, arm, KNOBS[defense]),
                 }
             found |= {"tried": known, "seconds": round(time.process_time() - start)}
-            path.write_text(json.dumps(found, indent=1) + "\n")
+            path.write_text(readable(found))
             each = {
                 f"{g['attack']} {g['knowledge']}": round(g["attack_performance"], 3)
                 for g in found.get("grades", [])

@@ -406,7 +406,7 @@ def test_with_known_noise_a_token_that_costs_no_more_nats_than_true_ones_is_take
 
 
 def test_nats_that_are_accepted_can_be_said():
-    ids, knowledge = proposing()
+    _, knowledge = proposing()
     knowledge["mechanism"] = DrawnNoise(0.1 * float(knowledge["releases"].std()))
     plan = VocabularySearch(proposals="prior", accept=1e12, prior=0, beam=1)
     guess = launch(plan, knowledge)

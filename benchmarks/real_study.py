@@ -283,6 +283,12 @@ def promised(arm: Arm) -> dict[str, Any] | None:
     return {"statement": str(found), "epsilon": found.epsilon_per_release}
 
 
+def evaluated(folder: Path, defense: str, seed: int) -> dict[str, float]:
+    """The nats that options of a defense cost, as far as other calls measured them."""
+    files = folder.glob(f"{defense}-*-seed{seed}.json")
+    return {k: v for path in files for k, v in json.loads(path.read_text())["tried"].items()}
+
+
 def readable(found: dict[str, Any]) -> str:
     """JSON with a line for each entry and each grade."""
     grades = ",\n  ".join(json.dumps(grade) for grade in found.get("grades", []))
@@ -306,7 +312,7 @@ def study(name: str, seed: int, keeps: Sequence[float], only: Sequence[str]) -> 
     """Do what is not done yet of a cut and a seed."""
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
-    plain, setting, tried = folder / f"none-100-seed{seed}.json", None, {}
+    plain, setting = folder / f"none-100-seed{seed}.json", None
     for keep in (1.0, *keeps):
         for defense in only:
             path = folder / f"{defense}-{round(100 * keep)}-seed{seed}.json"
@@ -317,7 +323,7 @@ def study(name: str, seed: int, keeps: Sequence[float], only: Sequence[str]) -> 
             start = time.process_time()
             undefended = json.loads(plain.read_text())["metrics"] if plain.exists() else None
             limit = undefended["loss"] - math.log(keep) if undefended else math.inf
-            known = tried.setdefault(defense, {})
+            known = evaluated(folder, defense, seed)
             chosen, arm = tuned(setting, defense, limit, known)
             found: dict[str, Any] = {
                 "cut": name,

@@ -85,11 +85,12 @@ def table(cells: dict[tuple[str, float], Cell]) -> str:
             rows.append(f"| {name} | not even {_option(cell[0])} keeps that much | | | | | |")
             continue
         row = [f"{name}: {_option(cell[0])}" if cell[0]["options"] else name]
-        row += [f"{mean(cell, 'perplexity'):.0f}", f"{mean(cell, 'token_accuracy'):.3f}"]
+        row += [f"{mean(cell, 'perplexity'):.0f}", _share(mean(cell, "token_accuracy"))]
         for preset in ("K1 + queries", "K2", "K4"):
             most = strongest(cell, preset)
             assert most is not None
-            row.append(f"{most[1]:.2f} [{most[2][0]:.2f}, {most[2][1]:.2f}]{_mark(most[0])}")
+            low, high = most[2]
+            row.append(f"{_share(most[1])} [{_share(low)}, {_share(high)}]{_mark(most[0])}")
         rows.append("| " + " | ".join([*row, _promise(cell[0])]) + " |")
     return "\n".join(rows) + "\n"
 
@@ -101,7 +102,13 @@ def mean(cell: Cell, metric: str) -> float:
 def _option(one: dict[str, Any]) -> str:
     option = KNOBS[one["defense"]].option
     value = one["options"].get(option, "")
-    return f"{option} {value:.3g}" if isinstance(value, float) else f"{option} {value}".strip()
+    if isinstance(value, float):
+        return f"{option} {value:.3g}" if value < 1 else f"{option} {value:,.0f}"
+    return f"{option} {value}".strip()
+
+
+def _share(value: float) -> str:
+    return f"{value:.2f}".removeprefix("0")
 
 
 def _mark(attack: str) -> str:
@@ -114,38 +121,44 @@ def _promise(one: dict[str, Any]) -> str:
 
 
 def draw(cells: dict[str, dict[tuple[str, float], Cell]]) -> None:
-    """Draw AP against utility, one line a defense: who knows the defense above, who may only ask below."""
+    """Draw AP against utility, one line a defense: a row of axes for each cut, who knows the defense beside who may only ask."""
     cuts = [cut for cut in cells if len(cells[cut]) > 1]
     figure, axes = plt.subplots(
-        2, len(cuts), figsize=(4.2 * len(cuts), 6.4), sharex=True, sharey=True, squeeze=False, layout="constrained"
+        len(cuts), 2, figsize=(9, 3.8 * len(cuts)), sharex=True, sharey=True, squeeze=False, layout="constrained"
     )  # fmt: skip
-    for column, cut in enumerate(cuts):
-        of = cells[cut]
-        plain = of["none", 1.0]
-        for row, preset in enumerate(("K4", "K1 + queries")):
-            axis = axes[row][column]
+    for row, cut in zip(axes, cuts, strict=True):
+        for axis, preset in zip(row, ("K4", "K1 + queries"), strict=True):
             for number, defense in enumerate(name for name in KNOBS if name != "none"):
-                points = [(1.0, strongest(plain, preset))]
-                points += [
-                    (mean(plain, "perplexity") / mean(cell, "perplexity"), strongest(cell, preset))
-                    for (name, _), cell in of.items()
-                    if name == defense and all(one["grades"] for one in cell)
-                ]
-                known = sorted((kept, most[1]) for kept, most in points if most is not None)
-                marker = "osD^v<>Pph"[number]
-                axis.plot(
-                    *zip(*known, strict=True), marker=marker, ms=5, lw=1, label=defense, alpha=0.8
-                )
+                points = _points(cells[cut], defense, preset)
+                if len(points) > 1:
+                    marker = "osD^v<>Pph"[number]
+                    axis.plot(*zip(*points, strict=True), marker=marker, ms=5, lw=1, label=defense)
             axis.set_title(f"{TITLES[cut]}: {preset}", fontsize=9)
-            axis.set_xlim(1.03, 0.3)
+            axis.set_xlim(1.02, 0.45)
             axis.set_ylim(-0.03, 1.03)
             axis.grid(alpha=0.3)
-        axes[1][column].set_xlabel("utility kept (undefended / defended perplexity)")
-    for row in axes:
         row[0].set_ylabel("private tokens read (AP)")
-    axes[-1][-1].legend(fontsize=7, loc="lower left")
+    for axis in axes[-1]:
+        axis.set_xlabel("utility kept (undefended / defended perplexity)")
+    axes[0][0].legend(fontsize=7, loc="lower left")
     FIGURE.parent.mkdir(exist_ok=True)
     figure.savefig(FIGURE, dpi=110)
+
+
+def _points(
+    of: dict[tuple[str, float], Cell], defense: str, preset: str
+) -> list[tuple[float, float]]:
+    """Utility kept and AP, from undefended to strong."""
+    plain = of["none", 1.0]
+    some = [
+        cell for (name, _), cell in of.items() if name == defense and all(c["grades"] for c in cell)
+    ]
+    points = [(1.0, strongest(plain, preset))]
+    points += [
+        (mean(plain, "perplexity") / mean(cell, "perplexity"), strongest(cell, preset))
+        for cell in some
+    ]
+    return [(kept, most[1]) for kept, most in points if most is not None]
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ _HOMES = {
     "read_experiment": "experiments.config",
     "run": "experiments.run",
     "tune": "training.tuning",
+    "load_adapter": "parties.load_adapter",
     "Lora": "training.tuning",
     "FineTuning": "training.fine_tuning",
     "Train": "training.fine_tuning",
@@ -138,6 +139,7 @@ if TYPE_CHECKING:
     from vflair_core.parties.divide import divide as divide
     from vflair_core.parties.load import load_data_party as load_data_party
     from vflair_core.parties.load import load_model_party as load_model_party
+    from vflair_core.parties.load_adapter import load_adapter as load_adapter
     from vflair_core.parties.merge import merge as merge
     from vflair_core.parties.model_party.party import ModelParty as ModelParty
     from vflair_core.parties.split import join as join

@@ -47,6 +47,8 @@ def file_named_in(text: str) -> str | None:
     return named[1] if named else None
 
 
+# peft asks transformers for something old.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

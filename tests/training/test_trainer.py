@@ -2,60 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
-from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import TrainerCallback
 
-from vflair_core import Defense, Partition, SplitCallback, split
+from support.trainers import STEPS, assert_equal_weights, halves_of, logged, trainer_of
+from vflair_core import Defense, Partition, SplitCallback
 from vflair_core.errors import ProtocolError
-from vflair_core.testing import tiny_batch, tiny_model
+from vflair_core.training.fine_tuning import FineTuning, Train
 from vflair_core.training.tuning import Lora, tune
+from vflair_core.training.two_phase_commit import agree
 
 CUTS = [Partition(1, 1), Partition(1, 0)]
-STEPS = 5
-
-
-def rows_for(model, labels="tokens"):
-    batch = tiny_batch(model, rows=12, labels=labels)
-    return [{key: value[n] for key, value in batch.items()} for n in range(12)]
-
-
-def trainer_of(model, folder, *callbacks, labels="tokens", **options):
-    defaults = {
-        "max_steps": STEPS,
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 3,
-    }
-    args = TrainingArguments(output_dir=str(folder), **{**defaults, **options})
-    rows = rows_for(model, labels)
-    return Trainer(model, args, train_dataset=rows, callbacks=list(callbacks))
-
-
-def logged(trainer):
-    """Loss, gradient norm and learning rate of each step."""
-    torch.manual_seed(5)
-    trainer.train()
-    facts = ("loss", "grad_norm", "learning_rate")
-    return [tuple(log[f] for f in facts) for log in trainer.state.log_history if "loss" in log]
-
-
-def halves_of(kind, partition, task="causal-lm"):
-    whole = tiny_model(kind, task)
-    data_party, model_party = split(copy.deepcopy(whole), partition, wire=True)
-    if data_party.untied:
-        whole.lm_head.weight = nn.Parameter(whole.lm_head.weight.detach().clone())
-    return whole, data_party, model_party
 
 
 @pytest.mark.parametrize("partition", CUTS, ids=lambda partition: partition.kind)
@@ -79,9 +41,7 @@ def test_losses_and_norms_equal_those_of_the_trainer_on_the_whole_model(
     callback = SplitCallback(data_party)
     assert logged(trainer_of(data_party.model, tmp_path, callback, **options)) == expected
     assert len({loss for loss, *_ in expected}) == STEPS
-    names = dict(whole.named_parameters())
-    for name, weight in (*data_party.named_parameters(), *model_party.named_parameters()):
-        assert torch.equal(weight, names[name]), name
+    assert_equal_weights(whole, data_party, model_party)
     assert data_party.step == STEPS
 
 
@@ -165,7 +125,7 @@ class Counting(Defense):
 
 def test_defenses_are_told_of_each_step(tmp_path):
     defense = Counting()
-    data_party, _ = split(tiny_model("llama"), Partition(1, 1), defenses=[defense])
+    _, data_party, _ = halves_of("llama", Partition(1, 1), defenses=[defense])
     callback = SplitCallback(data_party)
     options = {"gradient_accumulation_steps": 2}
     trainer_of(data_party.model, tmp_path, callback, **options).train()
@@ -185,13 +145,40 @@ def test_half_precision_whose_scale_the_trainer_keeps_to_itself_is_refused():
         SplitCallback(data_party).on_train_begin(SimpleNamespace(fp16=True), None, None)
 
 
-def test_groups_with_learning_rates_of_their_own_are_refused(tmp_path):
+@pytest.fixture
+def one_of_two_processes():
+    store = FakeStore()
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=store)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def with_the_trainer(data_party, folder):
+    trainer_of(data_party.model, folder, SplitCallback(data_party)).train()
+
+
+def with_fine_tuning(data_party, folder):
+    FineTuning(data_party, Train(steps=2))
+
+
+def with_a_loop_of_ones_own(data_party, folder):
+    agree(data_party, data_party.parameters(), clip=1.0, rate=0.1)
+
+
+@pytest.mark.parametrize("train", [with_the_trainer, with_fine_tuning, with_a_loop_of_ones_own])
+@pytest.mark.usefixtures("one_of_two_processes")
+def test_one_of_several_processes_does_not_train_by_itself(train, tmp_path):
+    _, data_party, model_party = halves_of("llama", Partition(1, 1))
+    with pytest.raises(ProtocolError, match="one of 2 processes"):
+        train(data_party, tmp_path)
+    assert data_party.step == 0
+    assert model_party.shared.optimizer is None
+
+
+def test_copies_of_the_model_on_several_devices_are_refused(tmp_path):
     _, data_party, _ = halves_of("llama", Partition(1, 1))
-    first, *others = data_party.parameters()
-    groups = [{"params": [first], "lr": 0.1}, {"params": others, "lr": 0.2}]
     trainer = trainer_of(data_party.model, tmp_path, SplitCallback(data_party))
-    trainer.optimizer = torch.optim.AdamW(groups)
-    with pytest.raises(
-        ProtocolError, match=r"learning rates \[0.*0.2\]; the model party takes one"
-    ):
-        trainer.train()
+    args = trainer.args
+    args._n_gpu = 2
+    with pytest.raises(ProtocolError, match="CUDA_VISIBLE_DEVICES=0"):
+        SplitCallback(data_party).on_train_begin(args, trainer.state, trainer.control)

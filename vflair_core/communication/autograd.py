@@ -38,6 +38,7 @@ class Request:
     counterparts: bool  # whether the model party applies the modules that defenses put there
     inspect: Callable[[list[Sent]], None]
     guard: Callable[[Gradient, Tensor], Tensor]
+    adapters: dict[str, Any] | None = None  # which are on (`AdapterState.to_wire`)
 
 
 def cross(request: Request, tensors: list[Tensor]) -> tuple[Tensor, ...]:
@@ -78,6 +79,8 @@ class Cut(torch.autograd.Function):
             "cache": request.cache,
             "counterparts": request.counterparts,
         }
+        if request.adapters is not None:
+            meta["adapters"] = request.adapters
         reply = connection.request(
             "forward", crossings, meta, exchange=request.exchange, phase=request.phase
         )

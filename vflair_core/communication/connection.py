@@ -12,6 +12,10 @@ from vflair_core.communication.locks import Lock
 from vflair_core.communication.message import Crossing, Kind, Message, Phase
 from vflair_core.communication.program import Program
 
+MAX_PROGRAMS = (
+    512  # that the model party should know at a time; it may refuse more (`Caps.programs`)
+)
+
 
 class Connection:
     """One session with the model party. `step` counts optimizer steps and travels in every message."""
@@ -23,7 +27,11 @@ class Connection:
         self.graphs: list[int] = []  # forwards whose backward will not come
         self.caches: list[str] = []  # caches that are gone
         self.copies: list[tuple[str, str]] = []  # caches that were copied: (old, new)
-        self._registered: set[str] = set()
+        self.answered = 0  # messages that were not refused
+        self._registered: dict[
+            str, None
+        ] = {}  # programs that the model party knows, the last used last
+        self._forgotten: list[str] = []  # programs that it need not know any more
         self._seq = 0
         self._lock = Lock()  # backward runs in whichever thread called it
 
@@ -41,6 +49,7 @@ class Connection:
         of these steps that it has a checkpoint of.
         """
         self._registered.clear()
+        self._forgotten.clear()
         meta: dict[str, Any] = {"fingerprint": self.fingerprint, "counterparts": list(counterparts)}
         if optimizer is not None:
             meta["optimizer"] = dict(optimizer)
@@ -49,15 +58,30 @@ class Connection:
         return self.request("open", weights, meta).meta
 
     def commit(
-        self, *, scale: float | None, rate: float, skip: bool, sharing: str | None = None
+        self,
+        *,
+        scale: float | None,
+        rate: float,
+        skip: bool,
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        sharing: str | None = None,
     ) -> None:
         """Let the model party take or skip its step; either way both parties count it.
 
-        In a chain of model parties, `sharing` is the rule for shared weights that all must have.
+        Args:
+            scale: What gradients are multiplied with; None leaves them.
+            rate: Learning rate of all groups of the optimizer.
+            skip: Take no step.
+            groups: Options of each group instead, learning rates among them, as they are from this step on.
+            sharing: In a chain of model parties, the rule for shared weights that all must have.
         """
-        meta = {"scale": scale, "lr": rate, "skip": skip}
-        self.request("commit", (), meta if sharing is None else {**meta, "sharing": sharing})
+        meta = {"scale": scale, "lr": rate, "skip": skip, "groups": groups, "sharing": sharing}
+        self.request("commit", (), {k: v for k, v in meta.items() if v is not None or k == "scale"})
         self.step += 1
+
+    def facts(self) -> Mapping[str, Any]:
+        """Ask what the model party trains (``trainable``, names) and whether it keeps checkpoints (``keeps``)."""
+        return self.request("facts").meta
 
     def close(self) -> None:
         """End the session: the model party forgets it, with its graphs, caches and gradients."""
@@ -66,7 +90,10 @@ class Connection:
     def program(self, program: Program) -> dict[str, Any]:
         """Name a program; it is spelt out once per session."""
         named = {"id": program.id}
-        return named if program.id in self._registered else {**named, "program": program.to_wire()}
+        if program.id in self._registered:
+            self._registered[program.id] = self._registered.pop(program.id)
+            return named
+        return {**named, "program": program.to_wire()}
 
     def request(
         self,
@@ -90,11 +117,13 @@ class Connection:
         phase: Phase,
     ) -> Message:
         graphs, gone, copies = self.graphs[:], self.caches[:], self.copies[:]
+        forgotten = self._forgotten[:]
         never = {new for _, new in copies} & set(gone)  # copied and dropped between two messages
         news = {
             "released_graphs": graphs,
             "released_caches": [key for key in gone if key not in never],
             "copied_caches": [pair for pair in copies if pair[1] not in never],
+            "released_programs": forgotten,
         }
         self._seq += 1
         reply = self.channel.request(
@@ -109,9 +138,18 @@ class Connection:
                 {**meta, **{key: value for key, value in news.items() if value}},
             )
         )
+        self.answered += 1
         # Only now: a refused message released nothing. What was added meanwhile stays for the next one.
         del self.graphs[: len(graphs)], self.caches[: len(gone)]
-        del self.copies[: len(copies)]
+        del self.copies[: len(copies)], self._forgotten[: len(forgotten)]
         if "program" in meta:
-            self._registered.add(meta["id"])
+            self._register(meta["id"])
         return reply
+
+    def _register(self, program: str) -> None:
+        """Note that the model party knows a program; it may forget the one that was not used for longest."""
+        self._registered[program] = None
+        if len(self._registered) > MAX_PROGRAMS:
+            oldest = next(iter(self._registered))
+            del self._registered[oldest]
+            self._forgotten.append(oldest)

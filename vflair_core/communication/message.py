@@ -20,7 +20,9 @@ Role = Literal[
     "norms",  # per-weight gradient norms of the model party
     "counterpart",  # weights of a defense's module behind the channel
 ]
-Kind = Literal["open", "forward", "backward", "norms", "commit", "save", "release", "close"]
+Kind = Literal[
+    "open", "forward", "backward", "facts", "norms", "commit", "save", "release", "close"
+]
 Phase = Literal["train", "eval", "prefill", "decode", "control"]
 
 

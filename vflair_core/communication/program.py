@@ -84,6 +84,8 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "silu": functional.silu,
     "dropout": functional.dropout,
 }
+# These change a shape and no value.
+RESHAPING = frozenset({"view", "reshape", "flatten"})
 # These may take a second tensor, which must fit the first: what comes out is as large as what went in.
 MIXING = frozenset({"add", "mul"})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,7 @@ class Source:
     auto: Any  # the class to load with
     weights: str  # commit or digest
     options: Mapping[str, Any]
+    place: Mapping[str, Any]  # those of them that say where the files are
 
     @property
     def saved_as(self) -> str:
@@ -88,6 +90,11 @@ def find_source(name: str | Path, auto: Any, options: Mapping[str, Any]) -> Sour
     name = locate_checkpoint(name, **place)
     if place.pop("gguf_file", ""):
         place = {}  # the file became a folder of its own
+    if (adapter := _adapter_at(name, place)) is not None:
+        raise CheckpointError(
+            f"{name} is an adapter, not a model. Give the model it was trained on"
+            f"{f' ({adapter})' if adapter else ''} and adapter={str(name)!r}."
+        )
     reading = {key: options[key] for key in READING & options.keys()}
     overrides = {key: options[key] for key in options.keys() - PLACE - READING}
     try:
@@ -111,7 +118,17 @@ def find_source(name: str | Path, auto: Any, options: Mapping[str, Any]) -> Sour
     else:
         commit = _commit(name, place)
         weights, place = f"commit:{commit}", {**place, "revision": commit}
-    return Source(name, config, auto or _architecture(config, name), weights, {**place, **reading})
+    return Source(
+        name, config, auto or _architecture(config, name), weights, {**place, **reading}, place
+    )
+
+
+def _adapter_at(name: str | Path, place: Mapping[str, Any]) -> str | None:
+    """The model that an adapter of peft was trained on, if there is an adapter."""
+    path = Path(name) / place.get("subfolder", "") / "adapter_config.json"
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
 
 
 def _commit(name: str, place: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from vflair_core.errors import CheckpointError, PartitionError
 from vflair_core.parties.channels import open_channel
 from vflair_core.parties.checkpoint_source import Source, find_source
 from vflair_core.parties.data_party.party import DataParty
+from vflair_core.parties.load_adapter import load_half
 from vflair_core.parties.model_party.party import ModelParty
 from vflair_core.partition.block_discovery import locate_blocks
 from vflair_core.partition.fingerprint import fingerprint
@@ -55,6 +56,7 @@ def load_data_party(
     new: Sequence[str] = (),
     defenses: Sequence[Defense] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
+    adapter: str | Path | None = None,
     wire: bool = False,
     seed: int | None = None,
     plugins: pluggy.PluginManager | None = None,
@@ -71,7 +73,9 @@ def load_data_party(
             architecture that the config names.
         new: Modules that the checkpoint lacks and that start at random, e.g. ``["score"]``.
         defenses: Applied in this order on the way out, in reverse on the way back.
-        tokenizer: Needed for `DataParty.encode` and `ask` only.
+        tokenizer: Needed for `DataParty.encode` and `ask` only; by default the one that lies beside the weights, if
+            there is one.
+        adapter: A peft adapter of the whole model, whose half is loaded too (`load_adapter`).
         wire: With a `handle`, pass every message through the codec.
         seed: Seed of the defenses' noise; None draws it from the operating system.
         plugins: Asked for blocks that cannot be found and for channels.
@@ -105,9 +109,11 @@ def load_data_party(
         local=plan.local,
         untied=tuple(plan.untied),
         defenses=defenses,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer or _tokenizer_beside(plan.source),
         seed=seed,
     )
+    if adapter is not None:
+        load_half(data_party.model, adapter, elsewhere=data_party.absent)
     data_party.open()
     return data_party
 
@@ -120,6 +126,7 @@ def load_model_party(
     new: Sequence[str] = (),
     share: tuple[int, int | None] | None = None,
     onward: Channel | Handler | str | None = None,
+    adapter: str | Path | None = None,
     plugins: pluggy.PluginManager | None = None,
     **options: Any,
 ) -> ModelParty:
@@ -136,6 +143,7 @@ def load_model_party(
         share: Of the blocks of all model parties, those of this one: (first, last + 1), counted from 0. None for
             the last + 1 takes all that follow and what comes after the blocks.
         onward: The way to the next party of the chain, for all but the last: as `channel` of `load_data_party`.
+        adapter: A peft adapter of the whole model, whose half is loaded too (`load_adapter`).
         plugins: Asked for blocks that cannot be found and for channels.
         options: Of `from_pretrained`: dtype, device_map, revision, quantization_config, gguf_file, …, and of the
             config.
@@ -161,6 +169,8 @@ def load_model_party(
             )  # the tied weight has been read; it is ours alone now
     held, _ = take(model, ours, frozenset(plan.local))
     model_party = ModelParty(held, cut, plan.fingerprint(model), plan.slices)
+    if adapter is not None:
+        load_half(held, adapter, elsewhere=None)
     if onward is not None:
         model_party.pass_on(cut, open_channel(onward, plugins, wire=False))
     return model_party
@@ -181,6 +191,27 @@ def _shared_out(
         Stage(stage.blocks[first:end], () if end is not None else stage.rest, stage.optional)
         for stage in cut
     )
+
+
+def _tokenizer_beside(source: Source) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was saved with the weights, if one was.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils.hub import cached_file
+
+    named = {"_raise_exceptions_for_missing_entries": False, **source.place}
+    named.pop("trust_remote_code", None), named.pop("code_revision", None)
+    if cached_file(source.name, "tokenizer_config.json", **named) is None:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source.name, **source.place)  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"The tokenizer beside {source.name} cannot be read: {error} Pass tokenizer=..."
+        ) from error
 
 
 @frozen(eq=False)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from vflair_core.errors import CheckpointError
+from vflair_core.errors import CheckpointError, ExperimentError
+from vflair_core.randomness import adapter_seed
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 def adapters_of(model: nn.Module) -> dict[str, Any]:
@@ -76,3 +82,38 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
         plain = layer.get_base_layer().state_dict()
         state.update({f"{outer}.{name}": tensor for name, tensor in plain.items()})
     return state
+
+
+def inject_adapter(model: nn.Module, config: PeftConfig, seed: int, name: str = "default") -> None:
+    """Let peft put its modules into `model`, each from a random stream of its own.
+
+    Raises:
+        ExperimentError: The method shares weights between layers.
+    """
+    from peft import PEFT_TYPE_TO_TUNER_MAPPING
+
+    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]  # type: ignore[index]
+    if tuner.uses_shared_state:
+        raise ExperimentError(
+            f"{type(config).__name__} shares weights between layers, which two parties cannot. Use LoRA or another "
+            "method that gives each layer its own."
+        )
+
+    def create(
+        self: Any,
+        own: Any,
+        adapter: str,
+        target: nn.Module,
+        *args: Any,
+        current_key: str,
+        **options: Any,
+    ) -> None:
+        if hasattr(own, "fan_in_fan_out"):
+            own.fan_in_fan_out = isinstance(target, Conv1D)  # GPT-2 holds its weights transposed
+        with torch.random.fork_rng():
+            torch.manual_seed(adapter_seed(seed, current_key))
+            tuner._create_and_replace(
+                self, own, adapter, target, *args, current_key=current_key, **options
+            )
+
+    type(tuner.__name__, (tuner,), {"_create_and_replace": create})(model, config, name)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from vflair_core.errors import CheckpointError, ProtocolError
@@ -42,7 +43,17 @@ def save_run(party: DataParty, optimizer: Optimizer | None, folder: Path) -> Pat
             )
     party.connection.request("save")
     save_tokenizer(folder, party.tokenizer)
-    extra = {**optimizer_state(optimizer), **random_state()}
+    return party.save_part(
+        folder / step_name(party.step),
+        {**optimizer_state(optimizer), **run_state(party)},
+        optimizer=type(optimizer).__name__,
+        exchanges=party.exchanges,
+    )
+
+
+def run_state(party: DataParty) -> dict[str, Tensor]:
+    """What the data party's half of a run is made of beside its weights and optimizer: generators, defenses, counts."""
+    extra = random_state()
     for number, defense in enumerate(party.defenses.each):
         generator = party.defenses.generator_of(defense)
         extra[f"random/defense.{number}"] = generator.get_state()
@@ -51,13 +62,7 @@ def save_run(party: DataParty, optimizer: Optimizer | None, folder: Path) -> Pat
         extra |= {f"defense/{number}/private/{k}": v for k, v in private}
         learned = enumerate(defense.parameters())
         extra |= {f"defense/{number}/weight/{n}": weight for n, weight in learned}
-    extra |= {f"releases/{key}": value for key, value in party.calls.counts.state().items()}
-    return party.save_part(
-        folder / step_name(party.step),
-        extra,
-        optimizer=type(optimizer).__name__,
-        exchanges=party.exchanges,
-    )
+    return extra | {f"releases/{key}": value for key, value in party.calls.counts.state().items()}
 
 
 def load_run(
@@ -74,10 +79,15 @@ def load_run(
         raise CheckpointError(f"{folder} holds checkpoints of several runs; give each a folder.")
     newest = facts[max(facts)]
     check_part(newest, party.connection.fingerprint, optimizer, parts[max(facts)])
-    step = _resume(party, spec, newest["session"], sorted(facts))
-    _, tensors = read_part(parts[step])
-    restore(party.model, plain_names(tensors), parts[step])
-    restore_optimizer(optimizer, tensors)
+    step = resume_session(party, spec, newest["session"], sorted(facts))
+    restore_optimizer(optimizer, take_up_run(party, parts[step], facts[step]))
+    return step
+
+
+def take_up_run(party: DataParty, path: Path, facts: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Give the data party the weights and the state of a run that a part holds; return all its tensors."""
+    _, tensors = read_part(path)
+    restore(party.model, plain_names(tensors), path)
     for number, defense in enumerate(party.defenses.each):
         party.defenses.generator_of(defense).set_state(tensors[f"random/defense.{number}"])
         defense.load_state(under(tensors, f"defense/{number}/state/"))
@@ -87,12 +97,18 @@ def load_run(
                 weight.copy_(tensors[f"defense/{number}/weight/{n}"])
     party.calls.counts.load_state(under(tensors, "releases/"))
     restore_random(tensors)
-    party.go_on_from(step, facts[step]["exchanges"])
-    return step
+    party.go_on_from(facts["step"], facts["exchanges"])
+    return tensors
 
 
-def _resume(party: DataParty, spec: Mapping[str, Any], session: str, steps: list[int]) -> int:
-    """Take up the session of the checkpoint in place of the one that was opened afresh."""
+def resume_session(
+    party: DataParty, spec: Mapping[str, Any], session: str, steps: list[int]
+) -> int:
+    """Take up the session of the checkpoint in place of the one that was opened afresh; return the step.
+
+    Raises:
+        ProtocolError: The model party has no part of any of these `steps`.
+    """
     connection, fresh = party.connection, party.connection.session
     connection.session = session
     try:

@@ -11,13 +11,13 @@ import torch
 from attrs import field, frozen, validators
 from torch import nn
 
-from vflair_core.communication.optimizers import make_optimizer
+from vflair_core.communication.optimizers import make_optimizer, options_of
 from vflair_core.parties.data_party.party import DataParty
 from vflair_core.partition.slices import check_names
 from vflair_core.tasks.collation import Batch
 from vflair_core.training.checkpoint import load_run, save_run
 from vflair_core.training.tuning import EVERYTHING, Lora
-from vflair_core.training.two_phase_commit import agree
+from vflair_core.training.two_phase_commit import agree, refuse_several_processes
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -96,6 +96,8 @@ class FineTuning:
         trained += [p for defense in party.defenses.each for p in defense.parameters()]
         self.optimizer = make_optimizer(trained, options.optimizer_spec())
         self._scaling = Scaling(scaler) if scaler is not None else None
+        self._built_with = options_of(self.optimizer) if self.optimizer else []
+        refuse_several_processes()
         party.open(options.optimizer_spec())
 
     def step(self, *batches: Batch, rate: float | None = None) -> float:
@@ -149,7 +151,8 @@ class FineTuning:
         """
         groups = _groups(self.optimizer)
         weights = [parameter for group in groups for parameter in group["params"]]
-        decision = agree(self.party, weights, clip=self.options.clip, rate=rate)
+        told = self._changed_options(rate)
+        decision = agree(self.party, weights, clip=self.options.clip, rate=rate, groups=told)
         if self._scaling is not None:
             self._scaling.update(overflow=decision.skip)
         if self.optimizer is None:
@@ -159,6 +162,16 @@ class FineTuning:
         if not decision.skip:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _changed_options(self, rate: float) -> list[dict[str, Any]] | None:
+        """What the model party must be told besides the rate: a scheduler of torch may change other options too."""
+        now = (
+            [{**group, "lr": rate} for group in options_of(self.optimizer)]
+            if self.optimizer
+            else []
+        )
+        before = [{**group, "lr": rate} for group in self._built_with]
+        return now if now != before else None
 
 
 class Scaling:

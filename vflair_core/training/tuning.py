@@ -13,14 +13,13 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from attrs import field, frozen, validators
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from vflair_core.errors import ExperimentError, did_you_mean
+from vflair_core.partition.adapters import inject_adapter
 from vflair_core.partition.slices import Slices, check_names
-from vflair_core.randomness import adapter_seed
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -110,7 +109,9 @@ def tune(
     added: set[int] = set()
     if adapters is not None:
         held = {id(weight) for weight in model.parameters()}
-        _inject(model, _fitted(adapters, model, slices, set(trainable) - set(full), whole), seed)
+        fitted = _fitted(adapters, model, slices, set(trainable) - set(full), whole)
+        if fitted is not None:
+            inject_adapter(model, fitted, seed)
         added = {id(p) for p in model.parameters() if p.requires_grad and id(p) not in held}
     chosen = {
         id(weight)
@@ -169,36 +170,3 @@ def _fitted(
 
 def _in_block(slices: frozenset[str]) -> bool:
     return any(name.startswith("blocks.") for name in slices)
-
-
-def _inject(model: nn.Module, config: PeftConfig | None, seed: int) -> None:
-    """Let peft put its modules into `model`, each from a random stream of its own."""
-    if config is None:
-        return
-    from peft import PEFT_TYPE_TO_TUNER_MAPPING
-
-    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]  # type: ignore[index]
-    if tuner.uses_shared_state:
-        raise ExperimentError(
-            f"{type(config).__name__} shares weights between layers, which two parties cannot. Use LoRA or another "
-            "method that gives each layer its own."
-        )
-
-    def create(
-        self: Any,
-        own: Any,
-        name: str,
-        target: nn.Module,
-        *args: Any,
-        current_key: str,
-        **options: Any,
-    ) -> None:
-        if hasattr(own, "fan_in_fan_out"):
-            own.fan_in_fan_out = isinstance(target, Conv1D)  # GPT-2 holds its weights transposed
-        with torch.random.fork_rng():
-            torch.manual_seed(adapter_seed(seed, current_key))
-            tuner._create_and_replace(
-                self, own, name, target, *args, current_key=current_key, **options
-            )
-
-    type(tuner.__name__, (tuner,), {"_create_and_replace": create})(model, config, "default")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import sys
 
 import pytest
 import torch
 from transformers import TextStreamer
 
-from support.paths import SWEEP
 from vflair_core import Partition, Transcript, split
 from vflair_core.errors import PartitionError, ProtocolError
 from vflair_core.testing import tiny_batch, tiny_model
@@ -20,18 +18,6 @@ CUTS = [(1, 1), (1, 0), (0, 2)]
 def both(whole, head, tail):
     data_party, model_party = split(copy.deepcopy(whole), Partition(head, tail), wire=True)
     return data_party, model_party
-
-
-@pytest.fixture(scope="module")
-def build():
-    """Make a small model of any type, as the sweep does."""
-    folder = str(SWEEP)
-    sys.path.insert(0, folder)
-    try:
-        import cases
-    finally:
-        sys.path.remove(folder)
-    return cases.build
 
 
 @pytest.mark.parametrize(("head", "tail"), CUTS)

@@ -96,7 +96,10 @@ def test_each_party_is_told_the_norms_of_its_own_gradients(crowd):
         crowd.backward(n)
     for n in (0, 1):
         expected = [gradient.norm() for gradient in crowd.by_hand(n).values()]
-        assert torch.equal(torch.stack(joint_norms(crowd.parties[n])), torch.stack(expected))
+        assert torch.equal(
+            torch.stack(joint_norms(crowd.parties[n], list(crowd.parties[n].parameters()))),
+            torch.stack(expected),
+        )
 
 
 def test_in_turns_each_commit_is_a_step_with_its_own_gradients(crowd):
@@ -193,7 +196,7 @@ def test_a_round_has_one_learning_rate():
     crowd.model_party.sharing = "mean"
     tunings = [FineTuning(party, SGD) for party in crowd.parties]
     tunings[0].step(crowd.batches[0], rate=0.1)
-    with pytest.raises(ProtocolError, match=r"learning rate of this round is 0\.1, not 0\.2"):
+    with pytest.raises(ProtocolError, match=r"has learning rate 0\.1, not learning rate 0\.2"):
         tunings[1].step(crowd.batches[1], rate=0.2)
 
 

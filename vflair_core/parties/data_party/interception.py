@@ -8,10 +8,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from vflair_core.errors import PartitionError
+from vflair_core.parties.data_party.fused_heads import by_logits
+from vflair_core.parties.data_party.stubs import ModuleStub
 
 # Takes the original forward and its arguments by name.
 Run = Callable[[Callable[..., Any], dict[str, Any]], Any]
@@ -35,7 +38,33 @@ def hand_over_forward(
             "data_party.save(folder) and model_party.save(folder); `vflair merge` joins what they wrote."
         )
 
-    members = {"forward": forward, "save_pretrained": save_pretrained, "__module__": __name__}
+    def load_adapter(_self: Any, *_: Any, **__: Any) -> None:
+        raise PartitionError(
+            f"This {original.__name__} holds half of the layers, so half of an adapter would be lost. Use "
+            "load_adapter(data_party, model_party, folder)."
+        )
+
+    def resize_token_embeddings(
+        self: Any, new_num_tokens: int | None = None, *args: Any, **options: Any
+    ) -> Any:
+        if new_num_tokens is not None and isinstance(self.get_output_embeddings(), ModuleStub):
+            raise PartitionError(
+                f"The output layer of this {original.__name__} is the model party's, and must grow with the embeddings. "
+                "Resize them before the model is cut: model.resize_token_embeddings(n), then split(model, ...)."
+            )
+        return original.resize_token_embeddings(self, new_num_tokens, *args, **options)
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:  # noqa: N807 - it becomes one
+        original.__setattr__(self, name, by_logits(self, value) if name == "forward" else value)
+
+    members = {
+        "forward": forward,
+        "__setattr__": __setattr__,
+        "resize_token_embeddings": resize_token_embeddings,
+        "save_pretrained": save_pretrained,
+        "load_adapter": load_adapter,
+        "__module__": __name__,
+    }
     if isinstance(model, GenerationMixin):
 
         @functools.wraps(original.generate)
@@ -74,7 +103,7 @@ def _through(original: Any, run: Run) -> Callable[..., Any]:
         inputs = dict(zip(names, args, strict=False)) | kwargs
         return run(functools.partial(original.forward, self), inputs)
 
-    return forward
+    return torch.compiler.disable(forward, reason="what crosses the cut is no graph of one process")  # type: ignore[no-any-return]
 
 
 def token_tables(model: PreTrainedModel) -> list[nn.Module]:

@@ -25,6 +25,7 @@ from vflair_core.defenses.defense import Exchange
 from vflair_core.defenses.pipeline import Defenses
 from vflair_core.errors import DefenseError, PartitionError
 from vflair_core.parties.data_party import remote_cache
+from vflair_core.parties.data_party.cache_guard import guarded
 from vflair_core.parties.data_party.dry_runs import DryRuns
 from vflair_core.parties.data_party.embeddings import defending_embeddings
 from vflair_core.parties.data_party.inputs import (
@@ -51,6 +52,7 @@ from vflair_core.parties.data_party.roles import Call
 from vflair_core.parties.data_party.round import LossScale, round_trip
 from vflair_core.parties.data_party.scored_positions import only_scored
 from vflair_core.parties.data_party.stubs import put_stubs
+from vflair_core.partition.adapter_state import OFF, AdapterStates, adapters_in
 from vflair_core.partition.partition import Partition
 from vflair_core.partition.stages import Stage, names_in, stage_of
 from vflair_core.randomness import random_states
@@ -100,6 +102,7 @@ class ModelCalls:
         self.crossed: Counter[str] = Counter()
         self._asking = False
         self._dropping = True  # in train mode
+        self._adapters, self._without_adapters = AdapterStates(model), False
         self.model = hand_over_forward(model, self.run_forward, self.counts.generating)
         hand_over_parts(model, names_in(stages), self.run_part)
         self.recorder = Recorder(self.exchange, stages, picks=partition.only_scored)
@@ -173,17 +176,25 @@ class ModelCalls:
         """While this lasts, exchanges belong to this call."""
         self.recorder.begin()
         random = random_states(self.model.device) if self.model.training else ()
-        self._call = self.dry_runs.call(forward, inputs, random)
         try:
-            if not self.defenses.at("on_embeddings"):
-                yield self._call
-                return
-            apply = self._defended_embeddings
-            with defending_embeddings(self.model, inputs, apply) as self._call.inputs:
-                yield self._call
+            with guarded(cache_in(inputs)):
+                self._call = self.dry_runs.call(forward, inputs, random)
+                with self._defending(inputs):
+                    yield self._call
         finally:
             self._call = self._last = self._begun = None
             self._done, self._account = [], Account("a layer of the model party")
+
+    @contextmanager
+    def _defending(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """While this lasts, the defenses of embeddings act in the call at hand."""
+        assert self._call is not None
+        if not self.defenses.at("on_embeddings"):
+            yield
+            return
+        apply = self._defended_embeddings
+        with defending_embeddings(self.model, inputs, apply) as self._call.inputs:
+            yield
 
     def _begin_account(self, called: str, inputs: dict[str, Any]) -> Account:
         owners = repeated(self.counts.owners_of(inputs), rows_of(inputs))
@@ -250,6 +261,16 @@ class ModelCalls:
             for module, training in before.items():
                 module.training = training
 
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """While this lasts, the adapters of both parties are off."""
+        before, self._without_adapters = self._without_adapters, True
+        try:
+            with adapters_in(self.model, OFF):
+                yield
+        finally:
+            self._without_adapters = before
+
     # -- its exchanges ----------------------------------------------------------------------------------
 
     def exchange(
@@ -279,6 +300,7 @@ class ModelCalls:
                 roles,
                 cache=spec,
                 training=self.model.training and self._dropping,
+                adapters=OFF if self._without_adapters else self._adapters.now(),
             )
 
     @contextmanager
@@ -296,7 +318,11 @@ class ModelCalls:
             lambda old, new: self.connection.copies.append((old, new)),
         )
         spec = {"id": remote.id, "deeds": list(remote.operations)}
-        yield spec if remote.known else {**spec, "parts": remote.parts}
+        answered = self.connection.answered
+        try:
+            yield spec if remote.known else {**spec, "parts": remote.parts}
+        finally:
+            remote.exchanges += self.connection.answered > answered
         remote.operations.clear()
         remote.known = True
         remote_cache.advance(cache, positions, self.recorder.layers(program.modules))

@@ -299,6 +299,10 @@ class DataParty:
         """While this lasts, nothing is dropped at either party, though the model may be in train mode."""
         return self.calls.without_dropout()
 
+    def without_adapters(self) -> AbstractContextManager[None]:
+        """While this lasts, the adapters of peft are off at both parties, whichever of them has any."""
+        return self.calls.without_adapters()
+
     def public_text(self) -> AbstractContextManager[None]:
         """While this lasts, what crosses is public text: nothing is counted, and gradients may be of any loss."""
         return self.calls.counts.of_public_text()

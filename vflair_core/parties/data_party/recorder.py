@@ -20,6 +20,7 @@ from vflair_core.communication.execution import Execution
 from vflair_core.communication.program import (
     MIXING,
     OPERATIONS,
+    RESHAPING,
     Leaf,
     Program,
     Step,
@@ -117,6 +118,9 @@ class Recorder:
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, picked: str = ""
     ) -> Any:
         """Record an operation of the list on a deferred tensor; a list of positions it takes is sent as `picked`."""
+        shapes = OPERATIONS[name](*map(_on_meta, args), **kwargs)
+        if name in RESHAPING and shapes.shape == args[0].shape:
+            return args[0]  # nothing is done, and the program of another length is the same
         if picked:
             for part in args[1]:
                 if isinstance(part, Tensor):
@@ -124,7 +128,6 @@ class Recorder:
         trees = tuple(self._tree(value, name) for value in args)
         named = tuple((key, self._tree(value, name)) for key, value in kwargs.items())
         self.steps.append(("op", name, trees, named))
-        shapes = OPERATIONS[name](*map(_on_meta, args), **kwargs)
         return self._deferred(shapes, device_of(args[0]))
 
     def layers(self, names: Sequence[str]) -> frozenset[int]:

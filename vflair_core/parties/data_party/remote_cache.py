@@ -38,6 +38,7 @@ class RemoteCache:
     operations: list[CacheOperation] = field(factory=list)
     parts: list[list[Any]] = field(factory=list)  # of each: its kind, [kind, options] of all layers
     known: bool = False  # has the model party built its half?
+    exchanges: int = 0  # that have filled it, through this handle
     copied: Callable[[str, str], None] = lambda _old, _new: None
     released: Callable[[str], None] = lambda _id: None
 
@@ -150,16 +151,22 @@ def copied(cache: Cache) -> Cache:
         memo[id(remote)] = RemoteCache(
             operations=list(remote.operations), parts=remote.parts, known=remote.known
         )
-    with (
-        torch.inference_mode(mode=False),
-        torch.no_grad(),
-    ):  # its values only: a graph may hang on them
+    with torch.inference_mode(mode=False), torch.no_grad():
+        for tensor in _tensors_in(cache):  # their values only: a graph may hang on them
+            memo[id(tensor)] = tensor.detach().clone()
         return copy.deepcopy(cache, memo)
+
+
+def _tensors_in(cache: Cache) -> list[Tensor]:
+    values = [v for part in parts_of(cache) for layer in part.layers for v in vars(layer).values()]
+    inner = [w for v in values if isinstance(v, dict) for w in v.values()]
+    return [v for v in (*values, *inner) if isinstance(v, Tensor) and not v.is_meta]
 
 
 def length_of(cache: Cache) -> int:
     """Positions in the cache; for layers that keep none, 1 once there is a state."""
-    if all(parts_of(cache)[0].is_linear) and cache.layers:
+    own = parts_of(cache)[0]
+    if own.layers and all(own.is_linear):
         return int(cache.has_previous_state())
     return cache.get_seq_length()
 

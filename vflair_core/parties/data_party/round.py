@@ -27,6 +27,7 @@ from vflair_core.communication.program import Program
 from vflair_core.defenses.defense import Exchange
 from vflair_core.defenses.pipeline import Defenses
 from vflair_core.parties.data_party.releases import ReleaseCounts
+from vflair_core.partition.adapter_state import AdapterState
 
 
 @define
@@ -51,6 +52,7 @@ def round_trip(
     *,
     cache: dict[str, Any] | None,
     training: bool,
+    adapters: AdapterState | None,
 ) -> list[Tensor]:
     """Send what `program` takes, return what it gives: one exchange, on every one of them every defense."""
     names = [name for name, _, _ in program.leaves]
@@ -71,6 +73,7 @@ def round_trip(
         counterparts=not defenses.bypassed,
         inspect=partial(_account_for, defenses, counts, exchange, program),
         guard=partial(_defended_gradient, defenses, counts, scale, exchange),
+        adapters=None if adapters is None else adapters.to_wire(),
     )
     return [
         defenses.apply("on_returned", tensor, exchange, name="returned", role="returned")

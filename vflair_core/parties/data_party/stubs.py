@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from vflair_core.communication.cache_kinds import layers_of
 from vflair_core.communication.program import ALLOWED
@@ -77,6 +78,14 @@ class ModuleStub(nn.Module):
             )
         super().__setattr__(name, value)
 
+    def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+        if theirs := [key for key in state if key.startswith(prefix)]:
+            raise PartitionError(
+                f"These weights are of the whole model: {theirs[0]} is the model party's, and would be lost here. An adapter "
+                "of the whole model is loaded into both halves by load_adapter(data_party, model_party, folder); a "
+                "checkpoint, by load_data_party and load_model_party."
+            )
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.record(self, args, kwargs)  # type: ignore[no-any-return]
 
@@ -101,7 +110,11 @@ def _checked(absent: ModuleStub, kwargs: dict[str, Any]) -> dict[str, Any]:
     for key, value in kwargs.items():
         if key in absent.accepted:
             accepted[key] = value
-        elif key not in DROPPED and value is not None:
+        elif (
+            key not in DROPPED
+            and value is not None
+            and not isinstance(value, PreTrainedTokenizerBase)
+        ):
             raise LeakError(
                 f"{absent.name} was called with {key!r}, which is not an argument a block is known to take. "
                 f"It stays with the data party. Known: {', '.join(sorted(ALLOWED))} and the block's own "

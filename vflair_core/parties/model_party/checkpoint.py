@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,25 @@ def save_session(
     fingerprint: str,
     steps: Mapping[str, int],
     optimizer: Optimizer | None,
+    *,
+    keep: list[int] | None = None,
 ) -> Path:
-    """Write the model party's part of a run at a step."""
+    """Write the model party's part of a run at a step; then drop those of steps that are not to be kept.
+
+    Raises:
+        ProtocolError: `keep` is no list of steps, or lacks the one at hand.
+    """
+    if keep is not None and not (all(type(n) is int for n in keep) and step in keep):
+        raise ProtocolError(f"'keep' must be steps, {step} among them; nothing was written.")
     tensors = {**owned(model), **optimizer_state(optimizer), **random_state()}
     run = {"step": step, "optimizer": type(optimizer).__name__}
     facts = _facts(model, fingerprint, steps) | run
-    return write_part(folder / step_name(step) / MODEL_FILE, tensors, facts)
+    path = write_part(folder / step_name(step) / MODEL_FILE, tensors, facts)
+    if keep is not None:
+        for number, old in steps_in(folder, MODEL_FILE).items():
+            if number not in keep:
+                shutil.rmtree(old.parent)
+    return path
 
 
 def load_session(

@@ -17,6 +17,7 @@ from vflair_core.communication import counterparts
 from vflair_core.communication.channel import Channel
 from vflair_core.communication.locks import Lock
 from vflair_core.communication.message import Crossing, Message, reply
+from vflair_core.communication.optimizers import check_options
 from vflair_core.errors import PartitionError, ProtocolError
 from vflair_core.parties.model_party import rounds
 from vflair_core.parties.model_party.caps import Caps
@@ -29,7 +30,7 @@ from vflair_core.parties.model_party.checkpoint import (
 )
 from vflair_core.parties.model_party.held_stage import HeldStage
 from vflair_core.parties.model_party.relay import Relay
-from vflair_core.parties.model_party.session import Session
+from vflair_core.parties.model_party.session import Session, StepOptions
 from vflair_core.parties.model_party.shared_weights import Rule, SharedWeights, norms_of
 from vflair_core.partition.fingerprint import differences
 from vflair_core.partition.slices import Slices
@@ -155,6 +156,8 @@ class ModelParty:
                 return rounds.forward(self.model, self.held, self.device, session, message)
             case "backward":
                 return rounds.backward(self.model, self.shared, session, message)
+            case "facts":
+                return self._facts(session, message)
             case "norms":
                 return self._norms(session, message)
             case "commit":
@@ -162,13 +165,14 @@ class ModelParty:
             case "save":
                 folder = run_folder(self.checkpoints, message.session)
                 what = (self.model, self.fingerprint, self.steps, self.shared.optimizer)
-                save_session(folder, session.step, *what)
+                save_session(folder, session.step, *what, keep=message.meta.get("keep"))
             case "close":
                 self.shared.leave(message.session)
             case _:
                 pass  # "release": what was let go of is forgotten by now
         if session.onward is not None:
-            session.onward.connection.request(message.kind)
+            kept = {k: v for k, v in message.meta.items() if k == "keep"}
+            session.onward.connection.request(message.kind, meta=kept)
         return reply(message)
 
     def _open(self, message: Message) -> Message:
@@ -230,6 +234,14 @@ class ModelParty:
                 "Another data party trains these weights now. Go back to a checkpoint when it has closed."
             )
 
+    def _facts(self, session: Session, message: Message) -> Message:
+        trainable = [name for name, weight in self.named_parameters() if weight.requires_grad]
+        keeps = self.checkpoints is not None
+        if session.onward is not None:
+            further = session.onward.connection.facts()
+            trainable, keeps = trainable + further["trainable"], keeps and further["keeps"]
+        return reply(message, meta={"trainable": trainable, "keeps": keeps})
+
     def _norms(self, session: Session, message: Message) -> Message:
         self.shared.show(session)
         names, norms = norms_of(self.model)
@@ -251,18 +263,22 @@ class ModelParty:
             raise ProtocolError(
                 "A commit needs 'skip' (true or false), a 'scale' (None or a number >= 0) and a learning rate 'lr'."
             )
+        groups = message.meta.get("groups")
+        if groups is not None:
+            check_options(self.shared.optimizer, groups)
         rule = message.meta.get("sharing", self.sharing)
         if rule != self.sharing:
             raise ProtocolError(
                 f"The party before shares weights by {rule!r} and this one by {self.sharing!r}: set the same "
                 "`sharing` at all model parties of a chain."
             )
-        self.shared.check(session, rate)
+        step = StepOptions(rate, groups)
+        self.shared.check(session, step)
         if session.onward is not None:  # it goes first: if it refuses, nothing has changed here
             session.onward.connection.commit(
-                scale=scale, rate=rate, skip=skip, sharing=self.sharing
+                scale=scale, rate=rate, skip=skip, groups=groups, sharing=self.sharing
             )
-        self.shared.commit(session, scale=scale, rate=rate, skip=skip)
+        self.shared.commit(session, scale=scale, options=step, skip=skip)
         session.step += 1
         self.steps[message.session] = session.step
         return reply(message)

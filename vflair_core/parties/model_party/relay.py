@@ -118,6 +118,7 @@ class Relay:
             counterparts=True,  # of this session there are none
             inspect=lambda _: None,  # it came from a data party, whose defenses have acted
             guard=lambda _, gradient: gradient,
+            adapters=message.meta.get("adapters"),
         )
         return list(cross(request, list(values)))
 

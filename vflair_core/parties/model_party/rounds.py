@@ -21,6 +21,7 @@ from vflair_core.errors import ProtocolError
 from vflair_core.parties.model_party.held_stage import HeldStage
 from vflair_core.parties.model_party.session import End, Graph, Session
 from vflair_core.parties.model_party.shared_weights import SharedWeights
+from vflair_core.partition.adapter_state import AdapterState, adapters_in
 
 
 def forward(
@@ -49,10 +50,13 @@ def forward(
         raise ProtocolError(
             f"{session.caps.graphs} forwards wait for their backward. Use torch.no_grad() where none comes."
         )
+    told = meta.get("adapters")
+    adapters = None if told is None else AdapterState.from_wire(told)
     if model.training != meta["training"]:
         model.train(meta["training"])
     with (
         session.caches.lend(meta.get("cache"), job.layers) as cache,
+        adapters_in(model, adapters),
         torch.set_grad_enabled(grad),
         _autocast(meta.get("autocast"), leaves),
     ):
@@ -72,7 +76,7 @@ def forward(
     live = [out.requires_grad for out in outputs]
     if any(live):
         ends = [End.of(out) for out in outputs]
-        session.graphs[message.exchange] = Graph(wanted, ends, training=meta["training"])
+        session.graphs[message.exchange] = Graph(wanted, ends, meta["training"], adapters)
     crossings = tuple(
         Crossing("returned", "returned", out.detach(), let_go=True) for out in outputs
     )
@@ -132,12 +136,14 @@ def _gradients(
     if not meta["accumulate"]:
         if not graph.inputs:
             return []
-        gradients_of_inputs = torch.autograd.grad(
-            ends, graph.inputs, gradients, retain_graph=keep, materialize_grads=True
-        )
+        with adapters_in(model, graph.adapters):
+            gradients_of_inputs = torch.autograd.grad(
+                ends, graph.inputs, gradients, retain_graph=keep, materialize_grads=True
+            )
         return list(gradients_of_inputs)
     shared.show(session)
-    torch.autograd.backward(ends, gradients, retain_graph=keep)
+    with adapters_in(model, graph.adapters):
+        torch.autograd.backward(ends, gradients, retain_graph=keep)
     answers = []
     for leaf in graph.inputs:
         answers.append(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf))

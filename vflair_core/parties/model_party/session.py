@@ -5,7 +5,7 @@ A request over a cap is refused; nothing that is in use is ever dropped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from vflair_core.parties.model_party.cache import HeldCaches
 from vflair_core.parties.model_party.caps import Caps
 from vflair_core.parties.model_party.held_stage import HeldStage, matching
 from vflair_core.parties.model_party.relay import Relay, Rest, divide_program
+from vflair_core.partition.adapter_state import AdapterState
 
 
 @frozen(eq=False)
@@ -46,6 +47,7 @@ class Graph:
     inputs: list[Tensor]
     ends: list[End]
     training: bool
+    adapters: AdapterState | None  # that were on
 
 
 @frozen(eq=False)
@@ -78,6 +80,17 @@ def _nothing(name: str, *_: Any) -> Any:
     raise ProtocolError(f"{name} is not held here.")
 
 
+@frozen
+class StepOptions:
+    """What an optimizer step is taken with: a learning rate, or the options of each group of weights."""
+
+    rate: float
+    groups: Sequence[Mapping[str, Any]] | None = None
+
+    def __str__(self) -> str:
+        return f"learning rate {self.rate}" if self.groups is None else f"options {self.groups}"
+
+
 @define(eq=False)
 class Session:
     """What the model party remembers of one data party."""
@@ -92,7 +105,7 @@ class Session:
     step: int = 0
     gradients: dict[nn.Parameter, Tensor] = field(factory=dict)  # while others are on the weights
     deposit: dict[nn.Parameter, Tensor] | None = None  # what it committed to a round under way
-    rate: float = 0.0
+    options: StepOptions | None = None  # of the optimizer, for that round
     skipped: bool = False
 
     def __attrs_post_init__(self) -> None:
@@ -102,6 +115,8 @@ class Session:
         """Drop what the data party no longer uses, and copy the caches it copied."""
         for number in meta.get("released_graphs", ()):
             self.graphs.pop(number, None)
+        for program in meta.get("released_programs", ()):
+            self.jobs.pop(program, None)
         for old, new in meta.get("copied_caches", ()):
             self.caches.copy(old, new)
         for key in meta.get("released_caches", ()):

@@ -17,9 +17,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from vflair_core.communication.optimizers import make_optimizer
+from vflair_core.communication.optimizers import make_optimizer, set_options
 from vflair_core.errors import ProtocolError, did_you_mean
-from vflair_core.parties.model_party.session import Session
+from vflair_core.parties.model_party.session import Session, StepOptions
 
 Rule = Literal["turns", "mean"]
 
@@ -57,7 +57,7 @@ class SharedWeights:
             ProtocolError: Others train, with another optimizer than `spec` asks for.
         """
         others = [s for s in self.sessions.values() if s.trains and s is not before]
-        wanted = {key: _plain(value) for key, value in spec.items() if key != "lr"}
+        wanted = _without_rates(spec)
         if not others:
             self.optimizer, self._spec = make_optimizer(self.model, spec), wanted
         elif wanted != self._spec:
@@ -107,22 +107,24 @@ class SharedWeights:
         for weight in self.model.parameters():
             weight.grad = None
 
-    def check(self, session: Session, rate: float) -> None:
+    def check(self, session: Session, options: StepOptions) -> None:
         """See that the session may commit now.
 
         Raises:
-            ProtocolError: A graph still lives, or the round has another learning rate.
+            ProtocolError: A graph still lives, or the round has other options, another learning rate perhaps.
         """
         if self._rule == "turns" or not self._missing(but=session):
             self._refuse_live_graphs()
-        rates = {s.rate for s in self.sessions.values() if s.deposit is not None}
-        if self._rule == "mean" and rates - {rate}:
+        others = [s.options for s in self.sessions.values() if s.deposit is not None]
+        if self._rule == "mean" and others and others[0] != options:
             raise ProtocolError(
-                f"The learning rate of this round is {rates.pop()}, not {rate}: one step has one. Give all data "
-                "parties the same schedule."
+                f"This round's step has {others[0]}, not {options}: one step has one learning rate and one set of "
+                "options. Give all data parties the same schedule."
             )
 
-    def commit(self, session: Session, *, scale: float | None, rate: float, skip: bool) -> None:
+    def commit(
+        self, session: Session, *, scale: float | None, options: StepOptions, skip: bool
+    ) -> None:
         """Take the session's step, by the rule, when `check` allows it."""
         self.show(session)
         weights = list(self.model.parameters())
@@ -132,10 +134,10 @@ class SharedWeights:
                     weight.grad.mul_(scale)
         if self._rule == "turns":
             if not skip:
-                self._step(rate)
+                self._step(options)
         else:
             held = {p: p.grad for p in weights if p.grad is not None}
-            session.deposit, session.rate = {} if skip else held, rate
+            session.deposit, session.options = {} if skip else held, options
             session.skipped = skip
         self.clear(session)
         self._end_round()
@@ -172,18 +174,18 @@ class SharedWeights:
         for weight in weights:
             deposits = [s.deposit[weight] for s in voters if s.deposit and weight in s.deposit]
             weight.grad = torch.stack(deposits).sum(0) / len(voters) if deposits else None
-        if voters:
-            self._step(joined[0].rate)
+        if voters and joined[0].options is not None:
+            self._step(joined[0].options)
         for weight in weights:
             weight.grad = shown.get(weight)
         for session in joined:
             session.deposit, session.skipped = None, False
 
-    def _step(self, rate: float) -> None:
+    def _step(self, options: StepOptions) -> None:
         if self.optimizer is None:
             return
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        each = options.groups or [{"lr": options.rate} for _ in self.optimizer.param_groups]
+        set_options(self.optimizer, each)
         self.optimizer.step()
 
 
@@ -194,5 +196,8 @@ def norms_of(model: nn.Module) -> tuple[list[str], Tensor]:
     return [name for name, _ in named], torch.stack(norms) if norms else torch.tensor([])
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _without_rates(spec: Any) -> Any:
+    """A spec as it is compared with another's: learning rates may differ, and are told with each step."""
+    if isinstance(spec, Mapping):
+        return {key: _without_rates(value) for key, value in spec.items() if key != "lr"}
+    return [_without_rates(each) for each in spec] if isinstance(spec, (tuple, list)) else spec

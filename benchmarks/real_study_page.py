@@ -82,7 +82,7 @@ def table(cells: dict[tuple[str, float], Cell]) -> str:
     for (defense, keep), cell in cells.items():
         name = defense if keep == 1.0 else f"{defense}, {round(100 * keep)} %"
         if any(not one["grades"] for one in cell):
-            rows.append(f"| {name} | not even {_option(cell[0])} keeps that much | | | | | |")
+            rows.append(f"| {name}: | not even {_option(cell[0])} keeps that much | | | | | |")
             continue
         row = [f"{name}: {_option(cell[0])}" if cell[0]["options"] else name]
         row += [f"{mean(cell, 'perplexity'):.0f}", _share(mean(cell, "token_accuracy"))]

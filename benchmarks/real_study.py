@@ -67,14 +67,15 @@ KEPT = (
     "budget",
 )
 UNSURE = 128  # candidates at a position where no threshold tells the token; where one does, there is no limit but
-FORWARDS = 60_000  # candidates a victim
+FORWARDS = 12_000  # candidates a victim, in the mean of a group
 
 
 @frozen
 class Knob:
     """The main option of a defense from weak to strong; `through` makes its value of a number between the two.
 
-    `blind` is how who does not know the mechanism compares a candidate with what crossed.
+    `blind` is how who does not know the mechanism compares a candidate with what crossed; None where only a linear map tries (rows in
+    an unknown order leave nothing to propose tokens by, and all of them a position are minutes a prompt).
     """
 
     option: str
@@ -82,7 +83,7 @@ class Knob:
     strong: float
     fixed: dict[str, Any] = field(factory=dict)
     through: Callable[[float], Any] = float
-    blind: Matching = "likelihood"
+    blind: Matching | None = "likelihood"
 
     def options(self, strength: float) -> dict[str, Any]:
         """The options at a strength in [0, 1], even steps of the logarithm."""
@@ -106,7 +107,7 @@ KNOBS = {
     "sparsification": Knob("rate", 0.9, 0.01, through=lambda kept: 1 - kept, blind="support"),
     "top-k": Knob("k", 576, 1, through=round, blind="support"),
     "quantisation": Knob("bits", 12, 1, through=round),
-    "permutation": Knob("", 1, 1, blind="sorted"),
+    "permutation": Knob("", 1, 1, blind=None),
 }
 
 
@@ -236,22 +237,26 @@ def attacked(setting: Setting, arm: Arm, knob: Knob) -> list[dict[str, Any]]:
     return grades
 
 
-def searched(setting: Setting, seen: Any, mechanism: Any, matching: Matching, *, sure: bool) -> Any:
+def searched(
+    setting: Setting, seen: Any, mechanism: Any, matching: Matching | None, *, sure: bool
+) -> Any:
     """Read by a linear map through the head and, if it is known, the defense; then search with it.
 
     Where a threshold tells the token, the search may go far down the proposals; else it takes the best of the first.
     """
-    plan = VocabularySearch(matching, "prior+linear", beam=2, forwards=FORWARDS)
-    measure, generator = measure_of(matching, mechanism), torch.Generator().manual_seed(0)
+    plan = VocabularySearch(matching or "likelihood", "prior+linear", beam=2, forwards=FORWARDS)
+    measure, generator = measure_of(plan.matching, mechanism), torch.Generator().manual_seed(0)
     start = time.process_time()
-    proposals = None if mechanism else setting.blind.get(matching)
+    proposals = None if mechanism else setting.blind.get(plan.matching)
     proposals = proposals or proposals_of(
         plan, measure, setting.head, mechanism, setting.model, setting.tokenizer, setting.task.public, generator
     )  # fmt: skip
     assert proposals is not None  # of prior and linear
     if mechanism is None:
-        setting.blind[matching] = proposals
+        setting.blind[plan.matching] = proposals
     yield "linear-inverter", _read(proposals.linear, seen), time.process_time() - start
+    if matching is None:
+        return
     most = 0 if sure and proposals.accept else UNSURE
     proposals = attrs.evolve(proposals, most=most, accept=proposals.accept if sure else 0.0)
     guess = search(

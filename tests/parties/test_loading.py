@@ -7,15 +7,17 @@ import json
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
 )
 
-from vflair_core import LocalChannel, Partition, load_data_party, load_model_party, merge
+from vflair_core import Example, LocalChannel, Partition, load_data_party, load_model_party, merge
 from vflair_core.errors import CheckpointError
 from vflair_core.testing import tiny_batch, tiny_model
 
@@ -231,6 +233,34 @@ def test_a_hub_model_is_named_by_the_commit_of_its_revision(saved, tmp_path):
     assert f"weights=commit:{commit}" in model_party.fingerprint
     batch = batch_for(whole)
     assert torch.equal(data_party.model(**batch).logits, whole(**batch).logits)
+
+
+def words(*more):
+    vocabulary = {word: number for number, word in enumerate(["<u>", "red", "green", *more])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<u>"))
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<u>", pad_token="<u>")
+
+
+def test_the_tokenizer_beside_the_weights_is_taken_unless_another_is_given(saved):
+    _, folder = saved("llama")
+    model_party = load_model_party(folder, Partition(1, 1))
+    options = {"channel": model_party.handle, "partition": Partition(1, 1)}
+    assert load_data_party(folder, **options).tokenizer is None
+    words().save_pretrained(folder)
+    data_party = load_data_party(folder, **options)
+    assert data_party.tokenizer.get_vocab() == words().get_vocab()
+    assert data_party.encode([Example("green")], max_length=4)["input_ids"][0, 0] == 2
+    own = words("blue")
+    assert load_data_party(folder, tokenizer=own, **options).tokenizer is own
+
+
+def test_a_tokenizer_that_cannot_be_read_is_no_missing_one(saved):
+    _, folder = saved("llama")
+    words().save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{")
+    model_party = load_model_party(folder, Partition(1, 1))
+    with pytest.raises(CheckpointError, match=r"cannot be read.*Pass tokenizer="):
+        load_data_party(folder, Partition(1, 1), channel=model_party.handle)
 
 
 def test_an_open_channel_serves_as_well_as_a_handle(saved):

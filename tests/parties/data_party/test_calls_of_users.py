@@ -129,3 +129,53 @@ def test_programs_that_were_not_used_for_long_make_room(monkeypatch):
                         )
     (session,) = model_party.sessions.values()
     assert len(session.jobs) <= 4
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_an_inner_model_may_be_called_by_itself(kind, partition):
+    whole, data_party, _ = both(
+        kind, partition, "classification" if kind == "bert" else "causal-lm"
+    )
+    batch = tiny_batch(whole)
+    name = whole.base_model_prefix
+    expected, found = getattr(whole, name)(**batch), getattr(data_party.model, name)(**batch)
+    assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
+    assert type(found) is type(expected)
+    found.last_hidden_state.square().sum().backward()
+    expected.last_hidden_state.square().sum().backward()
+    names = dict(whole.named_parameters())
+    for owner, weight in data_party.named_parameters():
+        both_of = (weight.grad, names[owner].grad)
+        assert both_of == (None, None) or torch.equal(*both_of), owner
+
+
+def test_the_output_layer_alone_is_refused_by_name():
+    _, data_party, _ = both("llama", Partition(1, 0))
+    hidden = data_party.model.model(input_ids=torch.tensor([[5, 9]])).last_hidden_state
+    with pytest.raises(
+        PartitionError, match="lm_head is the model party's, and was called by itself"
+    ):
+        data_party.model.lm_head(hidden)
+
+
+def test_a_copy_of_half_a_model_is_refused(partition):
+    _, data_party, _ = both("llama", partition)
+    with pytest.raises(PartitionError, match="Copy the whole model before it is cut"):
+        copy.deepcopy(data_party.model)
+
+
+def test_embeddings_that_need_not_grow_are_left_alone():
+    _, data_party, _ = both("gpt2", Partition(1, 0))
+    table = data_party.model.get_input_embeddings()
+    assert data_party.model.resize_token_embeddings(64) is table
+    with pytest.raises(PartitionError, match="before the model is cut"):
+        data_party.model.resize_token_embeddings(64, pad_to_multiple_of=128)
+
+
+def test_what_an_inner_model_passed_by_is_an_error_when_it_is_used():
+    whole, data_party, _ = both("bert", Partition(1, 0), "classification")
+    batch = tiny_batch(whole)
+    found, expected = data_party.model.bert(**batch), whole.bert(**batch)
+    assert torch.equal(found.pooler_output, expected.pooler_output)
+    with pytest.raises(PartitionError, match="from the middle of the model party's layers"):
+        found.last_hidden_state.sum()

@@ -218,6 +218,7 @@ def test_no_step_while_another_party_holds_a_live_graph(sharing):
     del kept
 
 
+@pytest.mark.filterwarnings("ignore:The model party's weights are not those:UserWarning")
 def test_one_optimizer_serves_all_and_another_one_is_refused():
     crowd = Crowd()
     adam = Train(steps=4, optimizer="adam")

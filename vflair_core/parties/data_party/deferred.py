@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers.utils.generic import ModelOutput
 
 from vflair_core.communication.program import MIXING, OPERATIONS, Tree, fits
 from vflair_core.errors import PartitionError
@@ -67,6 +68,9 @@ class Recording(Protocol):
     def realise(self, deferred: Deferred) -> Tensor:
         """Fetch a value."""
 
+    def can_send_back(self, deferred: Deferred) -> bool:
+        """Whether a value comes of the last module that was called."""
+
     def is_between_parts(self) -> bool:
         """Whether nothing can be sent back now."""
 
@@ -120,7 +124,7 @@ class Deferred(Tensor):
         if not kwargs and (mixed := _mixed(func, args)) is not None:
             return mixed
         # A value is needed here, on the data party: fetch it and go on with a real tensor.
-        args, kwargs = _realised(args), _realised(kwargs)
+        args, kwargs = realised(args), realised(kwargs)
         return func(*args, **kwargs)
 
     @classmethod
@@ -177,11 +181,19 @@ def _are_literal(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return all(isinstance(value, literal) for value in flat)
 
 
-def _realised(value: Any) -> Any:
+def realised(value: Any, *, possible: bool = False) -> Any:
+    """The same with the values of the deferred tensors in it, which are fetched if they were not.
+
+    Those that were passed by, and cannot be sent back any more, are an error; with `possible` they stay deferred, and it
+    is an error to use them.
+    """
     if isinstance(value, Deferred):
+        if possible and value.fetched is None and not value.recorder.can_send_back(value):
+            return value
         return value.recorder.realise(value)
     if isinstance(value, (tuple, list)):
-        return type(value)(_realised(item) for item in value)
+        return type(value)(realised(item, possible=possible) for item in value)
     if isinstance(value, dict):
-        return {key: _realised(item) for key, item in value.items()}
+        entries = {key: realised(item, possible=possible) for key, item in value.items()}
+        return type(value)(**entries) if isinstance(value, ModelOutput) else entries
     return value

@@ -143,8 +143,9 @@ class DryRuns:
         if call is None:
             if known is None:
                 raise PartitionError(
-                    "The model party was reached by a call of an inner module before the whole model was called "
-                    "this way. Call data_party.model(...) once first."
+                    f"{', '.join(program.modules[:3])} is the model party's, and was called by itself, outside a call of the "
+                    "model: what it is given cannot be told to depend on text or not. Call data_party.model(...), or the "
+                    "inner model around it."
                 )
             return known
         if known is None or not self._holds(known, call, program, leaves, cache):

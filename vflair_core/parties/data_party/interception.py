@@ -44,15 +44,29 @@ def hand_over_forward(
             "load_adapter(data_party, model_party, folder)."
         )
 
+    def __deepcopy__(_self: Any, _memo: Any) -> None:  # noqa: N807 - it becomes one
+        raise PartitionError(
+            f"A copy of this {original.__name__} would have half a model and no session of its own. Copy the whole model "
+            "before it is cut; for a frozen copy in training, cut a second one, or use adapters and switch them off."
+        )
+
     def resize_token_embeddings(
-        self: Any, new_num_tokens: int | None = None, *args: Any, **options: Any
+        self: Any,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        *args: Any,
+        **options: Any,
     ) -> Any:
-        if new_num_tokens is not None and isinstance(self.get_output_embeddings(), ModuleStub):
-            raise PartitionError(
-                f"The output layer of this {original.__name__} is the model party's, and must grow with the embeddings. "
-                "Resize them before the model is cut: model.resize_token_embeddings(n), then split(model, ...)."
-            )
-        return original.resize_token_embeddings(self, new_num_tokens, *args, **options)
+        table = self.get_input_embeddings()
+        if not isinstance(self.get_output_embeddings(), ModuleStub):
+            wanted = (new_num_tokens, pad_to_multiple_of)
+            return original.resize_token_embeddings(self, *wanted, *args, **options)
+        if pad_to_multiple_of is None and new_num_tokens in (None, table.weight.shape[0]):
+            return table
+        raise PartitionError(
+            f"The output layer of this {original.__name__} is the model party's, and must grow with the embeddings. "
+            "Resize them before the model is cut: model.resize_token_embeddings(n), then split(model, ...)."
+        )
 
     def __setattr__(self: Any, name: str, value: Any) -> None:  # noqa: N807 - it becomes one
         original.__setattr__(self, name, by_logits(self, value) if name == "forward" else value)
@@ -63,6 +77,7 @@ def hand_over_forward(
         "resize_token_embeddings": resize_token_embeddings,
         "save_pretrained": save_pretrained,
         "load_adapter": load_adapter,
+        "__deepcopy__": __deepcopy__,
         "__module__": __name__,
     }
     if isinstance(model, GenerationMixin):

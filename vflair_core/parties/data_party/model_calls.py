@@ -26,6 +26,7 @@ from vflair_core.defenses.pipeline import Defenses
 from vflair_core.errors import DefenseError, PartitionError
 from vflair_core.parties.data_party import remote_cache
 from vflair_core.parties.data_party.cache_guard import guarded
+from vflair_core.parties.data_party.deferred import realised
 from vflair_core.parties.data_party.dry_runs import DryRuns
 from vflair_core.parties.data_party.embeddings import defending_embeddings
 from vflair_core.parties.data_party.inputs import (
@@ -145,8 +146,12 @@ class ModelCalls:
                     "part of it is called alone."
                 )
             self._begin_account(_owner_of(forward), inputs)
-            with self._calling(forward, inputs) as call:
-                return self._gated(forward(**call.inputs), labelled=False)
+
+            def whole(**given: Any) -> Any:  # of which nothing is left with the model party
+                return realised(forward(**given), possible=True)
+
+            with self._calling(whole, inputs) as call:
+                return self._gated(whole(**call.inputs), labelled=False)
 
     def _defended_forward(self, call: Call) -> Any:
         trains = self.model.training and torch.is_grad_enabled()

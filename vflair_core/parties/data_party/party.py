@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -80,6 +81,7 @@ class DataParty:
         self.tokenizer = tokenizer
         self.defenses = Defenses(defenses, partition.kind, seed)
         self.calibration = CalibrationCache()
+        self._told_moved = False
         self._format: InputFormat | None = None  # how the model reads the task at hand
         self.calls = ModelCalls(
             model, partition, stages, absent, local, self.connection, self.defenses
@@ -147,7 +149,15 @@ class DataParty:
         """
         each = [(type(d).__name__, d.counterpart()) for d in self.defenses.each]
         wanted = [(name, module) for name, module in each if module is not None]
-        return self.connection.open(*counterparts.describe(wanted), optimizer, resume)
+        facts = self.connection.open(*counterparts.describe(wanted), optimizer, resume)
+        if (moved := facts.get("moved")) and not self._told_moved:
+            self._told_moved = True
+            warnings.warn(
+                f"The model party's weights are not those that were loaded any more: other sessions took {moved} steps on "
+                "them. This one begins there. To begin with the weights as they were, load the model party anew.",
+                stacklevel=3,
+            )
+        return facts
 
     def close(self) -> None:
         """End the session: the model party forgets this party's graphs, caches and gradients."""

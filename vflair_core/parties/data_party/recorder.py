@@ -145,6 +145,11 @@ class Recorder:
         last = deferred.node == ("out", len(self.steps) - 1) and deferred.known is self.fetched
         return last and (kind == "module" or name in MIXING)
 
+    def can_send_back(self, deferred: Deferred) -> bool:
+        """Whether the value of a deferred tensor comes of the last module that was called, whose output can be asked for."""
+        calls = [number for number, step in enumerate(self.steps) if step[0] == "module"]
+        return deferred.known is self.fetched and bool(calls) and deferred.node[1] >= calls[-1]
+
     def realise(self, deferred: Deferred) -> Tensor:
         """Fetch the value of a deferred tensor before the program is complete; it has it from then on.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ class ModelParty:
     request over a cap is refused, nothing is dropped.
 
     Several data parties may have a session each. `sharing` says when the weights they share take a step.
-    Set `checkpoints` to a folder to let data parties have their runs saved there and go on from it.
+    Set `checkpoints` to a folder to let data parties have their runs saved there and go on from it. Set `expiry` to the
+    seconds after which a data party that was not heard from is taken for gone, and forgotten when another one asks for
+    something; None waits for ever. `drop` forgets one by hand.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class ModelParty:
         self.steps: dict[str, int] = {}  # taken on these weights, by session
         self.checkpoints: str | Path | None = None
         self.onward: Channel | None = None  # to the next model party of a chain
+        self.expiry: float | None = None  # seconds
 
     def pass_on(self, stages: Sequence[Stage], onward: Channel) -> None:
         """Run only `stages` from now on, and let the party behind `onward` run what follows them."""
@@ -122,6 +126,35 @@ class ModelParty:
         """Write what this party owns, and nothing else, to ``model_party.safetensors``; `merge` reads it."""
         return save_model_party(Path(folder), self.model, self.fingerprint, self.steps)
 
+    def drop(self, session: str) -> None:
+        """Forget a data party, with its graphs, caches and gradients; a round that waited for it alone ends.
+
+        Args:
+            session: As `sessions` and the errors name it.
+
+        Raises:
+            ProtocolError: There is no such session, or the round cannot end yet.
+        """
+        with self._lock:
+            if session not in self.sessions:
+                raise ProtocolError(
+                    f"There is no session {session!r}. There are: {', '.join(self.sessions) or 'none'}."
+                )
+            onward = self.sessions[session].onward
+            self.shared.leave(session)
+            if onward is not None:
+                onward.connection.request("close")
+
+    def _drop_silent(self, asking: str) -> None:
+        """Forget who has not been heard from for too long, where a round that waits for them can end."""
+        if self.expiry is None:
+            return
+        now = time.monotonic()
+        for name, session in list(self.sessions.items()):
+            late = name != asking and now - session.heard > self.expiry
+            if late and self.shared.may_leave(name):
+                self.drop(name)
+
     def handle(self, message: Message) -> Message:
         """Answer one message.
 
@@ -130,6 +163,7 @@ class ModelParty:
         """
         try:
             with self._lock:
+                self._drop_silent(message.session)
                 return self._answer(message)
         except _WRONG as error:
             # Facts of the wrong sort, or sizes that do not fit: torch says so in many ways.
@@ -143,6 +177,7 @@ class ModelParty:
         if message.session not in self.sessions:
             raise ProtocolError(f"There is no session {message.session!r}: send 'open' first.")
         session = self.sessions[message.session]
+        session.heard = time.monotonic()
         if message.step != session.step:
             raise ProtocolError(
                 f"The data party is at step {message.step}, the model party at {session.step}. "
@@ -212,7 +247,9 @@ class ModelParty:
             session.step, taken = load_session(folder, steps, *what)
             self.steps.update(taken)
         self.sessions[name] = session
-        return reply(message, meta={"step": session.step})
+        fresh = session.step == 0
+        moved = sum(steps for other, steps in self.steps.items() if fresh and other != name)
+        return reply(message, meta={"step": session.step, "moved": moved})
 
     def _open_onward(
         self, name: str, session: Session, optimizer: Any, resume: list[int] | None

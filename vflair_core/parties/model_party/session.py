@@ -5,6 +5,7 @@ A request over a cap is refused; nothing that is in use is ever dropped.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -107,6 +108,7 @@ class Session:
     deposit: dict[nn.Parameter, Tensor] | None = None  # what it committed to a round under way
     options: StepOptions | None = None  # of the optimizer, for that round
     skipped: bool = False
+    heard: float = field(factory=time.monotonic)  # when its last message came, in seconds
 
     def __attrs_post_init__(self) -> None:
         self.caches = HeldCaches(self.caps)

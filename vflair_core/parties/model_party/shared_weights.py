@@ -11,6 +11,7 @@ optimizer, and one of two rules says when it takes a step:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -92,14 +93,23 @@ class SharedWeights:
             ProtocolError: The round cannot end, because a graph still lives.
         """
         session = self.sessions[name]
-        waiting = any(s.deposit is not None for s in self.sessions.values() if s is not session)
-        if waiting and not self._missing(but=session):
+        if self._would_end_round(session):
             self._refuse_live_graphs(but=session)
         if self._holder is session:
             self.clear(session)
             self._holder = None
         del self.sessions[name]
         self._end_round()
+
+    def may_leave(self, name: str) -> bool:
+        """Whether a session may be forgotten now: no round would end while a graph lives."""
+        session = self.sessions[name]
+        alive = any(s.graphs for s in self.sessions.values() if s is not session)
+        return not (alive and self._would_end_round(session))
+
+    def _would_end_round(self, without: Session) -> bool:
+        others = [s for s in self.sessions.values() if s is not without]
+        return any(s.deposit is not None for s in others) and not self._missing(but=without)
 
     def clear(self, session: Session) -> None:
         """Drop the gradients of `session`, as `zero_grad` does."""
@@ -149,9 +159,13 @@ class SharedWeights:
             ProtocolError: It has.
         """
         if session.deposit is not None:
+            now = time.monotonic()
+            names = {id(s): name for name, s in self.sessions.items()}
+            silent = [f"{names[id(s)]} ({now - s.heard:.0f} s silent)" for s in self._missing()]
             raise ProtocolError(
-                f"This round waits for {len(self._missing())} other data parties: the shared weights take one "
-                "step with the mean of all gradients. Go on when all have committed."
+                f"This round waits for {len(silent)} other data parties, {', '.join(silent)}: the shared weights take one "
+                "step with the mean of all gradients. Go on when all have committed. If one is gone, the model party's "
+                "operator drops it, model_party.drop(session), or sets model_party.expiry."
             )
 
     def _refuse_live_graphs(self, but: Session | None = None) -> None:

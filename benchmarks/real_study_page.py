@@ -38,10 +38,13 @@ def main() -> None:
     text = PAGE.read_text()
     cells = {cut: found(cut) for cut in CUTS}
     for cut, of in cells.items():
+        if not of:
+            continue
         before, mark, rest = text.partition(f"<!-- {cut} -->\n")
-        if mark:
-            _, end, after = rest.partition("<!-- end -->\n")
-            text = before + mark + "\n" + table(of) + "\n" + end + after
+        _, end, after = rest.partition("<!-- end -->\n")
+        if not end:
+            raise SystemExit(f"{PAGE} has no lines <!-- {cut} --> and <!-- end --> for the table.")
+        text = before + mark + "\n" + table(of) + "\n" + end + after
     PAGE.write_text(text)
     draw(cells)
 

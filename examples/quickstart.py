@@ -130,7 +130,8 @@ def fine_tuned() -> dict[str, Any]:
         "victims": {"count": 2, "companions": 0},
         "check_unsplit": True,
     }  # fmt: skip
-    numbers = run(experiment_from(experiment), out=OUT / "fine-tuning").numbers["undefended"]
+    result = run(experiment_from(experiment), out=OUT / "fine-tuning", overwrite=True)
+    numbers = result.numbers["undefended"]
     before, after = (numbers["evaluations"][n]["metrics"]["loss"] for n in (0, -1))
     equal = numbers["unsplit_losses_equal"]
     return {"loss_before": before, "loss_after": after, "losses_equal_unsplit": equal}

@@ -5,10 +5,12 @@ Names load on first use (PEP 562), so that ``vflair --help`` and plugin modules 
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # who listens adds another
 
 _HOMES = {
     "Channel": "communication.channel",
@@ -67,10 +69,14 @@ _HOMES = {
     "Batch": "tasks.collation",
     "Replaced": "tasks.spans",
     "WORD": "tasks.spans",
+    "Chat": "tasks.task",
+    "in_chat": "tasks.chat",
+    "takes_system": "tasks.chat",
     "exact_match": "tasks.metrics",
     "token_f1": "tasks.metrics",
     "cache_argument": "communication.cache_kinds",
     "did_you_mean": "errors",
+    "alternatives": "errors",
     "train_tokenizer": "tasks.tokenizer_training",
     "launch": "attacks.attack",
     "experiment_from": "experiments.config",
@@ -124,6 +130,7 @@ if TYPE_CHECKING:
     from vflair_core.errors import SecondDerivativeError as SecondDerivativeError
     from vflair_core.errors import TaskError as TaskError
     from vflair_core.errors import VflairError as VflairError
+    from vflair_core.errors import alternatives as alternatives
     from vflair_core.errors import did_you_mean as did_you_mean
     from vflair_core.experiments.attack_phase import attack_again as attack_again
     from vflair_core.experiments.config import experiment_from as experiment_from
@@ -148,12 +155,15 @@ if TYPE_CHECKING:
     from vflair_core.partition.partition import Blocks as Blocks
     from vflair_core.partition.partition import Partition as Partition
     from vflair_core.plugins import plugin_manager as plugin_manager
+    from vflair_core.tasks.chat import in_chat as in_chat
+    from vflair_core.tasks.chat import takes_system as takes_system
     from vflair_core.tasks.collation import Batch as Batch
     from vflair_core.tasks.kinds import TaskKind as TaskKind
     from vflair_core.tasks.metrics import exact_match as exact_match
     from vflair_core.tasks.metrics import token_f1 as token_f1
     from vflair_core.tasks.spans import WORD as WORD
     from vflair_core.tasks.spans import Replaced as Replaced
+    from vflair_core.tasks.task import Chat as Chat
     from vflair_core.tasks.task import Example as Example
     from vflair_core.tasks.task import Score as Score
     from vflair_core.tasks.task import Span as Span

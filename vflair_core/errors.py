@@ -57,7 +57,32 @@ class PluginError(VflairError):
     """A plugin cannot be loaded or offers something that clashes."""
 
 
+FEW = 8  # names that a message lists all of
+NEAREST = 5  # names that it lists of more
+
+
 def did_you_mean(asked: str, possible: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` when something close to `asked` exists, else ``""``."""
-    close = difflib.get_close_matches(asked, list(possible), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    names = {name.lower(): name for name in map(str, possible)}
+    close = difflib.get_close_matches(asked.lower(), names, n=1)
+    return f" Did you mean {names[close[0]]!r}?" if close else ""
+
+
+def alternatives(
+    asked: str, possible: Iterable[str], *, label: str = "Possible", none: str = "none"
+) -> str:
+    """Return what could have been asked instead, as ``" Did you mean 'x'? Possible: x, y."``.
+
+    Few names are all listed. Of many the nearest are, with how many there are. `label` stands before them, `none` where
+    there are none.
+    """
+    names = list(dict.fromkeys(map(str, possible)))
+    hint = did_you_mean(asked, names)
+    if len(names) <= FEW:
+        return f"{hint} {label}: {', '.join(names) or none}."
+    nearest = sorted(names, key=lambda name: -_likeness(asked, name))[:NEAREST]
+    return f"{hint} {label}: {', '.join(nearest)} (the nearest of {len(names)})."
+
+
+def _likeness(asked: str, name: str) -> float:
+    return difflib.SequenceMatcher(None, asked.lower(), name.lower()).ratio()

@@ -13,7 +13,7 @@ import attrs
 import pluggy
 from attrs import frozen
 
-from vflair_core.errors import PluginError, did_you_mean
+from vflair_core.errors import PluginError, alternatives
 from vflair_core.plugins import load_file
 
 Shelf = Literal["attacks", "defenses", "tasks", "commands"]
@@ -101,8 +101,8 @@ def find(manager: pluggy.PluginManager, shelf: Shelf, name: str) -> Offered:
         return offered[name]
     broken = [f"{info.name} ({info.error})" for info in getattr(manager, "failures", ())]
     raise PluginError(
-        f"No plugin offers {shelf[:-1]} {name!r}.{did_you_mean(name, offered)} "
-        f"Possible: {', '.join(offered) or 'none; install a plugin that offers ' + shelf}."
+        f"No plugin offers {shelf[:-1]} {name!r}."
+        + alternatives(name, offered, none=f"none; install a plugin that offers {shelf}")
         + (f" These plugins failed to load: {'; '.join(broken)}." if broken else "")
     )
 
@@ -118,10 +118,7 @@ def build(offered: Offered, options: Mapping[str, Any]) -> Any:
     names = [parameter.name for parameter in known]
     for key in options:
         if key not in names:
-            raise PluginError(
-                f"{offered.name!r} has no option {key!r}.{did_you_mean(key, names)} "
-                f"Possible: {', '.join(names) or 'none'}."
-            )
+            raise PluginError(f"{offered.name!r} has no option {key!r}.{alternatives(key, names)}")
     needed = [p.name for p in known if p.default is p.empty and p.name not in options]
     if needed:
         raise PluginError(f"{offered.name!r} needs the option {', '.join(needed)}.")

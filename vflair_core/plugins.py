@@ -18,7 +18,8 @@ from typing import Any
 import pluggy
 from attrs import frozen
 
-from vflair_core.errors import PluginError, did_you_mean
+from vflair_core.errors import PluginError, alternatives
+from vflair_core.events import events
 from vflair_core.hookspecs import KINDS, PROJECT
 
 
@@ -82,9 +83,7 @@ def plugin_manager(
 
 
 def _warn(event: str, **facts: Any) -> None:
-    import structlog  # only now: it brings rich along, where that is installed
-
-    structlog.get_logger().warning(event, **facts)
+    events(__name__).warning(event, **facts)
 
 
 def load_file(path: Path) -> ModuleType:
@@ -114,7 +113,7 @@ def _register(manager: PluginManager, plugin: Any, name: str, source: str, versi
         if hasattr(getattr(plugin, attribute, None), f"{PROJECT}_impl") and attribute not in HOOKS:
             raise PluginError(
                 f"Plugin {name} ({source}) implements {attribute!r}, which is not a hook."
-                f"{did_you_mean(attribute, HOOKS)} Possible: {', '.join(HOOKS)}."
+                f"{alternatives(attribute, HOOKS)}"
             )
     try:
         manager.register(plugin, name)

@@ -5,19 +5,28 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-import structlog
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from support.paths import SAMPLE_PLUGIN, TASK_KINDS
 from vflair_core import Partition, split
+from vflair_core.cli.app import StandardError
 from vflair_core.cli.main import main
+from vflair_core.errors import ExperimentError
+from vflair_core.experiments.config import read_experiment
 from vflair_core.testing import tiny_model
 
+CONFIG = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
 EXPERIMENT = """
 [task]
 name = "words"
@@ -65,6 +74,7 @@ def _in_process(words: list[str]) -> subprocess.CompletedProcess[str]:
 def _here(words: list[str]) -> subprocess.CompletedProcess[str]:
     """The same, called: output and code as the shell would have them, and no trace left behind."""
     out, errors, code = io.StringIO(), io.StringIO(), 0
+    log = logging.getLogger("vflair_core")
     random = torch.get_rng_state()
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -77,7 +87,9 @@ def _here(words: list[str]) -> subprocess.CompletedProcess[str]:
         except SystemExit as end:
             code = int(end.code or 0)
         finally:
-            structlog.reset_defaults()
+            for handler in [h for h in log.handlers if isinstance(h, StandardError)]:
+                log.removeHandler(handler)
+            log.setLevel(logging.NOTSET)
             torch.set_rng_state(random)
     return subprocess.CompletedProcess(words, code, out.getvalue(), errors.getvalue())
 
@@ -104,7 +116,16 @@ def test_a_run_with_a_one_file_plugin_shows_and_writes_its_result(file, tmp_path
         "MB",
     ):
         assert word in done.stdout, word
-    assert "private" in done.stdout
+    assert len(done.stdout.splitlines()) <= 10
+    assert "private" not in done.stdout
+    held = re.search(
+        r"parameters: data party ([\d,]+), model party ([\d,]+), total ([\d,]+)", done.stderr
+    )
+    data_party, model_party, total = (int(each.replace(",", "")) for each in held.groups())
+    assert data_party + model_party == total
+    assert "[0:00:" in done.stderr
+    for phase in ("building the model", "undefended: fine-tuning", "defended: victims"):
+        assert f"] {phase}\n" in done.stderr, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {
         "experiment.toml",
         "result.json",
@@ -113,10 +134,18 @@ def test_a_run_with_a_one_file_plugin_shows_and_writes_its_result(file, tmp_path
     }
     result = json.loads((tmp_path / "result.json").read_text())
     assert len(result["numbers"]["defended"]["losses"]) == 2
-    again = vflair(
-        "run", tmp_path / "experiment.toml", "--plugin", SAMPLE_PLUGIN, "--out", tmp_path, "--json"
+    again = (
+        *("run", tmp_path / "experiment.toml", "--plugin", SAMPLE_PLUGIN, "--out", tmp_path),
+        "--json",
     )
-    assert json.loads(again.stdout)["numbers_hash"] == result["numbers_hash"]
+    assert "--overwrite" in vflair(*again, code=1).stderr
+    assert (
+        json.loads(vflair(*again, "--overwrite").stdout)["numbers_hash"] == result["numbers_hash"]
+    )
+    told = vflair(*again[:-1], "--overwrite", "--verbose")
+    assert "private" in told.stdout  # a text, and what was recovered of it
+    assert "shift: " in told.stdout  # what the defense promises
+    assert "step finished: arm defended, step 2" in told.stderr
 
 
 def test_kept_evidence_is_attacked_again_with_the_same_outcome(file, tmp_path):
@@ -145,6 +174,17 @@ def test_explain_says_what_crosses_and_who_owns_what(file):
     assert facts["owners"]["model.embed_tokens.weight"] == "data party"
     assert facts["owners"]["lm_head.weight"] == "model party"
     assert any("HT training hands the labels over" in note for note in facts["notes"])
+    config = AutoConfig.for_model("llama", **CONFIG, vocab_size=300, tie_word_embeddings=False)
+    whole = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    assert facts["totals"]["both"]["parameters"] == whole
+    assert facts["shapes"]["lm_head.weight"] == [300, 16]
+    told = vflair("explain", file, "--plugin", SAMPLE_PLUGIN).stdout
+    assert f"{whole:,}" in told
+    assert re.search(r"hidden_states .* \[4, \d+, 16\]", told)
+    assert "lm_head.weight" not in told
+    assert (
+        "lm_head.weight" in vflair("explain", file, "--plugin", SAMPLE_PLUGIN, "--weights").stdout
+    )
 
 
 def test_show_lists_options_knowledge_and_text():
@@ -161,6 +201,41 @@ def test_list_names_what_plugins_offer_and_which_models_are_verified():
     }
     assert {"words", "two-words"} <= names
     assert "llama · causal-lm" in json.loads(vflair("list", "models", "--json").stdout)
+
+
+def test_list_alone_shows_how_it_is_used():
+    assert "Usage: vflair list" in vflair("list").stdout
+
+
+def test_an_experiment_file_may_begin_with_a_byte_order_mark(file, tmp_path):
+    marked = tmp_path / "marked.toml"
+    marked.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert read_experiment(marked) == read_experiment(file)
+    marked.write_text(file.read_text(), encoding="utf-16")
+    with pytest.raises(ExperimentError, match="Save it as UTF-8"):
+        read_experiment(marked)
+
+
+@pytest.mark.parametrize("name", ["own", "gsm8k", "planted-records", "gaussian-noise"])
+def test_show_says_of_each_option_what_it_is(name):
+    done = vflair("show", name)
+    facts = json.loads(vflair("show", name, "--json").stdout)
+    explained = name != "planted-records"  # a function whose options explain themselves
+    for option in facts["options"]:
+        assert ("about" in option) == explained
+        assert option.get("about", "")[:30] in done.stdout
+    assert "Args:" not in done.stdout
+    if name == "own":
+        about = {option["name"]: option["about"] for option in facts["options"]}
+        assert {
+            "private_patterns",
+            "private_spans",
+            "separator",
+            "quoting",
+            "metric",
+            "join",
+        } <= set(about)
+        assert about["empty"].startswith("``error`` or ``drop``")
 
 
 def test_a_task_is_listed_by_its_card_and_shown_with_an_example_and_its_private_spans():
@@ -212,10 +287,15 @@ def test_merge_joins_two_folders_and_lists_what_it_wrote(tmp_path):
     [
         (["run", "nowhere.toml"], "There is no experiment file nowhere.toml"),
         (["show", "first-rwo", "--plugin", SAMPLE_PLUGIN], "Did you mean 'first-row'"),
-        (["list", "attcks"], "Possible: attacks, defenses, tasks, commands, models"),
+        (
+            ["list", "attcks"],
+            "Did you mean 'attacks'? Possible: attacks, defenses, tasks, commands, models",
+        ),
+        (["run", str(Path(__file__).parent)], "cannot be read: Is a directory"),
         (["plugins", "--plugin", "nowhere.py"], "There is no Python file"),
         (["merge", "nowhere", "nowhere", "--out", "x"], "no data_party.safetensors in nowhere"),
         (["dance"], "No plugin offers command 'dance'"),
+        (["lsit"], "Did you mean 'list'? Commands of vflair itself: run, attack, explain"),
     ],
 )
 def test_mistakes_end_in_one_sentence_and_code_one(arguments, said):

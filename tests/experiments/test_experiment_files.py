@@ -96,3 +96,18 @@ def test_an_override_of_something_that_is_not_there_is_refused(key):
 def test_a_word_where_a_table_belongs_is_refused():
     with pytest.raises(ExperimentError, match="task: expected a table of keys"):
         read_experiment(EXAMPLES / "toy.toml", ["task=word"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"train": {"optimizer": "adamW"}}, "train.optimizer: there is no 'adamW'. Did you mean 'adamw'? Possible: sgd, adam, adamw"),
+        ({"victims": {"split": "tset"}}, "victims.split: there is no 'tset'. Did you mean 'test'? Possible: train, test"),
+        ({"isolation": 1}, "isolation: there is no 1. Possible: process, inline"),
+        ({"victms": {}}, "Did you mean 'victims'? Possible: victims, "),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_not_one_of_a_few_is_answered_with_what_was_meant(change, said):
+    with pytest.raises(ExperimentError) as raised:
+        experiment_from({"task": {"name": "t"}, "model": {"name": "m"}, **change})
+    assert said in str(raised.value)

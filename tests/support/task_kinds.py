@@ -9,7 +9,16 @@ import numpy as np
 import torch
 from attrs import define
 
-from vflair_core import Defense, Example, Guess, Task, TaskCard, TaskError, hookimpl
+from vflair_core import (
+    Defense,
+    Example,
+    Guess,
+    Task,
+    TaskCard,
+    TaskError,
+    exact_match,
+    hookimpl,
+)
 
 COLOURS = ("red", "green", "blue", "black")
 NAMES = ("Ada", "Bob", "Cleo", "Dan", "Eve", "Finn")
@@ -135,7 +144,14 @@ def passages() -> Task:
             private_pair=((at, at + len(place)),),
         )
 
-    return _task("passages", "question-answering", make, stride=4)
+    return _task("passages", "question-answering", make, stride=4, score=_placed)
+
+
+def _placed(predictions, examples):
+    """Exact match, and that of the questions that have an answer."""
+    right = [exact_match(said, e.answer) for said, e in zip(predictions, examples, strict=True)]
+    there = [hit for hit, example in zip(right, examples, strict=True) if example.answer]
+    return {"exact_match": sum(right) / len(right), "of_answers": sum(there) / len(there)}
 
 
 passages.card = TaskCard(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from vflair_core import Example
+from vflair_core import Example, in_chat
 from vflair_core.errors import ExperimentError, TaskError
 from vflair_core.experiments.base_model import random_processor
 from vflair_core.tasks.preprocessor import Preprocessor
@@ -81,6 +81,32 @@ def test_each_picture_has_a_place_where_the_text_says(model):
     assert (red, blue) == (0, 2)
     with pytest.raises(TaskError, match="has 1 pictures and 2 places '<image>'"):
         reader(model).batch([Example(text, answer="red", images=(RED,))])
+
+
+def test_in_a_chat_the_picture_is_in_front_of_what_the_user_says(model):
+    template = (
+        "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{{ '|' if add_generation_prompt }}"
+    )
+    TOKENIZER.chat_template = template
+    try:
+        reading = InputFormat(
+            "image-text",
+            render=lambda example, tokenizer: in_chat(example, [("Ada?", "red")], tokenizer),
+            processor=random_processor(model, TOKENIZER),
+        )
+        example = Example("What colour?", answer="red", images=(RED,), private=((5, 11),))
+        reader = Preprocessor(TOKENIZER, reading)
+        (row,), (asked,) = reader.batch([example]).rows, reader.prompts([example]).rows
+    finally:
+        TOKENIZER.chat_template = None
+    whole = "[Ada?][red][" + "<image>" * 4 + "What colour?][red]"
+    assert row.ids == TOKENIZER(whole, add_special_tokens=False)["input_ids"]
+    assert TOKENIZER.decode(row.target) == "red]"
+    prompt = whole.removesuffix("[red]") + "|"
+    assert asked.ids == TOKENIZER(prompt, add_special_tokens=False)["input_ids"]
+    for each in (row, asked):
+        secret = [token for token, private in zip(each.ids, each.private, strict=True) if private]
+        assert TOKENIZER.decode(secret).strip() == "colour"
 
 
 def test_a_processor_that_says_more_of_each_token_than_its_id_is_refused(model):

@@ -69,6 +69,52 @@ def test_accumulated_batches_make_one_step_of_their_mean():
         assert torch.allclose(weight, names[name], atol=1e-5), name
 
 
+RAGGED = {
+    "llama": ("causal-lm", "tokens"),
+    "t5": ("seq2seq", "tokens"),
+    "bert": ("classification", "classes"),
+}
+
+
+@pytest.mark.parametrize("kind", RAGGED)
+@pytest.mark.parametrize("sizes", [(1, 3), (2, 1, 1)], ids=str)
+def test_ragged_batches_make_the_step_of_all_as_one(kind, sizes):
+    task, labels = RAGGED[kind]
+    torch.manual_seed(1)
+    whole = tiny_model(kind, task).eval()
+    whole.config.decoder_start_token_id = 0
+    for module in whole.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    party, _ = split(copy.deepcopy(whole), Partition(1, 0) if kind == "bert" else Partition(1, 1))
+    parts = [tiny_batch(whole, labels=labels, seed=n) for n in range(3)]
+    one = {key: torch.cat([part[key] for part in parts])[: sum(sizes)] for key in parts[0]}
+    if labels == "tokens":
+        for row in range(len(one["labels"])):
+            one["labels"][row, row + 2 :] = -100  # each row teaches another number of tokens
+    micro = [
+        {key: value.clone() for key, value in zip(one, rows, strict=True)}
+        for rows in zip(*(value.split(sizes) for value in one.values()), strict=True)
+    ]
+    train = Train(steps=1, learning_rate=0.01, optimizer="sgd", clip=0.0)
+    expected = train_unsplit(whole, [one], train)
+    assert FineTuning(party, train).step(*micro) == pytest.approx(expected[0], rel=1e-5)
+    names = dict(whole.named_parameters())
+    for name, weight in party.named_parameters():
+        assert torch.allclose(weight, names[name], atol=1e-6), name
+
+
+def test_a_batch_that_teaches_nothing_changes_nothing():
+    whole = tiny_model("llama")
+    party, _ = split(copy.deepcopy(whole), Partition(1, 1))
+    batch = tiny_batch(whole, labels="tokens")
+    empty = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    train = Train(steps=1, learning_rate=0.01)
+    assert [FineTuning(party, train).step(empty, batch)] == train_unsplit(whole, [batch], train)
+
+
 def test_the_learning_rate_follows_its_schedule():
     train = Train(steps=12, learning_rate=1.0, schedule="linear", warmup=2)
     assert [train.rate(n) for n in (0, 1, 2, 7, 11)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.1])

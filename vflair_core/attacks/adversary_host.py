@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from vflair_core.attacks.evidence import Evidence, needed, save_evidence
 from vflair_core.attacks.fork_server import Forked
 from vflair_core.attacks.grants import GrantedKnowledge
 from vflair_core.attacks.isolation import Isolation, failure_in, reporting, started
+from vflair_core.attacks.scratch import scratch_folder
 from vflair_core.attacks.workspace import Workspace, write_workspace
 from vflair_core.communication.codec import decode, encode
 from vflair_core.communication.message import Message
@@ -50,8 +50,8 @@ def hosted_adversary(
         AttackError: It asks for more than it is granted, fails, or answers what is no answer.
     """
     party = evidence.party
-    with tempfile.TemporaryDirectory(prefix="vflair-") as name:
-        store, folder = Path(name, "store"), Path(name, "granted")
+    with scratch_folder() as scratch:
+        store, folder = scratch / "store", scratch / "granted"
         folder.mkdir()
         save_evidence(store, evidence, needed([opening]))
         write_workspace(folder, store, [opening], threads, device)

@@ -15,7 +15,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from vflair_core.attacks.knowledge import PRESETS, VOCABULARY, granted, names_of
-from vflair_core.errors import AttackError, did_you_mean
+from vflair_core.errors import AttackError, alternatives
 
 Attack = Callable[..., "Guess"]
 GUESSED = ("tokens", "labels", "scores", "answers", "members")
@@ -149,8 +149,8 @@ def check(
     for name in (*needed, *optional):
         if name not in vocabulary:
             raise AttackError(
-                f"{_name(attack)} asks for {name!r}, which is not knowledge.{did_you_mean(name, vocabulary)} "
-                f"Possible: {', '.join(vocabulary)}. Options belong in fields, not in arguments."
+                f"{_name(attack)} asks for {name!r}, which is not knowledge.{alternatives(name, vocabulary)} "
+                "Options belong in fields, not in arguments."
             )
     missing = [name for name in needed if name not in allowed]
     if missing:

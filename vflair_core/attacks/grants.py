@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from inspect import Parameter, Signature
 from typing import Any
 
 import torch
@@ -10,9 +11,12 @@ from attrs import frozen
 from safetensors.torch import load_file
 
 from vflair_core.attacks.adaptive import Side, watched
+from vflair_core.attacks.attack import Launch
+from vflair_core.attacks.evidence import Evidence, save_evidence
 from vflair_core.attacks.halves import Head, Tail
-from vflair_core.attacks.knowledge import ADAPTIVE
-from vflair_core.attacks.workspace import Workspace
+from vflair_core.attacks.knowledge import ADAPTIVE, granted, names_of
+from vflair_core.attacks.scratch import scratch_folder
+from vflair_core.attacks.workspace import Workspace, write_workspace
 from vflair_core.tasks.task import Example
 
 
@@ -131,3 +135,26 @@ GRANTS: dict[str, Grant] = {
         _file("adversary.safetensors"),
     ),
 }
+
+
+def knowledge_of(evidence: Evidence, knowledge: str | Iterable[str]) -> dict[str, Any]:
+    """All that `knowledge` grants of some evidence, as the process of an attack would have it; for tests of attacks.
+
+    Raises:
+        AttackError: A name is not in the vocabulary, or a defense cannot be told.
+    """
+
+    def asking() -> None:
+        """An attack that asks for all that it may."""
+
+    names = [Parameter(name, Parameter.KEYWORD_ONLY) for name in sorted(granted(knowledge))]
+    asking.__signature__ = Signature(names)  # type: ignore[attr-defined]
+    with scratch_folder() as scratch:
+        store, folder = scratch / "store", scratch / "granted"
+        folder.mkdir()
+        save_evidence(store, evidence)
+        launch = Launch("test", asking, names_of(knowledge))
+        write_workspace(folder, store, [launch], torch.get_num_threads(), torch.device("cpu"))
+        workspace = Workspace(folder)
+        (attack,) = workspace.job["attacks"]
+        return dict(GrantedKnowledge(workspace, attack, "main", lambda *_: None))

@@ -104,6 +104,9 @@ def started(module: str, folder: Path) -> Iterator[Popen[bytes] | Forked]:
         with process.stdout:
             try:
                 yield process
+            except BaseException:
+                process.kill()  # nobody will read what it finds
+                raise
             finally:
                 process.stdin.close()  # at which who serves ends
                 process.wait()

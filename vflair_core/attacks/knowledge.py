@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vflair_core.errors import AttackError, did_you_mean
+from vflair_core.errors import AttackError, alternatives
 
 OBSERVABLES = {
     "smashed": "What leaves the head for each example: (N, T, D).",
@@ -100,10 +100,8 @@ def granted(knowledge: str | Iterable[str]) -> frozenset[str]:
         elif name in VOCABULARY:
             names.add(name)
         else:
-            possible = [*PRESETS, *VOCABULARY]
             raise AttackError(
-                f"There is no knowledge called {name!r}.{did_you_mean(name, possible)} "
-                f"Possible: {', '.join(possible)}."
+                f"There is no knowledge called {name!r}.{alternatives(name, [*PRESETS, *VOCABULARY])}"
             )
     if names & {"pretrained_head", "current_head"}:
         names.add("head")

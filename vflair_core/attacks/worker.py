@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import structlog
 import torch
 from torch import Tensor
 
@@ -23,9 +22,10 @@ from vflair_core.attacks.guess_files import Progression, TimedGuess, leave_so_fa
 from vflair_core.attacks.isolation import Isolation, failure_in, hint_of, reporting, started
 from vflair_core.attacks.workspace import Workspace
 from vflair_core.errors import AttackError
+from vflair_core.events import events
 from vflair_core.offers import load_target
 
-log = structlog.get_logger()
+log = events(__name__)
 
 MARK = b"@vflair "
 WORKER = "vflair_core.attacks.worker"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import attrs
 
-from vflair_core.errors import PluginError, VflairError, did_you_mean
+from vflair_core.errors import PluginError, VflairError, alternatives
 from vflair_core.offers import Offered, Shelf, build, offers
 from vflair_core.plugins import PluginManager
 from vflair_core.tasks.spans import rendered
@@ -29,16 +30,14 @@ def describe(
     """
     everything = {key: (shelf, o) for shelf in SHELVES for key, o in offers(manager, shelf).items()}
     if name not in everything:
-        raise PluginError(
-            f"No plugin offers {name!r}.{did_you_mean(name, everything)} Possible: {', '.join(everything)}."
-        )
+        raise PluginError(f"No plugin offers {name!r}.{alternatives(name, everything)}")
     shelf, offered = everything[name]
     thing = offered.load()
     facts: dict[str, Any] = {
         "name": name,
         "sort": shelf[:-1],
         "from": offered.source,
-        "text": inspect.getdoc(thing) or "",
+        "text": _ARGUMENTS.sub("", inspect.getdoc(thing) or ""),
         "options": _options(thing) if isinstance(thing, type) or shelf == "tasks" else [],
     }
     if shelf == "tasks":
@@ -50,7 +49,13 @@ def describe(
     return facts
 
 
+_ARGUMENTS = re.compile(r"\n\n(?:Args|Attributes):\n((?:    .*\n?|\n(?=    ))+)")
+_EXPLAINED = re.compile(r"^    (\w+): (.*(?:\n     .*)*)", re.MULTILINE)
+
+
 def _options(thing: Any) -> list[dict[str, str]]:
+    section = _ARGUMENTS.search(inspect.getdoc(thing) or "")
+    about = dict(_EXPLAINED.findall(section[1])) if section else {}
     return [
         {
             "name": parameter.name,
@@ -59,6 +64,7 @@ def _options(thing: Any) -> list[dict[str, str]]:
             if parameter.default is parameter.empty
             else repr(parameter.default),
         }
+        | ({"about": " ".join(about[parameter.name].split())} if parameter.name in about else {})
         for parameter in inspect.signature(thing).parameters.values()
     ]
 

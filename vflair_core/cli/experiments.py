@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,9 @@ def run(
     out: Annotated[
         Path | None, Parameter(help="Folder for the result; runs/NAME by default.")
     ] = None,
+    overwrite: Annotated[
+        bool, Parameter(help="Let the run that the folder holds go away first.")
+    ] = False,
     heads: Annotated[
         str | None,
         Parameter(
@@ -36,11 +40,14 @@ def run(
         Path | None, Parameter(help="Keep here what defenses prepare on public text.")
     ] = None,
     strict: Annotated[bool, Parameter(help="Stop when a watching plugin raises.")] = False,
-    verbose: Annotated[bool, Parameter(help="Log every step.")] = False,
+    verbose: Annotated[
+        bool, Parameter(help="Log every step, and say all there is to say of the result.")
+    ] = False,
 ) -> None:
     """Run the experiment in FILE and write result.json, transcript.safetensors and experiment.toml."""
-    configure_logging(verbose=verbose)
+    configure_logging(verbose=verbose, level=logging.INFO)
     from vflair_core.cli import terminal
+    from vflair_core.cli.progress import progress
     from vflair_core.experiments.config import read_experiment
     from vflair_core.experiments.run import run as run_experiment
     from vflair_core.plugins import plugin_manager
@@ -49,6 +56,7 @@ def run(
     folder = out or Path("runs") / file.stem
     options: dict[str, Any] = {
         "plugins": plugin_manager(plugin or ()),
+        "overwrite": overwrite,
         "strict": strict,
         "keep_evidence": keep_evidence,
         "cache": cache,
@@ -56,16 +64,16 @@ def run(
     if heads is not None:
         from vflair_core.experiments.cut_sweep import run_cuts
 
-        with terminal.bars(quiet=json_) as progress:
-            rows = run_cuts(experiment, _numbers(heads), folder, report=progress, **options)
+        with progress(quiet=json_) as report:
+            rows = run_cuts(experiment, _numbers(heads), folder, report=report, **options)
         terminal.show_cuts(rows, folder, as_json=json_)
         return
-    with terminal.bars(quiet=json_) as progress:
-        result = run_experiment(experiment, report=progress, out=folder, **options)
+    with progress(quiet=json_) as report:
+        result = run_experiment(experiment, report=report, out=folder, **options)
     if json_:
         say(result.to_json())
     else:
-        terminal.show_result(result, folder)
+        terminal.show_result(result, folder, verbose=verbose)
 
 
 def _numbers(text: str) -> list[int]:
@@ -94,6 +102,7 @@ def attack(
     """Attack the evidence that `vflair run --keep-evidence` left in FOLDER, without running either party."""
     configure_logging(verbose=False)
     from vflair_core.cli import terminal
+    from vflair_core.cli.progress import progress
     from vflair_core.experiments.attack_phase import attack_again
     from vflair_core.experiments.config import override
     from vflair_core.experiments.experiment import AttackSpec
@@ -105,9 +114,9 @@ def attack(
     specs = [AttackSpec(name, options, tuple(knowledge or ("K4",))) for name in names]
     if not specs:
         raise VflairError("Name one or more attacks; `vflair list attacks` shows what there is.")
-    with terminal.bars(quiet=json_) as progress:
+    with progress(quiet=json_) as report:
         grades = attack_again(
-            folder, specs, plugins=plugin_manager(plugin or ()), device=device, report=progress
+            folder, specs, plugins=plugin_manager(plugin or ()), device=device, report=report
         )
     if json_:
         rows = {arm: [grade.to_dict() for grade in each] for arm, each in grades.items()}
@@ -117,9 +126,14 @@ def attack(
 
 
 def explain(
-    file: Path, *, override: Overrides = None, plugin: Plugin = None, json_: Json = False
+    file: Path,
+    *,
+    override: Overrides = None,
+    plugin: Plugin = None,
+    weights: Annotated[bool, Parameter(help="List every weight with its owner and shape.")] = False,
+    json_: Json = False,
 ) -> None:
-    """Say what an experiment sends across the cut: tensors, roles, bytes, and who owns each weight."""
+    """Say what an experiment sends across the cut: tensors, roles, shapes, bytes, and how much each party holds."""
     configure_logging(verbose=False)
     from vflair_core.experiments.config import read_experiment
     from vflair_core.experiments.explain import explain as explain_experiment
@@ -130,7 +144,19 @@ def explain(
         say(json.dumps(facts, indent=2))
         return
     columns = ("message", "direction", "tensor", "role", "dtype", "shape", "bytes")
-    table(columns, [tuple(str(row[c]) for c in columns) for row in facts["crossings"]])
-    table(("weight", "owner"), list(facts["owners"].items()))
+    rows = [tuple(str(row[c]) for c in columns) for row in facts["crossings"]]
+    table(columns, rows, whole=("tensor", "shape"))
+    say("")
+    totals = [
+        (party, str(held["weights"]), f"{held['parameters']:,}", f"{held['bytes'] / 1e6:.1f}")
+        for party, held in facts["totals"].items()
+    ]
+    table(("holds", "weights", "parameters", "MB"), totals)
+    if weights:
+        say("")
+        shapes = facts["shapes"]
+        rows = [(name, owner, str(shapes[name])) for name, owner in facts["owners"].items()]
+        table(("weight", "owner", "shape"), rows)
+    say("")
     for note in facts["notes"]:
         say(f"• {note}")

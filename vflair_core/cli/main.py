@@ -16,7 +16,7 @@ from vflair_core.cli.app import Json, app, configure_logging
 from vflair_core.cli.experiments import attack, explain, run
 from vflair_core.cli.plugins import list_, plugins, show
 from vflair_core.cli.tables import say
-from vflair_core.errors import VflairError
+from vflair_core.errors import PluginError, VflairError, alternatives
 
 
 def merge(
@@ -60,14 +60,28 @@ for _name, _command in COMMANDS.items():
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the program on `arguments`, by default those it was called with; an error of ours is one message."""
+    """Run the program on `arguments`, by default those it was called with; an error of ours or of a file is one message."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         _add_plugin_commands(words)
         app(words)
     except VflairError as error:
-        sys.stderr.write(f"vflair: {error}\n")
-        sys.exit(1)
+        _end(str(error), error, 1)
+    except KeyboardInterrupt as stop:
+        _end("interrupted.", stop, INTERRUPTED)
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        _end(" ".join(str(error).split()), error, 1)
+
+
+INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
+
+
+def _end(message: str, error: BaseException, code: int) -> None:
+    """Say why the program ends, and what is left of a run."""
+    sys.stderr.write(f"vflair: {' '.join([message, *getattr(error, '__notes__', ())])}\n")
+    sys.exit(code)
 
 
 def _add_plugin_commands(arguments: list[str]) -> None:
@@ -81,7 +95,13 @@ def _add_plugin_commands(arguments: list[str]) -> None:
     after = itertools.pairwise(arguments)
     configure_logging(verbose=False, level=logging.ERROR)
     manager = plugin_manager([value for flag, value in after if flag == "--plugin"])
-    offered = [find(manager, "commands", name)] if name else offers(manager, "commands").values()
+    try:
+        offered = (
+            [find(manager, "commands", name)] if name else offers(manager, "commands").values()
+        )
+    except PluginError as error:
+        ours = alternatives(name, COMMANDS, label="Commands of vflair itself")
+        raise PluginError(f"{error}{ours}") from error
     for command in offered:
         app.command(command.load(), name=command.name)
 

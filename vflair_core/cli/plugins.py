@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from vflair_core.cli.app import Json, Plugin, configure_logging
+from vflair_core.cli.app import Json, Plugin, app, configure_logging
 from vflair_core.cli.tables import plain, say, summary, table
-from vflair_core.errors import VflairError
+from vflair_core.errors import VflairError, alternatives
 
 
 def plugins(*, plugin: Plugin = None, json_: Json = False) -> None:
@@ -32,8 +32,11 @@ def plugins(*, plugin: Plugin = None, json_: Json = False) -> None:
     table(("plugin", "from", "hooks, or why it failed"), rows)
 
 
-def list_(what: str, *, plugin: Plugin = None, json_: Json = False) -> None:
+def list_(what: str | None = None, *, plugin: Plugin = None, json_: Json = False) -> None:
     """List attacks, defenses, tasks or models (types that `verify` found exact)."""
+    if what is None:
+        app.help_print(["list"])
+        return
     if what == "models":
         from vflair_core.parties.verified_models import VERIFIED
 
@@ -48,7 +51,7 @@ def list_(what: str, *, plugin: Plugin = None, json_: Json = False) -> None:
 
     shelves = ("attacks", "defenses", "tasks", "commands")
     if what not in shelves:
-        raise VflairError(f"Cannot list {what!r}. Possible: {', '.join(shelves)}, models.")
+        raise VflairError(f"Cannot list {what!r}.{alternatives(what, (*shelves, 'models'))}")
     found = offers(plugin_manager(plugin or ()), what)  # type: ignore[arg-type]
     if what == "tasks":
         list_tasks(found, json_=json_)
@@ -74,7 +77,7 @@ def show(
     plugin: Plugin = None,
     json_: Json = False,
 ) -> None:
-    """Show an attack, a defense or a task: options with types and defaults, source; of a task also an example."""
+    """Show an attack, a defense or a task: options with types, defaults and what they are, source; of a task also an example."""
     from vflair_core.cli.catalogue import describe
     from vflair_core.experiments.config import override
     from vflair_core.plugins import plugin_manager
@@ -91,8 +94,8 @@ def show(
         say(f"needs: {', '.join(facts['knowledge']['needs']) or 'nothing'}")
         say(f"can use: {', '.join(facts['knowledge']['can use']) or 'nothing else'}\n")
     table(
-        ("option", "type", "default"),
-        [(o["name"], o["type"], o["default"]) for o in facts["options"]],
+        ("option", "type", "default", "what it is"),
+        [(o["name"], o["type"], o["default"], o.get("about", "")) for o in facts["options"]],
     )
     for part in ("card", "example"):
         if facts.get(part):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 PIPED = 240  # columns of a table that goes into a file or another program
@@ -22,18 +22,32 @@ def summary(thing: Any) -> str:
     return (inspect.getdoc(thing) or "").split("\n", 1)[0]
 
 
-def table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """Print a plain table; its first column is never cut."""
+def table(
+    columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, whole: Collection[str] = ()
+) -> None:
+    """Print a plain table; its first column and those named in `whole` are never cut or wrapped.
+
+    A name that is cut off cannot be typed, and an interval in two lines not be read. Where the terminal is too narrow for
+    them, its lines go on below.
+    """
     from rich.console import Console
     from rich.markup import escape
+    from rich.measure import Measurement
     from rich.table import Table
 
-    shown = Table(*columns, box=None, header_style="bold", pad_edge=False)
-    shown.columns[0].no_wrap = True  # a name that is cut off cannot be typed
+    shown = Table(*columns, box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    for number, name in enumerate(columns):
+        if number == 0 or name in whole:
+            widths = [len(row[number]) for row in rows]
+            shown.columns[number].no_wrap = True
+            shown.columns[number].min_width = max([len(name), *widths])
     for row in rows:
         shown.add_row(*(escape(cell) for cell in row))
     piped = not sys.stdout.isatty()
-    Console(soft_wrap=piped, width=PIPED if piped else None).print(shown)
+    console = Console(soft_wrap=piped, width=PIPED if piped else None)
+    wide = console.options.update(width=10 * PIPED)
+    console.width = max(console.width, Measurement.get(console, wide, shown).minimum)
+    console.print(shown, crop=False)
 
 
 def say(text: str) -> None:

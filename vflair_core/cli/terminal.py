@@ -1,132 +1,120 @@
-"""What a run looks like on a terminal: bars while it runs, then the table and the sentences."""
+"""What a run found, on a terminal: a summary, and the sentences behind it on request."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from vflair_core.attacks.knowledge import shown
+from vflair_core.cli.tables import say, table
 from vflair_core.experiments.attack_phase import REFERENCES
 from vflair_core.experiments.cut_sweep import Recovery
 from vflair_core.experiments.grading.grades import Grade
 from vflair_core.experiments.grading.ranking import NOT_EVALUATED
 from vflair_core.experiments.result import Result
 
-
-@contextmanager
-def bars(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a reporter that draws one bar per phase; a phase's number (a loss) may follow a comma."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
-        tasks: dict[str, Any] = {}
-
-        def report(phase: str, done: int, total: int) -> None:
-            key = phase.split(",", 1)[0]
-            if key not in tasks:
-                tasks[key] = progress.add_task(phase, total=total)
-            progress.update(tasks[key], description=phase, completed=done, total=total)
-
-        yield report
+WARNING = (
+    "failed",
+    "NOT EVALUATED",
+    "MECHANISM DOES NOT MATCH",
+    "ACTS OTHERWISE ON A TEXT ALONE",
+)  # words of remarks that nobody should miss
 
 
-def show_result(result: Result, folder: Path) -> None:
-    """Print the numbers and, side by side, a private sentence and what was recovered of it."""
-    console = Console()
-    there = [arm for arm in REFERENCES if arm in result.numbers]
-    arms = [arm for arm in there if not arm.startswith("active")]
-    active = [arm for arm in there if arm.startswith("active")]
+def show_result(result: Result, folder: Path, *, verbose: bool = False) -> None:
+    """Print the numbers in a few lines; `verbose` adds what is to be said of them, and a private sentence beside what
+    was recovered of it.
+    """
+    present = [arm for arm in REFERENCES if arm in result.numbers]
+    arms = [arm for arm in present if not arm.startswith("active")]
+    active = [arm for arm in present if arm.startswith("active")]
     scores = result.numbers.get("dcs", {}).get("per_attack", ())
-    console.print(_utility(result, there), _privacy(result, arms, scores), sep="\n")
+    metric = result.numbers[arms[0]]["metric"]
+    say(f"{result.task['name']} · MP is {metric} · numbers {result.numbers_hash}")
+    _utility(result, present)
+    _privacy(result, arms, scores)
     if active:
-        console.print(_privacy(result, active))
-    for line in (*_remarks(result, there), *_seeds(result)):
-        warns = "failed" in line or "NOT EVALUATED" in line
-        console.print(line, style="yellow" if warns else "", highlight=False)
-    sentence = _sentence(result, arms)
-    if sentence is not None:
+        _privacy(result, active)
+    remarks, console = list(_remarks(result, present)), Console()
+    warnings = [line for line in remarks if any(word in line for word in WARNING)]
+    if verbose:
+        for line in remarks:
+            style = "yellow" if line in warnings else ""
+            console.print(line, style=style, highlight=False, markup=False)
+    for line in _seeds(result):
+        say(line)
+    if verbose and (sentence := _sentence(result, arms)) is not None:
         console.print(sentence)
-    console.print(f"Written to {folder}: result.json, transcript.safetensors, experiment.toml.")
+    if not verbose:
+        say(_in_short(remarks, warnings))
+    say(f"Written to {folder}: result.json, transcript.safetensors, experiment.toml.")
+
+
+def _in_short(remarks: Sequence[str], warnings: Sequence[str]) -> str:
+    """How much there is to say, and what of it is a warning."""
+    words = [word for word in WARNING if any(word in line for line in warnings)]
+    warned = f"{len(warnings)} of them warnings ({', '.join(words)})" if words else "no warning"
+    return f"{len(remarks)} remarks, {warned}: --verbose shows them, with what was recovered of a text."
 
 
 def show_cuts(rows: Sequence[Recovery], folder: Path, *, as_json: bool) -> None:
     """Print what was recovered at each cut."""
-    console = Console()
     if as_json:
-        console.print_json(data=[attrs.asdict(row) for row in rows])
+        Console().print_json(data=[attrs.asdict(row) for row in rows])
         return
-    table = Table(box=SIMPLE, title="recovered by cut (AP with its 95 % interval)")
-    for column in ("head", "arm", "attack", "knows", "AP", "floor", "MP", "control", "verdict"):
-        table.add_column(column)
+    say("recovered by cut (AP with its 95 % interval)")
+    lines = []
     for row in rows:
         low, high = row.interval
         reached = f"{row.attack_performance:.3f} [{low:.2f}, {high:.2f}]"
-        floor, main = f"{row.floor:.3f}", f"{row.main_performance:.3f}"
         bypassed = row.positive_control
         control = "" if bypassed is None else f"{bypassed:.3f} of {row.reference:.3f}"
-        table.add_row(
-            *(str(row.head), row.arm, row.attack, row.knowledge, escape(reached), floor, main),
-            *(control, escape(row.verdict)),
-        )
-    console.print(table)
-    console.print(f"Written to {folder}: cuts.json, cuts.svg, and a folder for each cut.")
+        numbers = (reached, f"{row.floor:.3f}", f"{row.main_performance:.3f}", control)
+        lines.append((row.attack, str(row.head), row.arm, row.knowledge, *numbers, row.verdict))
+    columns = ("attack", "head", "arm", "knows", "AP", "floor", "MP", "control", "verdict")
+    table(columns, lines, whole=("arm", "AP"))
+    say(f"Written to {folder}: cuts.json, cuts.svg, and a folder for each cut.")
 
 
 def show_grades(grades: Mapping[str, Sequence[Grade]]) -> None:
     """Print what attacks of kept evidence reached."""
-    table = Table(box=SIMPLE, title="AP with its 95 % interval", title_justify="left")
-    for column in ("attack", "knows", "arm", "AP", "floor", "verdict"):
-        table.add_column(column)
-    for arm, each in grades.items():
-        for grade in each:
-            reached, floor = _performance(grade.to_dict()), f"{grade.floor:.3f}"
-            table.add_row(
-                grade.attack,
-                shown(grade.knowledge),
-                arm,
-                escape(reached),
-                floor,
-                escape(grade.verdict),
-            )
-    Console().print(table)
+    say("AP with its 95 % interval")
+    lines = [
+        (
+            *(grade.attack, shown(grade.knowledge), arm, _performance(grade.to_dict())),
+            *(f"{grade.floor:.3f}", grade.verdict),
+        )
+        for arm, each in grades.items()
+        for grade in each
+    ]
+    table(("attack", "knows", "arm", "AP", "floor", "verdict"), lines, whole=("arm", "AP"))
 
 
-def _utility(result: Result, arms: list[str]) -> Table:
-    metric = result.numbers[arms[0]]["metric"]
-    table = Table(
-        box=SIMPLE,
-        title=f"{result.task['name']} · MP is {metric} · numbers {result.numbers_hash}",
-        title_justify="left",
-    )
-    for column in ("", "MP", "held-out loss", "guarantee", "MB", "seconds"):
-        table.add_column(column)
+def _utility(result: Result, arms: list[str]) -> None:
+    lines = []
     for arm in arms:
         numbers, cost = result.numbers[arm], result.cost[arm]
         first, last = (numbers["evaluations"][n]["metrics"]["loss"] for n in (0, -1))
         promises = [_promise(guarantee) for guarantee in numbers["guarantees"]]
-        table.add_row(
-            arm,
-            f"{numbers['main_performance']:.3f}",
-            f"{first:.3f} → {last:.3f}",
-            "; ".join(promises) or "none",
-            f"{cost['total_bytes'] / 1e6:.1f}",
-            f"{sum(cost['seconds'].values()):.0f}",
+        lines.append(
+            (
+                arm,
+                f"{numbers['main_performance']:.3f}",
+                f"{first:.3f} → {last:.3f}",
+                "; ".join(promises) or "none",
+                f"{cost['total_bytes'] / 1e6:.1f}",
+                f"{sum(cost['seconds'].values()):.0f}",
+            )
         )
-    return table
+    columns = ("", "MP", "held-out loss", "guarantee", "MB", "seconds")
+    table(columns, lines, whole=("held-out loss",))
 
 
 def _promise(guarantee: dict[str, Any]) -> str:
@@ -135,25 +123,21 @@ def _promise(guarantee: dict[str, Any]) -> str:
     return f"ε {guarantee['epsilon']:.4g}, δ {guarantee['delta']:g}"
 
 
-def _privacy(result: Result, arms: list[str], scores: Sequence[dict[str, Any]] = ()) -> Table:
-    table = Table(
-        box=SIMPLE, title="AP with its 95 % interval", title_justify="left", padding=(0, 1, 0, 0)
-    )
-    table.add_column("attack")
-    table.add_column("knows")
-    for arm in arms:
-        table.add_column(f"AP {arm}")
-    table.add_column("floor")
-    if scores:
-        table.add_column("DCS")
+def _privacy(result: Result, arms: list[str], scores: Sequence[dict[str, Any]] = ()) -> None:
+    """AP of each attack in each arm, with its 95 % interval."""
+    lines = []
     for row, last in enumerate(result.numbers[arms[-1]]["attacks"]):
         grades = [result.numbers[arm]["attacks"][row] for arm in arms]
         cells = [_performance(grade) for grade in grades]
         cells.append(f"{last['floor']:.3f}")
         if scores:
             cells.append(f"{scores[row]['dcs']:.3f}")
-        table.add_row(_named(last), last["knowledge"], *cells)
-    return table
+        lines.append((_named(last), last["knowledge"], *cells))
+    if lines:
+        say("AP with its 95 % interval")
+        reached = tuple(f"AP {arm}" for arm in arms)
+        columns = ("attack", "knows", *reached, "floor", *(("DCS",) if scores else ()))
+        table(columns, lines, whole=reached)
 
 
 def _named(row: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from vflair_core.communication.autograd import Sent
 from vflair_core.communication.message import Phase, Role
 from vflair_core.defenses.account import BEFORE, Account
 from vflair_core.defenses.defense import COVERABLE, Defense, Exchange
-from vflair_core.errors import DefenseError, did_you_mean
+from vflair_core.errors import DefenseError, alternatives
 from vflair_core.randomness import generator_from
 from vflair_core.tasks.collation import Batch
 from vflair_core.tasks.spans import Replaced
@@ -37,7 +37,7 @@ class Defenses:
             for place in defense.covers - set(COVERABLE):
                 raise DefenseError(
                     f"{type(defense).__name__} covers {place!r}, which is nothing a defense can cover."
-                    f"{did_you_mean(place, COVERABLE)} Possible: {', '.join(COVERABLE)}."
+                    f"{alternatives(place, COVERABLE)}"
                 )
         self.partition_kind, self.task_kind = partition_kind, "*"
         self.bypassed = False  # for positive controls only

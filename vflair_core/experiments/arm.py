@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-import structlog
 import torch
 from attrs import define
 from torch import Tensor
@@ -19,6 +18,7 @@ from vflair_core.communication.message import Message
 from vflair_core.communication.transcript import Transcript
 from vflair_core.defenses.defense import Defense
 from vflair_core.errors import ExperimentError
+from vflair_core.events import events
 from vflair_core.experiments.account import cost_of, promises_of, samples_of
 from vflair_core.experiments.attack_phase import attack_arm, references_of
 from vflair_core.experiments.build import briefing_of, choose_partition
@@ -26,6 +26,7 @@ from vflair_core.experiments.capture import capture_victims
 from vflair_core.experiments.context import Clock, RunContext, noise_seed
 from vflair_core.experiments.experiment import Experiment
 from vflair_core.experiments.grading.grades import Grade, Reference
+from vflair_core.experiments.output import closed
 from vflair_core.experiments.victims import auxiliary_of
 from vflair_core.parties.split import split
 from vflair_core.partition.slices import Slices
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from vflair_core.parties.model_party.party import ModelParty
 
 
-log = structlog.get_logger()
+log = events(__name__)
 
 
 @define
@@ -71,6 +72,9 @@ def run_arm(
     """
     e, clock = setting.experiment, Clock()
     party, model_party, reading, trained = _cut(model, defenses, setting)
+    if name == "undefended":  # others hold as many
+        held = [sum(p.numel() for p in owner.parameters()) for owner in (party, model_party)]
+        log.info("parameters", data_party=held[0], model_party=held[1], total=sum(held))
     with (
         _adversary(party, model_party, setting) if active else nullcontext(dict) as adversary_state
     ):
@@ -85,7 +89,7 @@ def run_arm(
                 losses, evaluations, chance = _fine_tune(name, party, setting)
             if e.save:
                 _save(name, party, model_party, setting)
-            with clock("victims"):
+            with clock("victims"), setting.phase(f"{name}: victims"):
                 crossed = capture_victims(party, setting, defended=bool(defenses))
         state = adversary_state() if active else None
     with clock("attacks"):
@@ -188,6 +192,7 @@ def _fine_tune(
 ) -> tuple[list[float], list[dict[str, Any]], float]:
     """Return the loss of each step, all evaluations, and the MP of chance."""
     e, total = setting.experiment, setting.experiment.train.steps
+    setting.report(f"{name}: fine-tuning", 0, total)
     rounds = FineTuning(party, e.train)
     before = _evaluate(name, party, setting)
     evaluations, losses = [_as_row(party, before)], []
@@ -231,8 +236,9 @@ def _evaluate(name: str, party: DataParty, setting: RunContext) -> Evaluation:
 def _save(arm: str, party: DataParty, model_party: ModelParty, setting: RunContext) -> None:
     if setting.out is None:
         raise ExperimentError("save = true needs an output folder: pass out= (or --out).")
-    folder = setting.out / arm
-    for path in (party.save(folder), model_party.save(folder)):
+    with closed(setting.out / arm) as folder:
+        paths = (party.save(folder), model_party.save(folder))
+    for path in paths:
         setting.tell("vflair_checkpoint_saved", arm=arm, path=str(path), step=party.step)
 
 

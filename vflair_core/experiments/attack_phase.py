@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from vflair_core.attacks.evidence import (
 )
 from vflair_core.attacks.isolation import Isolation, attack_device
 from vflair_core.attacks.observables import Capture
+from vflair_core.attacks.scratch import scratch_folder
 from vflair_core.errors import AttackError, ExperimentError
 from vflair_core.experiments.build import make_launches
 from vflair_core.experiments.capture import crossing_again
@@ -31,6 +31,7 @@ from vflair_core.experiments.grading.answer_key import AnswerKey
 from vflair_core.experiments.grading.grader import attack_and_grade
 from vflair_core.experiments.grading.grades import Grade, Reference
 from vflair_core.experiments.grading.truth import Truth, truth_of
+from vflair_core.experiments.output import KEY, closed, read_finished
 from vflair_core.experiments.victims import auxiliary_of, candidates_of
 from vflair_core.plugins import plugin_manager
 
@@ -46,7 +47,6 @@ REFERENCES = {  # each arm, and the one whose grades it is compared with
     "active-undefended": "",
     "active-defended": "active-undefended",
 }
-KEY = "answer-key.json"  # beside the evidence that is kept, and never in reach of an attack
 
 
 def attack_arm(
@@ -132,15 +132,13 @@ def is_active(launch: Launch) -> bool:
 def _store(arm: str, setting: RunContext) -> Iterator[Path]:
     """Where the evidence of an arm lies: beside the result if it is kept, else nowhere for long."""
     if not setting.keep:
-        with tempfile.TemporaryDirectory(prefix="vflair-") as folder:
-            yield Path(folder)
+        with scratch_folder() as folder:
+            yield folder
         return
     if setting.out is None:
         raise ExperimentError("Evidence is kept in an output folder: pass out= (or --out).")
-    store = setting.out / f"evidence-{arm}"
-    store.mkdir(mode=0o700, parents=True, exist_ok=True)
-    store.chmod(0o700)
-    yield store
+    with closed(setting.out / f"evidence-{arm}") as store:
+        yield store
 
 
 def attack_again(
@@ -158,7 +156,7 @@ def attack_again(
     attack of the run gets the very grade that it had there, on the same `device` (see `Experiment.attack_device`).
 
     Raises:
-        AttackError: The run kept no evidence, it was changed since, or an attack needs what the run did not make or more than is granted.
+        AttackError: The run is unfinished or kept no evidence, it was changed since, or an attack needs what the run did not make or more than is granted.
         ExperimentError: The device is not there.
     """
     attack_device(device)
@@ -168,6 +166,13 @@ def attack_again(
         raise AttackError(
             f"{run} holds no evidence to attack again. Run the experiment with --keep-evidence (keep_evidence=True); "
             "with several seeds, each has a folder of its own below."
+        )
+    finished, arms = read_finished(Path(run))
+    if not finished:
+        done = f"only {', '.join(arms)} is done" if arms else "no arm of it is done"
+        raise AttackError(
+            f"The run in {run} is unfinished: {done}, so its evidence is of half an experiment. Run it again "
+            "(--overwrite), then attack."
         )
     for store in stores.values():
         check_unchanged(store)

@@ -7,11 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from vflair_core.errors import ExperimentError
 from vflair_core.experiments.experiment import Experiment
 from vflair_core.experiments.pretraining import Report, pretrain
 from vflair_core.parties.checkpoint_files import locate_checkpoint
+from vflair_core.parties.config_fields import (
+    check_class,
+    check_fields,
+    check_model_type,
+    has_parts,
+)
 from vflair_core.randomness import stream_seed
 from vflair_core.tasks.kinds import KINDS
 from vflair_core.tasks.task import Task
@@ -27,9 +34,14 @@ def random_model(
     config of the text part if there is one.
 
     Raises:
-        ExperimentError: The fields are not a config, or there is no such model.
+        ExperimentError: The fields are not those of a config, or there is no such model.
     """
     import transformers
+
+    _check(check_model_type(fields["model_type"]))
+    kind = transformers.CONFIG_MAPPING[fields["model_type"]]
+    if not has_parts(kind):  # whose parts may have it
+        _check(check_class(kind, fields))
 
     special = {
         "vocab_size": len(tokenizer),
@@ -42,13 +54,27 @@ def random_model(
     if "text_config" in given:
         given["text_config"] = {**special, **given["text_config"]}
         special = {"image_token_id": tokenizer.convert_tokens_to_ids("<image>")}
+    if twice := special.keys() & given.keys():
+        _check(
+            f"{', '.join(sorted(twice))} comes from the tokenizer that is trained; leave it out, and give its size as "
+            "model.vocab_size."
+        )
     try:
         config = transformers.AutoConfig.for_model(model_type, **special, **given, **heads)
+        _check(check_fields(config, fields))
         if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
             config.decoder_start_token_id = tokenizer.pad_token_id
         return auto.from_config(config)
+    except StrictDataclassError as error:  # of a type or a size that does not fit
+        raise ExperimentError(f"model.config: {' '.join(str(error).split())}") from error
     except (ValueError, TypeError) as error:
-        raise ExperimentError(f"model.config is not a transformers config: {error}.") from error
+        reason, *_ = str(error).splitlines()  # the others list all models
+        raise ExperimentError(f"model.config is not a transformers config: {reason}") from error
+
+
+def _check(wrong: str) -> None:
+    if wrong:
+        raise ExperimentError(f"model.config: {wrong}")
 
 
 def random_processor(model: Any, tokenizer: Any) -> Any:

@@ -13,12 +13,17 @@ from vflair_core.attacks.attack import Launch
 from vflair_core.attacks.isolation import attack_device
 from vflair_core.attacks.knowledge import BEFORE, names_of
 from vflair_core.defenses.defense import Defense
-from vflair_core.errors import ExperimentError
+from vflair_core.errors import ExperimentError, alternatives
 from vflair_core.experiments.base_model import prepare_model
 from vflair_core.experiments.context import Clock, Reporter, RunContext, noise_seed
 from vflair_core.experiments.experiment import AttackSpec, Experiment, Victims
 from vflair_core.experiments.pretraining import prior_guess
-from vflair_core.experiments.victims import companions_of, victims_of, with_companions
+from vflair_core.experiments.victims import (
+    check_secrets,
+    companions_of,
+    victims_of,
+    with_companions,
+)
 from vflair_core.offers import build, find
 from vflair_core.partition.partition import Partition
 from vflair_core.randomness import stream_seed
@@ -46,6 +51,7 @@ def build_run(
     """
     attack_device(e.attack_device)  # what is not there is told before anything is built
     clock = clock or Clock()
+    report("building the task", 0, 1)
     with clock("task"):
         task: Task = build(find(plugins, "tasks", e.task.name), e.task.options)
     # Who is told it finds neither the experiment's seed, which makes tasks and orders, nor that of the noise.
@@ -53,9 +59,12 @@ def build_run(
     launches = make_launches(e.attacks, plugins, seed)
     adversary = make_adversary(e.adversary, plugins, seed) if e.adversary else None
     _check(e, task, launches, adversary, make_defenses(e, plugins))
+    report("building the task", 1, 1)
+    report("building the model", 0, 1)
     with clock("pretraining"):
         model, tokenizer, processor = prepare_model(e, task, report)
     _check_model(e, model)
+    report("building the model", 1, 1)
     e = with_companions(e, task, model)
     setting = RunContext(
         experiment=e,
@@ -91,6 +100,7 @@ def _check(
     if adversary is not None:
         _check_offered(adversary, e.victims, active=True)
     companions_of(e, task)
+    check_secrets(e, task)
     check_one_replaces(defenses, launches)
     if e.victims.companions and e.partition.only_scored:
         raise ExperimentError(
@@ -208,9 +218,10 @@ def choose_partition(model: Any, e: Experiment, plugins: pluggy.PluginManager) -
     answers = plugins.hook.vflair_partition.get_hookimpls()
     chosen = [i for i in answers if i.plugin_name == e.partition_plugin]
     if not chosen:
-        possible = ", ".join(i.plugin_name for i in answers) or "none"
+        names = [i.plugin_name for i in answers]
         raise ExperimentError(
-            f"No plugin {e.partition_plugin!r} answers vflair_partition. Possible: {possible}."
+            f"No plugin {e.partition_plugin!r} answers vflair_partition."
+            f"{alternatives(e.partition_plugin, names)}"
         )
     given: dict[str, Any] = {"model": model, "partition": e.partition}
     answer: Any = chosen[0].function(**{n: given[n] for n in chosen[0].argnames})

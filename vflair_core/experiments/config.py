@@ -5,14 +5,14 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import attrs
 import cattrs
 from cattrs import Converter
 from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
 
-from vflair_core.errors import ExperimentError, VflairError, did_you_mean
+from vflair_core.errors import ExperimentError, VflairError, alternatives
 from vflair_core.experiments.experiment import Experiment
 
 
@@ -25,9 +25,13 @@ def read_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
     """
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # with a byte order mark or not
     except FileNotFoundError as error:
         raise ExperimentError(f"There is no experiment file {path}.") from error
+    except OSError as error:
+        raise ExperimentError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ExperimentError(f"{path} is not text in UTF-8: {error}. Save it as UTF-8.") from error
     except tomllib.TOMLDecodeError as error:
         raise ExperimentError(f"{path} is not TOML: {error}.") from error
     for each in overrides:
@@ -58,6 +62,7 @@ def _converter() -> Converter:
     converter = Converter(forbid_extra_keys=True, detailed_validation=True)
     for kind in (int, float, str, bool):
         converter.register_structure_hook(kind, _exactly)
+    converter.register_structure_hook_func(_is_choice, _one_of)
     converter.register_structure_hook_func(
         lambda t: t == Mapping[str, Any], lambda value, _: dict(value)
     )
@@ -75,6 +80,18 @@ def _exactly(value: Any, kind: type) -> Any:
         return float(value)
     if type(value) is not kind:
         raise TypeError(f"expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _is_choice(kind: Any) -> bool:
+    origin: Any = get_origin(kind)
+    return origin is Literal
+
+
+def _one_of(value: Any, kind: Any) -> Any:
+    possible = get_args(kind)
+    if value not in possible or type(value) is not type(possible[possible.index(value)]):
+        raise ValueError(f"there is no {value!r}.{alternatives(str(value), possible)}")
     return value
 
 
@@ -117,8 +134,7 @@ def _explain(error: BaseException, where: str) -> list[str]:
         case ForbiddenExtraKeysError():
             known = [attribute.name for attribute in attrs.fields(error.cl)]
             return [
-                f"{f'{where}.{name}'.lstrip('.')}: there is no such key.{did_you_mean(name, known)} "
-                f"Possible: {', '.join(known)}."
+                f"{f'{where}.{name}'.lstrip('.')}: there is no such key.{alternatives(name, known)}"
                 for name in sorted(error.extra_fields)
             ]
         case KeyError():

@@ -93,6 +93,13 @@ class RunContext:
         """Tokens kept of each victim."""
         return self.experiment.victims.max_length or self.experiment.train.max_length
 
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Report that a phase began, and that it ended; it does not say how far it is."""
+        self.report(name, 0, 1)
+        yield
+        self.report(name, 1, 1)
+
     def tell(self, hook: str, **facts: Any) -> None:
         """Tell the observers."""
         observe(self.plugins, hook, strict=self.strict, **facts)

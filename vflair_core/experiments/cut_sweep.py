@@ -14,6 +14,7 @@ from attrs import frozen
 from vflair_core.errors import ExperimentError
 from vflair_core.experiments.attack_phase import REFERENCES
 from vflair_core.experiments.experiment import Experiment
+from vflair_core.experiments.output import aside, check_free, prove, remove_empty, remove_run
 from vflair_core.experiments.result import Result
 from vflair_core.experiments.run import run
 
@@ -47,6 +48,7 @@ def run_cuts(
     *,
     plugins: pluggy.PluginManager | None = None,
     report: Reporter = lambda *_: None,
+    overwrite: bool = False,
     **options: Any,
 ) -> list[Recovery]:
     """Run `experiment` once for each number of head blocks, and write ``cuts.json`` and ``cuts.svg`` to `out`.
@@ -56,13 +58,15 @@ def run_cuts(
     Args:
         experiment: All but the cut.
         heads: Blocks that the data party keeps after the embeddings, one run for each.
-        out: Folder to write to; it is made.
+        out: Folder to write to; it is made, and holds no run yet.
         plugins: As for `run`.
         report: As for `run`; phases begin with the cut.
+        overwrite: Let the runs that `out` holds go away.
         options: Others of `run`.
 
     Raises:
-        ExperimentError: There is no attack, no cut or the same twice, or matplotlib is not installed: nothing is run.
+        ExperimentError: There is no attack, no cut or the same twice, `out` cannot be written to, or matplotlib is not
+            installed: nothing is run.
         VflairError: As `run`.
     """
     if not heads or len(set(heads)) < len(heads):
@@ -76,23 +80,44 @@ def run_cuts(
             "The plot needs matplotlib: pip install 'vflair-core[report]'. Nothing was run."
         )
     cuts = [attrs.evolve(experiment.partition, head=head) for head in heads]
-    rows: list[Recovery] = []
-    for cut in cuts:
+    made, rows = _place(Path(out), heads, overwrite=overwrite), list[Recovery]()
+    try:
+        for cut in cuts:
 
-        def report_progress(phase: str, done: int, total: int, head: int = cut.head) -> None:
-            report(f"head {head}, {phase}", done, total)
+            def report_progress(phase: str, done: int, total: int, head: int = cut.head) -> None:
+                report(f"head {head}, {phase}", done, total)
 
-        result = run(
-            attrs.evolve(experiment, partition=cut),
-            plugins=plugins,
-            report=report_progress,
-            out=Path(out) / f"head-{cut.head}",
-            **options,
-        )
-        rows += recoveries(result, cut.head)
-    (Path(out) / "cuts.json").write_text(json.dumps([attrs.asdict(row) for row in rows], indent=2))
-    draw(rows, Path(out) / "cuts.svg")
+            result = run(
+                attrs.evolve(experiment, partition=cut),
+                plugins=plugins,
+                report=report_progress,
+                out=Path(out) / f"head-{cut.head}",
+                **options,
+            )
+            rows += recoveries(result, cut.head)
+    except BaseException as error:
+        remove_empty(made)
+        done = dict.fromkeys(f"head-{row.head}" for row in rows)
+        if done:
+            error.add_note(f"Cuts that were finished are in {out}: {', '.join(done)}.")
+        raise
+    with aside(Path(out) / "cuts.json") as part:
+        part.write_text(json.dumps([attrs.asdict(row) for row in rows], indent=2))
+    with aside(Path(out) / "cuts.svg") as part:
+        draw(rows, part)
     return rows
+
+
+def _place(out: Path, heads: Sequence[int], *, overwrite: bool) -> list[Path]:
+    """Make the folder, remove the runs of before, and return the folders that were not there."""
+    made = prove(out)
+    try:
+        check_free(out, [f"head-{head}" for head in heads], overwrite=overwrite)
+    except ExperimentError:
+        remove_empty(made)
+        raise
+    remove_run(out)
+    return made
 
 
 def recoveries(result: Result, head: int) -> list[Recovery]:
@@ -160,5 +185,5 @@ def draw(rows: Sequence[Recovery], path: Path) -> Path:
     axes.set_xticks(heads)
     axes.legend(fontsize="small")
     with rc_context({"svg.fonttype": "none"}):  # words stay words
-        figure.savefig(path)
+        figure.savefig(path, format="svg")
     return path

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import attrs
+from torch import Tensor
 
 from vflair_core.communication.transcript import Transcript
 from vflair_core.experiments.base_model import prepare_model
@@ -21,7 +23,7 @@ TEXTS_ARE_LABELS = ("causal-lm", "seq2seq", "image-text")
 
 
 def explain(experiment: Experiment, plugins: PluginManager) -> dict[str, Any]:
-    """Return every crossing of one training round, the owner of every weight, and what to know about both.
+    """Return every crossing of one training round, owner and shape of every weight, totals, and what to know about it.
 
     Nothing private is sent: the batch is public text (the task's examples if it has none).
     """
@@ -64,13 +66,30 @@ def explain(experiment: Experiment, plugins: PluginManager) -> dict[str, Any]:
         }
         for record in transcript.messages
     ]
-    owners = {name: "data party" for name, _ in party.named_parameters()}
-    owners |= {name: "model party" for name, _ in model_party.named_parameters()}
+    held = {
+        "data party": dict(party.named_parameters()),
+        "model party": dict(model_party.named_parameters()),
+    }
+    totals = {party: _total(weights.values()) for party, weights in held.items()}
     return {
         "crossings": crossings,
-        "owners": owners,
+        "owners": {name: party for party, weights in held.items() for name in weights},
+        "shapes": {n: list(w.shape) for weights in held.values() for n, w in weights.items()},
+        "totals": {
+            **totals,
+            "both": {
+                key: sum(total[key] for total in totals.values()) for key in totals["data party"]
+            },
+        },
         "notes": _notes(experiment, task, party),
     }
+
+
+def _total(weights: Iterable[Tensor]) -> dict[str, int]:
+    """How many weights these are, of how many parameters and bytes."""
+    each = list(weights)
+    parameters, size = sum(w.numel() for w in each), sum(w.numel() * w.element_size() for w in each)
+    return {"weights": len(each), "parameters": parameters, "bytes": size}
 
 
 def _notes(experiment: Experiment, task: Task, party: DataParty) -> list[str]:

@@ -17,7 +17,8 @@ class Result:
 
     `numbers` holds, per arm (``undefended``, ``defended``), main-task performance, grades, guarantee and
     losses; equal experiments give equal numbers. `cost` holds bytes, messages and seconds. `samples` are
-    private sentences beside what each attack recovered: look at them, do not publish them.
+    private sentences beside what each attack recovered: look at them, do not publish them. A file that is not
+    `finished` holds the arms that were done when it was written.
     """
 
     numbers: dict[str, Any]
@@ -28,6 +29,7 @@ class Result:
     plugins: list[dict[str, Any]] = field(factory=list)
     task: dict[str, Any] = field(factory=dict)
     samples: list[dict[str, Any]] = field(factory=list)
+    finished: bool = True
 
     @property
     def numbers_hash(self) -> str:

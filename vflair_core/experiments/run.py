@@ -6,7 +6,7 @@ import copy
 import importlib.metadata
 import platform
 import resource
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,13 @@ import attrs
 import torch
 
 from vflair_core.attacks.knowledge import shown
-from vflair_core.communication.transcript import Transcript
 from vflair_core.experiments.arm import Arm, choose, run_arm
 from vflair_core.experiments.build import build_run, make_defenses
 from vflair_core.experiments.context import Clock, Reporter, RunContext
 from vflair_core.experiments.experiment import Experiment
 from vflair_core.experiments.grading.ranking import evaluated, strongest
 from vflair_core.experiments.grading.scores import dcs, normalised_dcs
+from vflair_core.experiments.output import RunFolder
 from vflair_core.experiments.result import Result
 from vflair_core.experiments.seeds import over_seeds
 from vflair_core.plugins import observe, plugin_manager
@@ -38,33 +38,39 @@ def run(
     plugins: pluggy.PluginManager | None = None,
     report: Reporter = lambda *_: None,
     out: str | Path | None = None,
+    overwrite: bool = False,
     strict: bool = False,
     keep_evidence: bool = False,
     cache: str | Path | None = None,
 ) -> Result:
     """Run `experiment` and return what it found; with `out`, write result, transcript and experiment there.
 
+    Each arm is written when it is done: of a run that ends early these stay, in a result that is not `finished`.
+
     Args:
         experiment: What to run.
         plugins: Where tasks, defenses and attacks come from; by default everything installed.
         report: Told (phase, done, total) now and then.
-        out: Folder to write to; it is made.
+        out: Folder to write to; it is made, and holds no run yet.
+        overwrite: Let a run that `out` holds go away.
         strict: Let an observer that raises stop the run.
         keep_evidence: Write all that an attacker could hold, and the truth, into `out`, for `attack_again`.
         cache: Folder in which what defenses prepare on public text is kept for other runs.
 
     Raises:
-        VflairError: Something in the experiment does not exist or does not fit.
+        VflairError: Something in the experiment does not exist or does not fit, or `out` cannot be written to.
     """
     plugins = plugins if plugins is not None else plugin_manager()
-    folder = Path(out) if out is not None else None
+    folder = None
+    if out is not None:
+        folder = RunFolder.claim(out, experiment, overwrite=overwrite)
     observe(plugins, "vflair_run_started", strict=strict, experiment=experiment)
     threads = torch.get_num_threads()
     try:
         with torch.random.fork_rng():
             if experiment.threads:
                 torch.set_num_threads(experiment.threads)
-            result, transcripts = _run_seeds(
+            result = _run_seeds(
                 experiment,
                 folder,
                 plugins=plugins,
@@ -74,35 +80,39 @@ def run(
                 cache=Path(cache) if cache is not None else None,
             )
     except BaseException as error:
+        if folder is not None and (rest := folder.give_up()):
+            error.add_note(rest)
         observe(plugins, "vflair_run_failed", experiment=experiment, error=error)
         raise
     finally:
         torch.set_num_threads(threads)
-    if folder is not None:
-        _write(folder, experiment, result, transcripts)
     observe(plugins, "vflair_run_finished", strict=strict, result=result)
     return result
 
 
-def _run_seeds(
-    e: Experiment, out: Path | None, **options: Any
-) -> tuple[Result, dict[str, Transcript]]:
+def _run_seeds(e: Experiment, out: RunFolder | None, **options: Any) -> Result:
     """Run once, or once with each seed: then the result is the first seed's, with what all of them say."""
+    if not e.seeds:
+        return _run_seed(e, out, **options)[0]
     runs: dict[int, Mapping[str, Arm]] = {}
     first: Result | None = None
-    for seed in e.seeds or (e.seed,):
-        folder = out / f"seed-{seed}" if out is not None and e.seeds else out
-        result, arms = _run_seed(attrs.evolve(e, seed=seed, seeds=()), folder, **options)
-        first, runs[seed] = first or result, arms
+    for seed in e.seeds:
+        alone = attrs.evolve(e, seed=seed, seeds=())
+        folder = out.within(f"seed-{seed}", alone) if out is not None else None
+        result, runs[seed] = _run_seed(alone, folder, **options)
+        first = first or attrs.evolve(result, experiment=e.to_dict(), config_hash=e.digest)
+        if out is not None:
+            out.write(attrs.evolve(first, finished=False))
     assert first is not None  # there is at least one seed
-    transcripts = {name: arm.transcript for name, arm in next(iter(runs.values())).items()}
-    if not e.seeds:
-        return first, transcripts
     numbers = {**first.numbers, "over_seeds": over_seeds(_of_arms(runs, ""))}
     if e.adversary is not None:
         numbers["over_seeds_active"] = over_seeds(_of_arms(runs, "active-"))
-    whole = attrs.evolve(first, numbers=numbers, experiment=e.to_dict(), config_hash=e.digest)
-    return whole, transcripts
+    whole = attrs.evolve(first, numbers=numbers)
+    if out is not None:
+        for name, arm in runs[e.seeds[0]].items():
+            out.write_transcript(name, arm.transcript)
+        out.write(whole)
+    return whole
 
 
 def _of_arms(runs: Mapping[int, Mapping[str, Arm]], prefix: str) -> dict[int, dict[str, Arm]]:
@@ -114,28 +124,59 @@ def _of_arms(runs: Mapping[int, Mapping[str, Arm]], prefix: str) -> dict[int, di
     }
 
 
-def _run_seed(e: Experiment, out: Path | None, **options: Any) -> tuple[Result, dict[str, Arm]]:
-    """Run both arms with one seed; `options` are those of `build_run`."""
-    clock = Clock()
-    setting, model = build_run(e, out=out, clock=clock, **options)
-    plugins = setting.plugins
-    defenses = make_defenses(e, plugins)
-    arms = {"undefended": run_arm("undefended", copy.deepcopy(model), [], setting, [])}
-    if e.check_unsplit:
-        with clock("unsplit reference"):
-            _compare_unsplit(copy.deepcopy(model), setting, arms["undefended"])
-    if defenses:
-        references = arms["undefended"].references
-        spare = copy.deepcopy(model) if setting.adversary else model
-        arms["defended"] = run_arm("defended", spare, defenses, setting, references)
-    if setting.adversary is not None:
-        _go_active(arms, model, setting)
-    numbers: dict[str, Any] = {name: arm.numbers for name, arm in arms.items()}
-    if "defended" in arms and arms["defended"].grades:
-        numbers["dcs"] = _scores(arms["undefended"], arms["defended"])
-    for name, arm in arms.items():
-        numbers[name]["strongest"] = strongest(arm.grades)
+def _run_seed(
+    e: Experiment, out: RunFolder | None, **options: Any
+) -> tuple[Result, dict[str, Arm]]:
+    """Run all arms with one seed, and write each when it is done; `options` are those of `build_run`."""
+    clock, arms = Clock(), dict[str, Arm]()
+    folder = out.path if out is not None else None
+    setting, model = build_run(e, out=folder, clock=clock, **options)
+    if out is not None:
+        out.begin()
+    for name, arm in _arms(model, setting, clock):
+        arms[name] = arm
+        if out is not None:
+            out.write(_result_of(arms, e, setting, clock, finished=False))
+            out.write_transcript(name, arm.transcript)
+    result = _result_of(arms, e, setting, clock)
+    if out is not None:
+        out.write(result)
+    return result, arms
+
+
+def _arms(model: Any, setting: RunContext, clock: Clock) -> Iterator[tuple[str, Arm]]:
+    """Run the arms one after the other: undefended, defended, and both once more under an active adversary."""
+    e, passes = setting.experiment, (False, True) if setting.adversary is not None else (False,)
+    for active in passes:
+        name = "active-" if active else ""
+        plain = run_arm(f"{name}undefended", copy.deepcopy(model), [], setting, [], active=active)
+        if e.check_unsplit and not active:
+            with clock("unsplit reference"), setting.phase("unsplit reference"):
+                _compare_unsplit(copy.deepcopy(model), setting, plain)
+        yield f"{name}undefended", plain
+        if e.defenses:
+            spare = model if active == passes[-1] else copy.deepcopy(model)
+            each = make_defenses(e, setting.plugins)
+            references = plain.references
+            arm = run_arm(f"{name}defended", spare, each, setting, references, active=active)
+            yield f"{name}defended", arm
+
+
+def _result_of(
+    arms: Mapping[str, Arm],
+    e: Experiment,
+    setting: RunContext,
+    clock: Clock,
+    *,
+    finished: bool = True,
+) -> Result:
+    """What these arms found, each by itself and compared."""
+    numbers: dict[str, Any] = {
+        name: {**arm.numbers, "strongest": strongest(arm.grades)} for name, arm in arms.items()
+    }
     if "defended" in arms:
+        if arms["defended"].grades:
+            numbers["dcs"] = _scores(arms["undefended"], arms["defended"])
         told, company = (numbers["defended"][name] for name in ("mechanism", "company"))
         beside = bool(setting.experiment.victims.companions)
         numbers["defended"]["evaluated"] = evaluated(
@@ -146,32 +187,21 @@ def _run_seed(e: Experiment, out: Path | None, **options: Any) -> tuple[Result, 
             and (beside or company is None or company["agrees"]),
         )
     cost: dict[str, Any] = {name: arm.cost for name, arm in arms.items()}
-    cost["seconds"] = clock.seconds
+    cost["seconds"] = dict(clock.seconds)
     cost["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     task = setting.task
     facts = {"name": task.name, "kind": task.kind, "source": task.source, "licence": task.licence}
-    result = Result(
+    return Result(
         numbers=numbers,
         cost=cost,
         experiment=e.to_dict(),
         config_hash=e.digest,
         versions=_versions(),
-        plugins=[attrs.asdict(info) for info in getattr(plugins, "about", list)()],
+        plugins=[attrs.asdict(info) for info in getattr(setting.plugins, "about", list)()],
         task={**facts, **task.facts},
         samples=[{"arm": name, **row} for name, arm in arms.items() for row in arm.samples],
+        finished=finished,
     )
-    return result, arms
-
-
-def _go_active(arms: dict[str, Arm], model: Any, setting: RunContext) -> None:
-    """Add both arms once more, under the active adversary."""
-    plain = run_arm("active-undefended", copy.deepcopy(model), [], setting, [], active=True)
-    arms["active-undefended"] = plain
-    if "defended" in arms:
-        defenses = make_defenses(setting.experiment, setting.plugins)
-        arms["active-defended"] = run_arm(
-            "active-defended", model, defenses, setting, plain.references, active=True
-        )
 
 
 def _compare_unsplit(whole: Any, setting: RunContext, arm: Arm) -> None:
@@ -216,22 +246,6 @@ def _scores(undefended: Arm, defended: Arm) -> dict[str, Any]:
         "mean": sum(row["dcs"] for row in ranked) / len(ranked) if ranked else None,
         "normalised_worst": min(row["normalised"] for row in ranked) if ranked else None,
     }
-
-
-def _write(
-    out: Path, experiment: Experiment, result: Result, transcripts: dict[str, Transcript]
-) -> None:
-    """The transcript of the defended arm is the one to look at; those of other arms lie beside it."""
-    from vflair_core.experiments.config import to_toml
-
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "experiment.toml").write_text(to_toml(experiment))
-    for arm, transcript in transcripts.items():
-        last = arm == ("defended" if "defended" in transcripts else "undefended")
-        transcript.save(
-            out / ("transcript.safetensors" if last else f"transcript-{arm}.safetensors")
-        )
-    result.to_json(out / "result.json")
 
 
 def _versions() -> dict[str, str]:

@@ -99,6 +99,30 @@ def victims_of(e: Experiment, task: Task) -> list[Any]:
     return [task.row(e.victims.split, n) for n in range(e.victims.count)]
 
 
+def check_secrets(e: Experiment, task: Task) -> None:
+    """See that some victim has something private, if any example has: attacks would be graded on nothing.
+
+    Raises:
+        ExperimentError: None has.
+    """
+    available = len(task.train if e.victims.split == "train" else task.test)
+    first, last = min(e.victims.count, available), min(e.victims.count + LOOKED_AT, available)
+    if any(_has_secrets(task.row(e.victims.split, row)) for row in range(first)):
+        return
+    other = (row for row in range(first, last) if _has_secrets(task.row(e.victims.split, row)))
+    if (row := next(other, None)) is not None:
+        raise ExperimentError(
+            f"None of the victims, the first {first} {e.victims.split} examples, has anything private, so attacks would be "
+            f"graded on nothing. Example {row} is the first that has: put such examples first, or set victims.count = "
+            f"{row + 1} or more."
+        )
+
+
+def _has_secrets(example: Example) -> bool:
+    spans = [example.private] + ([] if example.pair is None else [example.private_pair])
+    return any(given is None or given for given in spans)
+
+
 IN_DOMAIN, LABELLED = 64, 16  # examples
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from vflair_core.errors import CheckpointError, did_you_mean
+from vflair_core.errors import CheckpointError, alternatives
 
 PACKAGE = "package:"
 DTYPE = torch.float32  # of the converted weights; who loads them chooses another with `dtype`
@@ -87,8 +87,8 @@ def _find_gguf(name: str, gguf_file: str, place: dict[str, Any]) -> Path:
         if not file.is_file():
             found = _gguf_files(folder)
             raise CheckpointError(
-                f"There is no file {gguf_file} in {folder}.{did_you_mean(gguf_file, found)} GGUF files there: "
-                f"{', '.join(found) or 'none'}."
+                f"There is no file {gguf_file} in {folder}."
+                f"{alternatives(gguf_file, found, label='GGUF files there')}"
             )
         return file
     from transformers.utils.hub import cached_file

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from vflair_core.errors import CheckpointError, did_you_mean
+from vflair_core.errors import CheckpointError, alternatives
 from vflair_core.parties.checkpoint_files import locate_checkpoint
+from vflair_core.parties.config_fields import check_fields, fields_of
 from vflair_core.partition.fingerprint import files_digest
 
 if TYPE_CHECKING:
@@ -108,10 +109,13 @@ def find_source(name: str | Path, auto: Any, options: Mapping[str, Any]) -> Sour
             "save_pretrained writes it, or the name of a hub model."
         ) from error
     for key in unused.keys() - PLACE:
+        names = [*fields_of(type(config)), *sorted(READING | PLACE)]
         raise CheckpointError(
-            f"There is no option {key!r} to load {name} with.{did_you_mean(key, READING | PLACE)} Possible: "
-            f"keys of its config, {', '.join(sorted(READING | PLACE))}."
+            f"There is no option {key!r} to load {name} with.{alternatives(key, names)} Options are fields of its config, "
+            "and how and where to read it."
         )
+    if wrong := check_fields(config, {key: overrides[key] for key in overrides.keys() - unused}):
+        raise CheckpointError(f"{name} cannot be loaded with these options: {wrong}")
     folder = Path(name) / place.get("subfolder", "")
     if folder.is_dir():
         weights = files_digest(folder, options.get("variant"))

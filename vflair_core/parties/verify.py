@@ -9,7 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from vflair_core.errors import PartitionError
+from vflair_core.errors import PartitionError, alternatives
 from vflair_core.parties.split import split
 from vflair_core.partition.module_tree import names_by_weight
 from vflair_core.partition.partition import Partition
@@ -53,7 +53,7 @@ def verify(config: Any, partition: Partition, *, task: TaskKind = "causal-lm") -
     import transformers
 
     if task not in TASKS:
-        raise PartitionError(f"Cannot verify task {task!r}. Possible: {', '.join(TASKS)}.")
+        raise PartitionError(f"Cannot verify task {task!r}.{alternatives(task, TASKS)}")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         whole = getattr(transformers, KINDS[task].auto).from_config(config)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 from torch import nn
 
-from vflair_core.errors import ExperimentError, did_you_mean
+from vflair_core.errors import ExperimentError, alternatives, did_you_mean
 from vflair_core.partition.partition import Blocks, units_around
 from vflair_core.partition.stages import Stage
 
@@ -80,9 +80,12 @@ class Slices:
         possible = sorted(frozenset().union(*self.units.values()), key=_by_number)
         for name in chosen:
             if name not in possible:
+                blocks = [each for each in possible if "." in each]
+                shown = [each for each in possible if "." not in each]
+                shown += [f"{blocks[0]} … {blocks[-1]}"] if blocks else []
                 raise ExperimentError(
                     f"This model, cut this way, has no slice {name!r}.{did_you_mean(name, possible)} It has "
-                    f"{', '.join(possible)}."
+                    f"{', '.join(shown)}."
                 )
 
 
@@ -95,8 +98,7 @@ def check_names(chosen: Iterable[str]) -> None:
     for name in chosen:
         if name not in SLICES and not re.fullmatch(r"blocks\.\d+", name):
             raise ExperimentError(
-                f"There is no slice {name!r}.{did_you_mean(name, (*SLICES, 'blocks.0'))} Possible: "
-                f"{', '.join(SLICES)}, and blocks.0, blocks.1, …"
+                f"There is no slice {name!r}.{alternatives(name, (*SLICES, 'blocks.0', 'blocks.1, …'))}"
             )
 
 

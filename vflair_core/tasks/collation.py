@@ -185,8 +185,8 @@ def pack(tokenizer: PreTrainedTokenizerBase, rows: Sequence[TokenRow], max_lengt
 
 def _learnt(row: TokenRow) -> list[int]:
     """Of a row that continues: the ids of its answer, or all of them where there is none."""
-    prompt = len(row.ids) - len(row.target) if row.target else 0
-    return [IGNORED] * prompt + row.ids[prompt:]
+    pairs = zip(row.ids, row.learnt, strict=True)
+    return [token if learnt else IGNORED for token, learnt in pairs]
 
 
 def _targets(
@@ -214,6 +214,22 @@ def _first(tokenizer: PreTrainedTokenizerBase, row: TokenRow) -> int:
     """The position that says "no answer": of the class token, or the first."""
     token = tokenizer.cls_token_id
     return row.ids.index(token) if token in row.ids else 0
+
+
+def loss_items(batch: Mapping[str, Tensor], *, shifted: bool) -> int:
+    """Return what the loss of a batch is the mean of: tokens to be said, numbers of several labels, else rows.
+
+    Args:
+        batch: As the model takes it.
+        shifted: Whether a label is compared with what is said before it, so that the first of a row is not.
+    """
+    labels = batch.get("labels")
+    if labels is None or labels.dim() < 2:
+        return len(batch["input_ids"] if "input_ids" in batch else next(iter(batch.values())))
+    if labels.is_floating_point():
+        return labels.numel()
+    said = labels[:, 1:] if shifted else labels
+    return int((said != IGNORED).sum())
 
 
 def _whole(row: TokenRow) -> int:

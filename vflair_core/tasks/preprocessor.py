@@ -101,7 +101,7 @@ class Preprocessor:
         return self._through(Encoded(batch, rows))
 
     def choices(self, examples: Sequence[Example]) -> Encoded:
-        """Return a row for each choice of each example: its prompt, then the choice."""
+        """Return a row for each choice of each example: its prompt, then the choice; labels are the choice without its end."""
         rows = []
         for example in examples:
             shown = self.shown(example)
@@ -114,7 +114,7 @@ class Preprocessor:
                 )[0]
                 for choice in shown.choices
             ]
-            rows += [attrs.evolve(row, identity=example.identity) for row in tried]
+            rows += [attrs.evolve(row.without_end(), identity=example.identity) for row in tried]
         return self._through(Encoded(collate(self.tokenizer, self.reading, rows), rows))
 
     def _through(self, encoded: Encoded) -> Encoded:

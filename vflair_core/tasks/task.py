@@ -15,7 +15,7 @@ from typing import Any
 
 from attrs import field, frozen
 
-from vflair_core.errors import TaskError, did_you_mean
+from vflair_core.errors import TaskError, alternatives
 from vflair_core.tasks.kinds import KINDS, TaskKind
 
 Span = tuple[int, int]
@@ -24,8 +24,7 @@ EAGER = 4096  # rows of a list that are checked when the task is made; others wh
 
 def _check_kind(_instance: object, _attribute: object, kind: str) -> None:
     if kind not in KINDS:
-        possible, hint = ", ".join(KINDS), did_you_mean(kind, KINDS)
-        raise TaskError(f"A task cannot be of kind {kind!r}. Possible: {possible}.{hint}")
+        raise TaskError(f"A task cannot be of kind {kind!r}.{alternatives(kind, KINDS)}")
 
 
 def _check_private(_instance: object, _attribute: object, spans: tuple[Span, ...] | None) -> None:
@@ -35,6 +34,29 @@ def _check_private(_instance: object, _attribute: object, spans: tuple[Span, ...
                 f"({start}, {end}) is not a span: give (first, last + 1) character positions "
                 "with 0 <= first < last + 1."
             )
+
+
+@frozen
+class Chat:
+    """What a chat template writes around the answer to an example whose `text` is the chat up to there.
+
+    A row of both is then what the template writes and nothing else: the tokenizer adds no special tokens to it.
+    :func:`~vflair_core.in_chat` makes one.
+
+    Args:
+        opening: Everything before the answer.
+        ending: Everything after it: the end of its turn first.
+        said: Spans of the chat that users and assistants said, in order: what a long row loses first.
+        answers: Answers as the template writes them, where it takes space away.
+        begin: What the template writes first and `Example.text` lacks: the begin token where the tokenizer puts one
+            in front of other text by itself.
+    """
+
+    opening: str
+    ending: str
+    said: tuple[Span, ...] = ()
+    answers: Mapping[str, str] = field(factory=dict)
+    begin: str = ""
 
 
 @frozen
@@ -55,6 +77,7 @@ class Example:
         choices: Possible answers to choose from; the one with the highest log-likelihood is the prediction.
         images: Pictures (PIL images) that stay with the data party.
         id: The row's own name in its source, for error messages and submissions.
+        chat: Set where `text` is a chat that the tokenizer's template wrote (`in_chat`); it is rendered, not given.
     """
 
     text: str
@@ -68,6 +91,7 @@ class Example:
     choices: tuple[str, ...] = ()
     images: tuple[Any, ...] = ()
     id: str = ""
+    chat: Chat | None = None
 
     def __attrs_post_init__(self) -> None:
         if self.span is not None and not (

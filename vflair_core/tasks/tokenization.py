@@ -12,10 +12,11 @@ import attrs
 from attrs import field, frozen
 
 from vflair_core.errors import TaskError
+from vflair_core.tasks.chat import with_begin
+from vflair_core.tasks.continuation import continued
 from vflair_core.tasks.kinds import TaskKind
-from vflair_core.tasks.pictures import picture_row
-from vflair_core.tasks.task import Example, Render, Span, Task
-from vflair_core.tasks.token_rows import NOWHERE, Tally, TokenRow
+from vflair_core.tasks.task import Example, Render, Task
+from vflair_core.tasks.token_rows import Tally, TokenRow, token_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,15 +78,17 @@ def tokenize(
     Raises:
         TaskError: The answer or the question leaves no room for anything else.
     """
+    example = with_begin(example)
     if reading.kind == "question-answering" and example.pair:
         rows = _windows(tokenizer, example, max_length, reading.stride)
     elif reading.continues and (example.answer is not None or reading.kind == "image-text"):
-        rows = [_continued(tokenizer, reading, example, max_length)]
+        rows = [continued(tokenizer, example, max_length, processor=_processor(reading))]
     else:
         rows = [_row(tokenizer, example, max_length)]
         if reading.kind == "seq2seq" and example.answer is not None:
             target = _target(tokenizer, example.answer, max_length)
-            rows = [attrs.evolve(rows[0], target=target)]
+            ending = int(target[-1:] == [tokenizer.eos_token_id])
+            rows = [attrs.evolve(rows[0], target=target, ending=ending)]
     reading.tally.count(rows)
     return rows
 
@@ -94,39 +97,23 @@ def tokenize_prompt(
     tokenizer: PreTrainedTokenizerBase, reading: InputFormat, example: Example, max_length: int
 ) -> TokenRow:
     """Turn one example into the row that its answer is generated from."""
-    bare = attrs.evolve(example, answer=None)
+    bare = attrs.evolve(with_begin(example), answer=None)
     if not reading.continues:
         return _row(tokenizer, bare, max_length)
-    row = _continued(tokenizer, reading, attrs.evolve(example, answer=""), max_length)
-    return attrs.evolve(row, example=bare)
+    return continued(tokenizer, bare, max_length, processor=_processor(reading))
 
 
-# -- one text, or two ------------------------------------------------------------------------------------
-
-
-def _tokens(
-    tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None, **options: Any
-) -> list[TokenRow]:
-    """Tokenise without saying of which example; several rows only if `options` ask for windows."""
-    encoded: Any = tokenizer(text, pair, return_token_type_ids=True, **options)
-    example = Example(text, pair=pair)
-    if tokenizer.is_fast:
-        return [
-            TokenRow(example, e.ids, e.type_ids, e.offsets, e.sequence_ids)
-            for e in encoded.encodings
-        ]
-    ids = list(encoded["input_ids"])
-    nowhere: list[Span] = [NOWHERE] * len(ids)
-    return [TokenRow(example, ids, list(encoded["token_type_ids"]), nowhere, [None] * len(ids))]
+def _processor(reading: InputFormat) -> Any:
+    return reading.processor if reading.kind == "image-text" else None
 
 
 def _row(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> TokenRow:
-    (whole,) = _tokens(tokenizer, example.text, example.pair, verbose=False)
+    options: dict[str, Any] = {"add_special_tokens": example.chat is None}
+    (whole,) = token_rows(tokenizer, example.text, example.pair, verbose=False, **options)
     if len(whole.ids) <= max_length:
         return attrs.evolve(whole, example=example)
-    (short,) = _tokens(
-        tokenizer, example.text, example.pair, truncation=True, max_length=max_length
-    )
+    options |= {"truncation": True, "max_length": max_length}
+    (short,) = token_rows(tokenizer, example.text, example.pair, **options)
     return attrs.evolve(short, example=example, truncated=len(whole.ids) - len(short.ids))
 
 
@@ -147,7 +134,7 @@ def _windows(
         raise TaskError(
             "Question answering needs a fast tokenizer, which knows where in the text a token stands."
         )
-    rows = _tokens(
+    rows = token_rows(
         tokenizer,
         example.text,
         example.pair,
@@ -157,65 +144,6 @@ def _windows(
         return_overflowing_tokens=True,
     )
     return [attrs.evolve(row, example=example) for row in rows]
-
-
-# -- a prompt and its answer ------------------------------------------------------------------------------
-
-
-def _continued(
-    tokenizer: PreTrainedTokenizerBase, reading: InputFormat, example: Example, max_length: int
-) -> TokenRow:
-    """The prompt, then the answer, then the end token; without an answer ("") the prompt alone."""
-    row, fixed = _prompt(tokenizer, reading, example)
-    target: list[int] = []
-    if example.answer:
-        text = row.example.text if example.pair is None else example.pair
-        gap = "" if not text or text[-1].isspace() or example.answer[0].isspace() else " "
-        target = _target(tokenizer, gap + example.answer, max_length)
-    surplus = len(row.ids) + len(target) - max_length
-    free = [n for n, is_fixed in enumerate(fixed) if not is_fixed]
-    if surplus > len(free):
-        raise TaskError(
-            f"{example.title}: of max_length = {max_length} tokens its answer needs "
-            f"{len(target)} and {len(row.ids) - len(free)} are special or stand for pictures. Set "
-            f"train.max_length to {max_length + surplus - len(free)} or more, or drop the example."
-        )
-    dropped = set(free[: max(surplus, 0)])
-    remaining = [n for n in range(len(row.ids)) if n not in dropped]
-    more = len(target)
-    return attrs.evolve(
-        row,
-        ids=[row.ids[n] for n in remaining] + target,
-        types=[row.types[n] for n in remaining] + [0] * more,
-        offsets=[row.offsets[n] for n in remaining] + [NOWHERE] * more,
-        sequences=[row.sequences[n] for n in remaining] + [None] * more,
-        target=target,
-        truncated=len(dropped),
-    )
-
-
-def _prompt(
-    tokenizer: PreTrainedTokenizerBase, reading: InputFormat, example: Example
-) -> tuple[TokenRow, list[bool]]:
-    """The prompt without an end token, and which of its tokens cannot be cut: special ones and pictures."""
-    if reading.kind == "image-text":
-        row = picture_row(reading.processor, example)
-    else:
-        (bare,) = _tokens(tokenizer, example.text, example.pair, verbose=False)
-        row = attrs.evolve(bare, example=example)
-    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None, tokenizer.bos_token_id}
-    if row.ids and row.ids[-1] in ends and row.sequences[-1] is None:
-        row = attrs.evolve(
-            row,
-            ids=row.ids[:-1],
-            types=row.types[:-1],
-            offsets=row.offsets[:-1],
-            sequences=row.sequences[:-1],
-        )
-    if tokenizer.is_fast:
-        return row, [sequence is None for sequence in row.sequences]
-    special = set(tokenizer.all_special_ids)
-    return row, [token in special for token in row.ids]
 
 
 def _target(tokenizer: PreTrainedTokenizerBase, answer: str, max_length: int) -> list[int]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from attrs import define, field, frozen
-from torch import Tensor
 
 from vflair_core.parties.data_party.party import DataParty
-from vflair_core.tasks.collation import IGNORED
+from vflair_core.tasks.collation import IGNORED, loss_items
+from vflair_core.tasks.continuation import answer_text, end_tokens
 from vflair_core.tasks.metrics import chance_of, standard_score
 from vflair_core.tasks.preprocessor import Preprocessor
 from vflair_core.tasks.question_answering import best_answers
@@ -98,7 +98,8 @@ def _predict(
     encoded = reader.batch(examples)
     batch = encoded.batch
     outputs = model(**batch, use_cache=False)
-    found.losses.append((float(outputs.loss), _weight(batch, reader)))
+    items = loss_items(batch, shifted=not reader.reading.two_stacks)
+    found.losses.append((float(outputs.loss), items))
     if task.kind == "classification":
         found.predictions += outputs.logits.argmax(-1).tolist()
         found.truth += batch["labels"].tolist()
@@ -121,15 +122,6 @@ def _predict(
         found.truth += list(batch["labels"])
 
 
-def _weight(batch: Mapping[str, Tensor], reader: Preprocessor) -> int:
-    """What the loss is the mean of: tokens to be said, or rows."""
-    labels = batch.get("labels")
-    if labels is None or labels.dim() < 2:
-        return len(batch["input_ids"])
-    said = labels if reader.reading.two_stacks else labels[:, 1:]
-    return int((said != IGNORED).sum())
-
-
 def _choose(model: Any, reader: Preprocessor, examples: Sequence[Example], found: _Found) -> None:
     """Predict the choice whose tokens are most likely after the prompt, in sum; count also by token."""
     encoded = reader.choices(examples)
@@ -137,7 +129,6 @@ def _choose(model: Any, reader: Preprocessor, examples: Sequence[Example], found
     logits, labels = model(**batch, use_cache=False).logits, batch["labels"]
     if not reader.reading.two_stacks:
         logits, labels = logits[:, :-1], labels[:, 1:]
-    labels = _without_end(labels, reader)
     spoken = labels != IGNORED
     likely = logits.log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
     sums = (likely * spoken).sum(-1)
@@ -150,28 +141,27 @@ def _choose(model: Any, reader: Preprocessor, examples: Sequence[Example], found
     found.extra["accuracy_per_token"] = found.right_per_token / len(found.truth)
 
 
-def _without_end(labels: Tensor, reader: Preprocessor) -> Tensor:
-    """The end token is no part of a choice: its likelihood would be counted for all of them."""
-    end = reader.tokenizer.eos_token_id
-    return labels if end is None else labels.masked_fill(labels == end, IGNORED)
-
-
 def _write(model: Any, task: Task, reader: Preprocessor, examples: Sequence[Example]) -> list[str]:
     """Generate an answer to each example, cut at the end token, without special tokens."""
-    batch, tokenizer = reader.prompts(examples).batch, reader.tokenizer
+    encoded, tokenizer = reader.prompts(examples), reader.tokenizer
+    batch, ends = encoded.batch, [end_tokens(tokenizer, row.example) for row in encoded.rows]
     options = {**GREEDY, "pad_token_id": tokenizer.pad_token_id, **task.generation}
+    own = model.generation_config.eos_token_id
+    stops = set(own if isinstance(own, list) else [own]) - {None} | set.union(*ends)
+    if any(row.example.chat for row in encoded.rows):  # elsewhere the model's own tokens stop it
+        options.setdefault("eos_token_id", sorted(stops))
     with torch.random.fork_rng():
         torch.manual_seed(0)  # a task that samples is sampled alike, split or not
         ids = model.generate(**batch, **options)
     new = ids if reader.reading.two_stacks else ids[:, batch["input_ids"].shape[1] :]
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
-    said = [list(_until(row, ends)) for row in new.tolist()]
-    texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in said]
+    texts = [
+        answer_text(tokenizer, row.example, list(_until(tokens, stops)))
+        for row, tokens in zip(encoded.rows, new.tolist(), strict=True)
+    ]
     return _passed_back(reader, examples, texts)
 
 
-def _until(row: Sequence[int], ends: set[int | None]) -> Iterator[int]:
+def _until(row: Sequence[int], ends: set[int]) -> Iterator[int]:
     for token in row:
         if token in ends:
             return

@@ -14,7 +14,7 @@ from torch import nn
 from vflair_core.communication.optimizers import make_optimizer, options_of
 from vflair_core.parties.data_party.party import DataParty
 from vflair_core.partition.slices import check_names
-from vflair_core.tasks.collation import Batch
+from vflair_core.tasks.collation import Batch, loss_items
 from vflair_core.training.checkpoint import load_run, save_run
 from vflair_core.training.tuning import EVERYTHING, Lora
 from vflair_core.training.two_phase_commit import agree, refuse_several_processes
@@ -103,15 +103,24 @@ class FineTuning:
     def step(self, *batches: Batch, rate: float | None = None) -> float:
         """Take one optimizer step over `batches` (gradient accumulation) and return the mean loss in nats.
 
+        The step is that of all as one batch: each counts by what its loss is the mean of, tokens or rows. One from which
+        nothing is learnt does not cross.
+
         `rate` is the learning rate of both parties, e.g. of a torch scheduler; by default the schedule's.
         """
         self.party.model.train()
-        losses = []
+        losses: list[torch.Tensor] = []
+        model: Any = self.party.model
+        shifted = model.can_generate() and not model.config.is_encoder_decoder
+        items = [loss_items(batch, shifted=shifted) for batch in batches]
+        total = sum(items)
         if self._scaling is not None:
             self.party.loss_scale = self._scaling.scale
         try:
-            for batch in batches:
-                loss = self.party.model(**batch, use_cache=False).loss / len(batches)
+            for batch, count in zip(batches, items, strict=True):
+                if not count and total:
+                    continue
+                loss = model(**batch, use_cache=False).loss / (total / count if count else 1)
                 (loss * self.party.loss_scale if self._scaling else loss).backward()
                 losses.append(loss.detach())
             self.commit(self.options.rate(self.party.step) if rate is None else rate)

@@ -17,7 +17,7 @@ from attrs import field, frozen, validators
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from vflair_core.errors import ExperimentError, did_you_mean
+from vflair_core.errors import ExperimentError, alternatives
 from vflair_core.partition.adapters import inject_adapter
 from vflair_core.partition.slices import Slices, check_names
 
@@ -158,7 +158,7 @@ def _fitted(
         asked = asked if isinstance(asked, str) else ", ".join(sorted(asked))
         raise ExperimentError(
             f"No layer in {', '.join(sorted(wanted))} of this party goes by {asked!r}."
-            f"{did_you_mean(asked, leaves)} There are {', '.join(leaves)}. A slice in which nothing is "
+            f"{alternatives(asked, leaves)} A slice in which nothing is "
             "meant can be left out of `trainable`."
         )
     if not chosen:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vflair_core import TaskError, did_you_mean
+from vflair_core import TaskError, alternatives
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,10 +24,8 @@ def column_of(table: Dataset, names: Sequence[str], *, where: str) -> str:
     for name in names:
         if name in table.column_names:
             return name
-    hint = did_you_mean(names[0], table.column_names)
-    raise TaskError(
-        f"{where} has no column {' or '.join(map(repr, names))}. It has {', '.join(table.column_names)}.{hint}"
-    )
+    there = alternatives(names[0], table.column_names, label="It has")
+    raise TaskError(f"{where} has no column {' or '.join(map(repr, names))}.{there}")
 
 
 def empty_cells(table: Dataset, columns: Sequence[str]) -> list[tuple[int, str]]:
@@ -97,9 +95,11 @@ def class_names(table: Dataset, column: str, *, where: str) -> tuple[str, ...]:
     if names:
         return tuple(names)
     values = [v for v in pc.unique(table.data.column(column)).to_pylist() if v is not None]
-    if any(isinstance(value, float) and not value.is_integer() for value in values):
+    values = [value for value in values if str(value).strip()]
+    numbers = [_number(value) for value in values]
+    if None not in numbers and not all(map(float.is_integer, numbers)):  # type: ignore[arg-type]
         raise TaskError(
-            f"{where}, column {column!r} holds fractions such as {values[0]!r}, which are no classes. "
+            f"{where}, column {column!r} holds fractions such as {_told(values[0])}, which are no classes. "
             'Set kind = "regression".'
         )
     if not 1 < len(values) <= MOST_CLASSES:
@@ -107,7 +107,23 @@ def class_names(table: Dataset, column: str, *, where: str) -> tuple[str, ...]:
             f"{where}, column {column!r} has {len(values)} distinct values; classes are 2 to {MOST_CLASSES}. "
             'Choose another label column, or another kind, e.g. "regression".'
         )
-    return tuple(_name(value) for value in sorted(values))
+    if None not in numbers:  # also text: 2 is before 10
+        values = [value for _, value in sorted(zip(numbers, values, strict=True), key=_order)]
+    return tuple(dict.fromkeys(map(_name, values if None not in numbers else sorted(values))))
+
+
+def _order(numbered: tuple[float | None, Any]) -> tuple[float, str]:
+    number, value = numbered
+    return number or 0.0, str(value)
+
+
+def _number(value: Any) -> float | None:
+    """Return a label as a number, if it is one."""
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def label_numbers(
@@ -123,6 +139,9 @@ def label_numbers(
     cells = table.data.column(column)
     has_names = bool(getattr(table.features[column], "names", None))
     index = {name: number for number, name in enumerate(labels)}
+    by_number = has_names or not any(
+        map(str.isdigit, labels)
+    )  # among classes "3" and "4" a 1 is none
     found: dict[Any, int] = {}
     for value in pc.unique(cells).to_pylist():
         if value is None or not str(value).strip():
@@ -130,17 +149,20 @@ def label_numbers(
         name = _name(value)
         if not has_names and name in index:
             found[value] = index[name]
-        elif name.isdigit() and int(name) < len(
-            labels
-        ):  # also text: one empty cell makes a column text
+        elif by_number and name.isdigit() and int(name) < len(labels):  # also in a column of text
             found[value] = int(name)
         else:
             row = pc.index(cells, value).as_py()
             raise TaskError(
-                f"{where}, row {row} (the first is 0), column {column!r}: {value!r} is none of the "
+                f"{where}, row {row} (the first is 0), column {column!r}: {_told(value)} is none of the "
                 f"{len(labels)} labels {', '.join(labels[:20])}. Correct it, or name all classes: labels = [...]."
             )
     return found
+
+
+def _told(value: Any) -> str:
+    """Show a value in an error: a number as it is, also where it is text."""
+    return str(value) if _number(str(value)) is not None else repr(value)
 
 
 def _name(value: Any) -> str:
@@ -157,22 +179,32 @@ def number_fault(value: Any) -> str:
 
 def span_fault(answer: Any, passage: str) -> str:
     """Say why an answer is no span of its passage."""
-    text, start = placed_answer(answer, passage)
-    if not text or (start >= 0 and passage[start : start + len(text)] == text):
+    texts, start = placed_answer(answer, passage)
+    if not texts or (start >= 0 and passage[start : start + len(texts[0])] == texts[0]):
         return ""
-    return f"the answer {text!r} does not stand in its passage"
+    return f"the answer {texts[0]!r} does not stand in its passage" + (
+        f" at character {start}" if texts[0] in passage else ""
+    )
 
 
-def choice_fault(label: Any, choices: Sequence[Any]) -> str:
-    """Say why a label is no index of a choice."""
-    if isinstance(label, int) and 0 <= label < len(choices):
-        return ""
-    return f"{label!r} is no index into {len(choices)} choices"
+def choice_fault(label: Any, choices: Sequence[str]) -> str:
+    """Say why a label is no index of a choice, or a choice is none."""
+    if not all(choice.strip() for choice in choices):
+        return f"one of its {len(choices)} choices is empty"
+    whole = str(label).isdecimal() and not isinstance(label, float)
+    return (
+        ""
+        if whole and int(label) < len(choices)
+        else f"{_told(label)} is no index into {len(choices)} choices"
+    )
 
 
 def answers_fault(answers: Any) -> str:
-    """Say why a list of answers is none."""
-    return "" if answers else "there is no answer"
+    """Say why a text, or a list of answers, is none."""
+    listed = answers if isinstance(answers, list) else [answers]
+    if all(answer is not None and answer.strip() for answer in listed) and listed:
+        return ""
+    return "there is an empty answer" if listed else "there is no answer"
 
 
 def picture_fault(picture: Any, *, folder: Path) -> str:
@@ -182,10 +214,12 @@ def picture_fault(picture: Any, *, folder: Path) -> str:
     return ""
 
 
-def placed_answer(answer: Any, passage: str) -> tuple[str, int]:
-    """Return the text of an answer and where it starts: SQuAD's form says so, of a text it is the first place."""
+def placed_answer(answer: Any, passage: str) -> tuple[list[str], int]:
+    """Return the texts that are right and where the first starts: SQuAD's form may say so, else it is the first place."""
     if isinstance(answer, Mapping):
-        if not answer["text"]:
-            return "", -1
-        return answer["text"][0], answer["answer_start"][0]
-    return answer or "", passage.find(answer or "")
+        texts, starts = answer["text"] or [], answer["answer_start"] or []
+    else:
+        texts, starts = [answer or ""], []
+    if not any(texts):
+        return [], -1
+    return list(texts), starts[0] if starts else passage.find(texts[0])

@@ -55,7 +55,8 @@ def _texts(example: Example) -> list[str]:
 
 def _content(example: Example) -> list[Any]:
     pixels = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in example.images]
-    return [*asdict(evolve(example, images=())).values(), pixels]
+    fields = asdict(evolve(example, images=()), filter=lambda field, _: field.name != "chat")
+    return [*fields.values(), pixels]
 
 
 def _first(documents: Sequence[str], characters: int) -> list[str]:

@@ -33,10 +33,14 @@ def boxed(text: str) -> str | None:
 
 
 def same_formula(left: str | None, right: str | None) -> bool:
-    """Tell whether two answers are written alike in one notation; None is like nothing."""
-    return (
-        left is not None and right is not None and in_one_notation(left) == in_one_notation(right)
-    )
+    r"""Tell whether two answers are written alike in one notation; None is like nothing.
+
+    An answer of which the notation leaves nothing, such as ``\%``, is like what is written as it is.
+    """
+    if left is None or right is None:
+        return False
+    ours, theirs = in_one_notation(left), in_one_notation(right)
+    return ours == theirs if ours and theirs else left.strip() == right.strip()
 
 
 def in_one_notation(text: str) -> str:

@@ -22,7 +22,8 @@ from vflair_tasks.rows import Make
 from vflair_tasks.tables import Original, Row, Source
 
 _MARKED = re.compile(r"####\s*(-?[\d.,]+)")
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+# In "10-5" and "x-5" the sign is no part of the number; ".5" is one.
+_NUMBER = re.compile(r"(?:(?<![\w.)\]])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 _ANNOTATION = re.compile(r"<<[^>]*>>")  # what the paper's calculator reads
 
 
@@ -30,11 +31,16 @@ def gsm8k_score(predictions: Sequence[str], examples: Sequence[Example]) -> dict
     """Return how often the number behind ``####`` is right, and how often the last number of the text is."""
     truth = [_number(_MARKED, example.answer or "") for example in examples]
     marked = [_number(_MARKED, said) for said in predictions]
-    last = [_number(_NUMBER, said, last=True) for said in predictions]
+    last = [last_number(said) for said in predictions]
     return {
         "exact_match": _share(marked, truth),
         "exact_match_of_last_number": _share(last, truth),
     }
+
+
+def last_number(text: str) -> Decimal | None:
+    """Return the last number of a text, without the commas between its digits; None if it has none."""
+    return _number(_NUMBER, text, last=True)
 
 
 def _number(pattern: re.Pattern[str], text: str, *, last: bool = False) -> Decimal | None:

@@ -14,12 +14,12 @@ from typing import Any
 
 from attrs import frozen
 
-from vflair_core import Example, Task, TaskCard, TaskError
+from vflair_core import Example, Task, TaskCard, TaskError, in_chat, takes_system
 from vflair_tasks import metrics
 from vflair_tasks.assembly import Choice, Side, assemble, open_sides, side_of
 from vflair_tasks.checking import label_numbers
 from vflair_tasks.offering import offer
-from vflair_tasks.prompts import answer_of, check_fields, fill, in_chat, moved, with_answer
+from vflair_tasks.prompts import answer_of, check_fields, fill, moved, with_answer
 from vflair_tasks.rows import Make, Rows
 from vflair_tasks.tables import Original, Row, Source, open_split
 
@@ -77,7 +77,13 @@ class Sheet:
             for shot in self.shown.get(subject, ())[: self.exam.shots]
         ]
         if self.exam.chat:
-            return in_chat(filled, shots, tokenizer, system=heading)
+            if takes_system(tokenizer):
+                return in_chat(filled, shots, tokenizer, system=heading)
+            # The first turn says it where nobody else may.
+            if not shots:
+                return in_chat(moved(filled, f"{heading}\n\n", ""), [], tokenizer)
+            (question, letter), *others = shots
+            return in_chat(filled, [(f"{heading}\n\n{question}", letter), *others], tokenizer)
         before = "".join(f"{with_answer(question, letter)}\n\n" for question, letter in shots)
         return moved(filled, f"{heading}\n\n{before}", "")
 

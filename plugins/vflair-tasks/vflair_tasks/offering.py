@@ -41,6 +41,8 @@ def offer(
 ) -> Callable[..., Task]:
     """Return a function whose options are the fields of `records`; it calls `build` with one of each.
 
+    Its docstring explains each option as the docstring of its record does.
+
     Args:
         build: Takes one of each record.
         name: Of the task.
@@ -68,7 +70,9 @@ def offer(
         )
 
     task.__name__ = task.__qualname__ = name.replace("-", "_")
-    task.__doc__ = about
+    task.__doc__ = f"{about}\n\nArgs:\n" + "\n".join(
+        f"    {f.name}: {explained(record)[f.name]}" for record, own in fields.items() for f in own
+    )
     task.card = card  # type: ignore[attr-defined]
     task.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
@@ -83,6 +87,19 @@ def offer(
         ]
     )
     return task
+
+
+def explained(record: type) -> dict[str, str]:
+    """Return what the docstring of a record says of each of its fields, as one line."""
+    _, _, rest = (inspect.getdoc(record) or "").partition("Args:\n")
+    said: dict[str, list[str]] = {}
+    for line in rest.split("\n\n", 1)[0].splitlines():
+        name, _, text = line.strip().partition(": ")
+        if line.startswith("    ") and not line.startswith("     "):
+            said[name] = [text]
+        else:
+            said[next(reversed(said))].append(line.strip())
+    return {name: " ".join(lines) for name, lines in said.items()}
 
 
 def _default(field: Any) -> Any:

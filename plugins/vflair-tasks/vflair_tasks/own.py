@@ -1,22 +1,23 @@
-"""A user's own data: a csv, tsv, jsonl or parquet file, a folder of them, or a name on the hub.
+"""A user's own data: a csv, tsv, txt, jsonl, json or parquet file, a folder of them, or a name on the hub.
 
     [task]
     name = "own"
     options = { data = "my.csv", kind = "classification", text = "review", label = "stars" }
 
-Columns, empty cells and labels are seen to before anything else happens, so a run does not fail half-way over its data.
+Columns, cells and labels are seen to before anything else happens, so a run does not fail half-way over its data. Text is what
+the file has: nothing is taken for a number, a date, a truth value or nothing at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from attrs import evolve
 
-from vflair_core import Example, Span, Task, TaskCard, TaskError
+from vflair_core import Task, TaskCard, TaskError
 from vflair_tasks.assembly import Choice, Side, assemble, carved, limited, side_of
 from vflair_tasks.checking import (
     answers_fault,
@@ -27,15 +28,16 @@ from vflair_tasks.checking import (
     label_numbers,
     number_fault,
     picture_fault,
-    placed_answer,
     span_fault,
 )
 from vflair_tasks.columns import Columns, check
+from vflair_tasks.comparison import METRICS, comparison_fault
 from vflair_tasks.offering import Asking, asked, offer
+from vflair_tasks.own_rows import maker
+from vflair_tasks.own_table import FLAT, READ, header_of, table_of_files, table_of_table
 from vflair_tasks.prompts import Prompt
-from vflair_tasks.rows import Make
+from vflair_tasks.secret_spans import spans_fault
 from vflair_tasks.tables import Opened, Source, files_of, from_files, open_split
-from vflair_tasks.textvqa import as_picture
 
 
 def _own(columns: Columns, choice: Choice, asking: Asking) -> Task:
@@ -59,18 +61,26 @@ def _own(columns: Columns, choice: Choice, asking: Asking) -> Task:
             limited(train, choice.limit, choice.seed),
             limited(test, choice.test_limit, choice.seed),
         ),
-        lambda side: _maker(side, columns, labels),
+        lambda side: maker(side, columns, labels),
         choice,
         name="own",
         kind=columns.kind,
         labels=labels,
+        score=METRICS[columns.metric],
         source=columns.data,
     )
+    if columns.marked:
+        task = _with_secrets(task)
     if asking == Asking():
         return task
     names = {columns.text: "text"} | ({columns.pair: "pair"} if columns.pair else {})
-    plain = "\n".join(f"{{{name}}}" for name in names)
-    return asked(task, Prompt(plain, names=names), asking, seed=choice.seed)
+    # Not the columns' own names: those may have braces and colons.
+    plain = {"its text": "text"} | ({"its pair": "pair"} if columns.pair else {})
+    template = "\n".join(f"{{{name}}}" for name in plain)
+    return asked(task, Prompt(template, names=plain | names), asking, seed=choice.seed)
+
+
+# -- what there is ---------------------------------------------------------------------------------------------
 
 
 def _sides(columns: Columns) -> tuple[Side, Side | None]:
@@ -82,7 +92,7 @@ def _sides(columns: Columns) -> tuple[Side, Side | None]:
 
 
 def _side(name: str, opened: Opened, columns: Columns, where: str) -> Side:
-    wanted = list(columns.needed.values())
+    wanted = list(columns.used.values())
     if columns.empty == "error":
         _refuse_empty(opened, [n for n in wanted if n not in columns.may_be_empty], where)
     alternatives = [(column,) for column in wanted]
@@ -97,22 +107,51 @@ def _opened(columns: Columns) -> tuple[Opened, Opened | None]:
                 f"{place} is one file and has neither splits nor configurations. Give its folder, or leave "
                 "config, train_split and test_split out."
             )
-        return from_files([place]), None
+        return _read([place], columns), None
     source = Source(columns.data, columns.config or None)
     if place.is_dir():
-        train = open_split(source, (columns.train_split,), place)
         inner = place / columns.config if columns.config else place
-        has_test = bool(files_of(inner, (columns.test_split,)))
-        return train, open_split(source, (columns.test_split,), place) if has_test else None
+        train = files_of(inner, (columns.train_split,))
+        test = files_of(inner, (columns.test_split,))
+        if not train:
+            open_split(source, (columns.train_split,), place)  # says what is there instead
+        return _read(train, columns), _read(test, columns) if test else None
     if "/" not in columns.data or place.suffix or place.is_absolute():
         raise TaskError(
             f"data={columns.data!r} is no file or folder (looked in {Path.cwd()}) and no name on the hub, "
             "which has the form OWNER/NAME."
         )
-    train = open_split(source, (columns.train_split,), None)
+    train_side = _typed(open_split(source, (columns.train_split,), None), columns)
     if not columns.test_split:
-        return train, None
-    return train, open_split(source, (columns.test_split,), None)
+        return train_side, None
+    return train_side, _typed(open_split(source, (columns.test_split,), None), columns)
+
+
+def _read(files: Sequence[Path], columns: Columns) -> Opened:
+    """Read files of text as they are written; a parquet file has types of its own."""
+    ending = files[0].suffix.lower()
+    flat = ending in FLAT
+    if not flat or ending == ".txt":
+        for option in ("separator", "quoting"):
+            if getattr(columns, option):
+                raise TaskError(
+                    f"{option} = {getattr(columns, option)!r} says how csv and tsv are written, and {files[0].name} is "
+                    "neither. Leave it out."
+                )
+    if ending in READ:
+        names = header_of(files[0], columns.writing)
+        return table_of_files(files, columns.uses(names, flat=flat), columns.writing)
+    if columns.encoding != "utf-8":
+        raise TaskError(
+            f"encoding = {columns.encoding!r} is of files of text, and {files[0].name} is none. Leave it out."
+        )
+    return _typed(from_files(files), columns)
+
+
+def _typed(opened: Opened, columns: Columns) -> Opened:
+    """Take a table with types as it is where they say all, and what its cells say elsewhere."""
+    uses = columns.uses(opened.table.column_names)
+    return table_of_table(opened, uses, columns.data)
 
 
 def _refuse_empty(opened: Opened, columns: Sequence[str], where: str) -> None:
@@ -127,8 +166,11 @@ def _refuse_empty(opened: Opened, columns: Sequence[str], where: str) -> None:
         )
 
 
+# -- what can be used ------------------------------------------------------------------------------------------
+
+
 def _check_rows(side: Side, columns: Columns, labels: Sequence[str]) -> None:
-    """See that every label, answer and picture is one, before anything runs."""
+    """See that every label, answer, span and picture is one, before anything runs."""
     checks: list[tuple[list[str], Callable[..., str]]] = []
     if columns.kind == "classification":
         label_numbers(side.table, columns.label, labels, where=side.where)
@@ -138,8 +180,14 @@ def _check_rows(side: Side, columns: Columns, labels: Sequence[str]) -> None:
         checks.append(([columns.answer, columns.pair], span_fault))
     elif columns.answer:
         checks.append(([columns.answer], answers_fault))
+        if METRICS[columns.metric] is not None:
+            checks.append(([columns.answer], partial(_uncomparable, columns.metric)))
     if columns.choices:
         checks.append(([columns.label, columns.choices], choice_fault))
+    if columns.private_spans:
+        checks.append(([columns.private_spans, columns.text], spans_fault))
+    if columns.private_pair_spans:
+        checks.append(([columns.private_pair_spans, columns.pair], spans_fault))
     if (
         columns.image
         and getattr(side.table.features[columns.image], "dtype", "") != "PIL.Image.Image"
@@ -149,48 +197,23 @@ def _check_rows(side: Side, columns: Columns, labels: Sequence[str]) -> None:
         first_fault(side.table, side.numbers, names, where=side.where, fault=fault)
 
 
-def _maker(side: Side, columns: Columns, labels: tuple[str, ...]) -> Make:
-    index = (
-        label_numbers(side.table, columns.label, labels, where=side.where)
-        if columns.kind == "classification"
-        else None
-    )
-    secret = columns.private or (columns.text, columns.pair)
-
-    def make(row: Mapping[str, Any], number: int) -> Example:
-        example = Example(
-            text=str(row[columns.text]),
-            pair=str(row[columns.pair]) if columns.pair else None,
-            private=None if columns.text in secret else (),
-            private_pair=None if columns.pair in secret else (),
-            id=f"row-{number}",
-        )
-        if columns.label:
-            label = row[columns.label]
-            label = float(label) if columns.kind == "regression" else label
-            example = evolve(example, label=label if index is None else index[label])
-        if columns.choices:
-            example = evolve(example, choices=tuple(map(str, row[columns.choices])))
-        if columns.answer:
-            example = _answered(example, row[columns.answer], columns.kind)
-        if columns.image:
-            picture = row[columns.image]
-            picture = str(columns.folder / picture) if isinstance(picture, str) else picture
-            example = evolve(example, images=(as_picture(picture),))
-        return example
-
-    return make
+def _uncomparable(metric: str, answer: Any) -> str:
+    return comparison_fault(metric, answer if isinstance(answer, list) else [answer])
 
 
-def _answered(example: Example, answer: Any, kind: str) -> Example:
-    if kind != "question-answering":
-        if isinstance(answer, (list, tuple)):
-            return evolve(example, answer=str(answer[0]), answers=tuple(map(str, answer)))
-        return evolve(example, answer=str(answer))
-    text, start = placed_answer(answer, example.pair or "")
-    span: Span | None = (start, start + len(text)) if text else None
-    answers = tuple(answer["text"]) if isinstance(answer, Mapping) else ()
-    return evolve(example, answer=text, answers=answers, span=span)
+def _with_secrets(task: Task) -> Task:
+    """Count the examples without a secret; refuse a task of them."""
+    facts = {}
+    for split in ("train", "test"):
+        examples = getattr(task, split)
+        without = sum(not example.secrets for example in examples)
+        if without == len(examples):
+            raise TaskError(
+                f"private_patterns and private spans mark nothing in any of the {without} {split} examples, so there is "
+                'no secret to recover. Try the patterns on a text: python -c "import re; print(re.findall(…))".'
+            )
+        facts[f"{split}_examples_without_secrets"] = without
+    return evolve(task, facts={**task.facts, **facts})
 
 
 own = offer(

@@ -14,10 +14,9 @@ from typing import Any
 
 from attrs import evolve, field, frozen
 
-from vflair_core import Example, TaskError, did_you_mean
+from vflair_core import Example, TaskError, alternatives, in_chat
 
 Span = tuple[int, int]
-_MARK = "\ue000"  # of Unicode's private use: in no text and no template
 
 
 @frozen
@@ -85,7 +84,7 @@ def check_fields(template: str, names: Mapping[str, str]) -> None:
     for name in fields:
         if name not in names:
             raise TaskError(
-                f"The template asks for {{{name}}} and there is {', '.join(names)}.{did_you_mean(name, names)}"
+                f"The template asks for {{{name}}}.{alternatives(name, names, label='There is')}"
             )
 
 
@@ -122,59 +121,6 @@ def moved(example: Example, before: str, after: str) -> Example:
         text=before + example.text + after,
         private=tuple((start + shift, end + shift) for start, end in spans),
     )
-
-
-def in_chat(
-    example: Example, turns: Sequence[tuple[str, str]], tokenizer: Any, *, system: str = ""
-) -> Example:
-    """Return the example as the last turn of a chat, ready for the assistant's answer.
-
-    Args:
-        example: Its `text` is what the user says.
-        turns: What user and assistant said before.
-        tokenizer: Whose chat template is used.
-        system: What the chat says first.
-
-    Raises:
-        TaskError: The tokenizer has no chat template, or one that changes what the user says.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise TaskError(
-            "This tokenizer has no chat template. Take an instruction-tuned model, or set chat = false."
-        )
-    talk = [{"role": "system", "content": system}] if system else []
-    for question, reply in turns:
-        talk += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-
-    def whole(last: str) -> str:
-        messages = [*talk, {"role": "user", "content": last}]
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        )
-
-    before, mark, after = whole(_MARK).partition(_MARK)
-    begin = tokenizer.bos_token or ""
-    text = whole(example.text)
-    trimmed = stripped(example) if text != before + example.text + after else example
-    if not mark or text != before + trimmed.text + after:
-        raise TaskError(
-            f"The chat template changes what the user says ({example.text[:40]!r}), so it cannot be said what "
-            "of the prompt is private. Set chat = false and write the template yourself."
-        )
-    # The tokenizer puts its begin token first by itself: once is enough.
-    adds = begin and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return moved(trimmed, before.removeprefix(begin) if adds else before, after)
-
-
-def stripped(example: Example) -> Example:
-    """Return the example without space around its text, its private spans moved along."""
-    left = len(example.text) - len(example.text.lstrip())
-    text = example.text.strip()
-    spans = [
-        (max(start - left, 0), min(end - left, len(text))) for start, end in example.private or ()
-    ]
-    private = tuple((start, end) for start, end in spans if start < end)
-    return evolve(example, text=text, private=None if example.private is None else private)
 
 
 def answer_of(example: Example) -> str:

@@ -110,13 +110,13 @@ def carve(
         )
     wanted = numbers if isinstance(numbers, range) else set(numbers)
     sides = (array("I"), array("I"))  # four bytes a row, where a list has 36
-    number = 0
+    number, limit = 0, share * 2**64
     for batch in table.select_columns([column]).iter(batch_size=1000):
         for text in batch[column]:
             if number in wanted:
                 key = f"{seed} {str(text).strip()}".encode()
                 digest = hashlib.blake2b(key, digest_size=8).digest()
-                sides[int.from_bytes(digest, "big") < share * 2**64].append(number)
+                sides[int.from_bytes(digest, "big") < limit].append(number)
             number += 1
     if not all(sides):
         raise TaskError(

@@ -3,18 +3,23 @@
 Rajpurkar et al., EMNLP 2016, arXiv 1606.05250, and ACL 2018, arXiv 1806.03822. Tests are the development sets. The score is
 the official one, on the texts of answers: exact match and F1 of words without case, punctuation and articles, the best over
 all annotators; in 2.0 a question without an answer is right if nothing is answered.
+Differs from the official one: a text of which that leaves nothing ("A", "?") is compared as it is written, so that no answer
+is never the same as an answer.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import re
+import string
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vflair_core import Example, Task, TaskCard, TaskError, exact_match, token_f1
+from vflair_core import Example, Task, TaskCard, TaskError
 from vflair_tasks.assembly import Choice, Side, assemble, open_sides
+from vflair_tasks.metrics import shared_words
 from vflair_tasks.offering import offer
 from vflair_tasks.rows import Make
 from vflair_tasks.tables import Original, Row, Source
@@ -28,8 +33,8 @@ def score(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, 
     found: list[tuple[bool, float, float]] = []  # (has an answer, F1, exact match)
     for said, example in zip(predictions, examples, strict=True):
         accepted = [answer for answer in example.accepted if answer] or [""]
-        f1 = max(token_f1(said, answer) for answer in accepted)
-        exact = max(exact_match(said, answer) for answer in accepted)
+        f1 = max(shared_words(plain_words(said), plain_words(answer)) for answer in accepted)
+        exact = float(any(plain_words(said) == plain_words(answer) for answer in accepted))
         found.append((accepted != [""], f1, exact))
     with_answer = [row for row in found if row[0]]
     without = [row for row in found if not row[0]]
@@ -39,6 +44,12 @@ def score(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, 
         if with_answer:
             metrics["f1_answerable"] = _mean(with_answer, 1)
     return metrics
+
+
+def plain_words(text: str) -> list[str]:
+    """Return the words in lower case without punctuation and articles; those of the text itself if none is left."""
+    letters = "".join(sign for sign in text.lower() if sign not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", letters).split() or text.split()
 
 
 def _mean(rows: Sequence[tuple[bool, float, float]], column: int) -> float:

@@ -128,6 +128,7 @@ def from_files(files: Sequence[Path], csv: Mapping[str, Mapping[str, Any]] | Non
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowException
 
     suffix = files[0].suffix
     if suffix not in BUILDERS:
@@ -147,14 +148,14 @@ def from_files(files: Sequence[Path], csv: Mapping[str, Mapping[str, Any]] | Non
             table = load_dataset(
                 BUILDERS[suffix], data_files=[str(file) for file in files], split="train", **options
             )
-    except ValueError as error:
-        raise TaskError(f"{files[0]} has no rows ({error}). Give it at least one.") from error
-    except DatasetGenerationError as error:
+    except (DatasetGenerationError, ArrowException) as error:
         reason = str(error.__cause__ or error).strip()
         raise TaskError(
             f"{files[0]} does not parse as {suffix[1:]}: {reason}. Repair the file; nothing of it was kept."
         ) from error
-    return Opened(table, _sha256(files))
+    except ValueError as error:
+        raise TaskError(f"{files[0]} has no rows ({error}). Give it at least one.") from error
+    return Opened(table, digest_of(files))
 
 
 def from_rows(rows: Callable[[Sequence[str]], Iterator[Row]], files: Sequence[Path]) -> Opened:
@@ -166,7 +167,7 @@ def from_rows(rows: Callable[[Sequence[str]], Iterator[Row]], files: Sequence[Pa
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
 
-    digest = _sha256(files)
+    digest = digest_of(files)
     try:
         with quiet():
             # The digest is an argument, so that a file that changed is not taken from the cache.
@@ -205,7 +206,8 @@ def _from_hub(source: Source, split: str) -> Opened:
     return Opened(table, hashlib.sha256(sums.encode()).hexdigest())
 
 
-def _sha256(files: Sequence[Path]) -> str:
+def digest_of(files: Sequence[Path]) -> str:
+    """Return one sha256 of the bytes of several files."""
     total = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:

@@ -46,10 +46,13 @@ def vqa_accuracy(said: str, answers: Sequence[str]) -> float:
 
 
 def plain(text: str) -> str:
-    """Return an answer in lower case, without articles and punctuation, number words as digits."""
-    text = _SPACED.sub(" ", _DROPPED.sub("", text.lower()))
-    words = [_DIGITS.get(word, word) for word in text.split()]
-    return " ".join(word for word in words if word not in _ARTICLES)
+    """Return an answer in lower case, without articles and punctuation, number words as digits.
+
+    One of which that leaves nothing stays as it is written: no answer is never the same as an answer.
+    """
+    bare = _SPACED.sub(" ", _DROPPED.sub("", text.lower()))
+    words = [_DIGITS.get(word, word) for word in bare.split()]
+    return " ".join(word for word in words if word not in _ARTICLES) or text.strip()
 
 
 def _textvqa(choice: Choice, asking: Asking) -> Task:

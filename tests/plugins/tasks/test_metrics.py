@@ -111,6 +111,10 @@ def test_codebleu_is_1_for_the_same_program_and_less_for_another():
         ("gold", ("",), 0, 0),
         ("", ("gold",), 0, 0),
         ("the the", ("gold",), 0, 0),
+        ("", ("A",), 0, 0),
+        ("A", ("a",), 0, 0),
+        ("?", ("!",), 0, 0),
+        ("A", ("A",), 1, 1),
     ],
 )
 def test_squad_scores_are_the_official_ones(said, answers, f1, exact):
@@ -151,6 +155,8 @@ def test_vqa_accuracy_is_the_published_one(agreeing, accuracy):
         ("coca-cola", "coca cola"),
         ("$5 / day", "$5 day"),
         ("10:45", "10:45"),
+        ("A", "A"),
+        ("?!", "?!"),
     ],
 )
 def test_vqa_answers_are_made_plain(text, plain):
@@ -167,6 +173,11 @@ def test_vqa_answers_are_made_plain(text, plain):
         ("#### 12 and 1234", 0, 1),
         ("#### -1234", 0, 0),
         ("#### .", 0, 0),
+        ("234-1,234", 0, 1),
+        ("1 -1,234", 0, 0),
+        ("x-1,234", 0, 1),
+        ("so -1,234", 0, 0),
+        ("so .1,234", 0, 0),
         ("no idea", 0, 0),
     ],
 )
@@ -214,6 +225,10 @@ def test_the_last_box_is_found_with_its_braces(text, inside):
         (r"\frac{1}{3}", r"\frac{1}{2}", False),
         (r"\text{Evelyn}", r"\text{Briana}", False),
         ("12", "1", False),
+        ("-5", "5", False),
+        ("", "5", False),
+        ("", r"\%", False),
+        (r"\$", r"\%", False),
     ],
 )
 def test_formulas_are_the_same_if_only_their_notation_differs(left, right, same):

@@ -124,7 +124,7 @@ def test_a_chat_template_that_cannot_be_followed_is_an_error(chatty, template, w
     [
         (
             "{questoin}",
-            r"asks for {questoin} and there is question, passage. Did you mean 'question'",
+            r"asks for {questoin}\. Did you mean 'question'\? There is: question, passage",
         ),
         ("{question", r"does not parse.*Double a brace"),
     ],

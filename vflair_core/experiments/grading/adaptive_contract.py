@@ -8,7 +8,6 @@ Carlini et al., "On Evaluating Adversarial Robustness", arXiv 1902.06705; Tramè
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from vflair_core.attacks.adaptive import ON_EMBEDDINGS, ON_HIDDEN, answers, rebu
 from vflair_core.attacks.attack import Guess, Launch
 from vflair_core.attacks.evidence import FACTS, read_facts
 from vflair_core.attacks.knowledge import DEFENSE
+from vflair_core.attacks.scratch import scratch_folder
 from vflair_core.communication.transcript import Transcript
 from vflair_core.defenses.defense import Defense
 from vflair_core.defenses.mechanism import Mechanism
@@ -180,9 +180,9 @@ def behind_a_mapping(
 
     def tried(attack: Launch, *, told: bool) -> Guess:
         # Each in a folder of its own: who is told of the mapping finds in it what it was.
-        with tempfile.TemporaryDirectory(prefix="vflair-") as name:
-            mapped_store(store, Path(name), mapping, told=told)
-            return run(Path(name), attack)
+        with scratch_folder() as folder:
+            mapped_store(store, folder, mapping, told=told)
+            return run(folder, attack)
 
     twin = twin_of(launch)
     return tried(launch, told=True), None if twin is None else tried(twin, told=False)

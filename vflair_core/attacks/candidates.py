@@ -15,6 +15,7 @@ from vflair_core.parties.data_party.party import DataParty
 
 SHORTEST = 8  # positions of the first proof
 AT_ONCE = 16384  # positions that are read together, where beginnings are read again
+WIDEST = 1024  # candidates of one sequence: the mask between them grows with their square
 
 
 @define(eq=False)
@@ -65,13 +66,15 @@ class Candidates:
 
     def tried(self, tokens: Tensor, prefix: Prefix) -> Tensor:
         """Return the smashed row of each candidate as the next token: (B, C) → (B, C, D). The prefix stays as it was."""
-        room = self._reach(prefix.length + tokens.shape[1]) - prefix.length
+        width = min(tokens.shape[1], WIDEST)
+        room = self._reach(prefix.length + width) - prefix.length
         if prefix.states is None or room < 1:
             return self._read_again(tokens, prefix)
         # Without a token a cache would stay bound to this batch size.
         states = prefix.states if prefix.length else self._no_states()
         rows = [
-            self._in_one_sequence(part, states, prefix.length) for part in tokens.split(room, 1)
+            self._in_one_sequence(part, states, prefix.length)
+            for part in tokens.split(min(room, WIDEST), 1)
         ]
         return torch.cat(rows, dim=1)
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from vflair_attacks.descent import Budget, Progress
 from vflair_attacks.learning import tokens_of
-from vflair_attacks.matching import Measure
+from vflair_attacks.matching import Measure, measure_of
 from vflair_attacks.priors import BigramPrior, ModelPrior, Prior
+from vflair_attacks.proposals import SOURCES, Proposals, Source, proposals_of
 from vflair_attacks.vocabulary_search import VocabularySearch, search
 from vflair_core import AttackError, Guess, Head
 
@@ -34,6 +35,8 @@ class BeamClean:
     Attributes:
         noise: gaussian (squared distances) or laplace (absolute ones).
         rounds: Most times scale and text are fitted in turn; it ends earlier when the scale stays within 1 %.
+        proposals: Order of candidates, as in vocabulary-search, whose head, prior and public text it takes.
+        candidates: Most of the proposals tried at a position; 0 for no limit. Through noise none is near enough to stop earlier.
         beam: Hypotheses kept per example.
         prior: Weight of the prior's log-probability; 0 for none.
         chunk: Candidates tried in one pass.
@@ -47,6 +50,8 @@ class BeamClean:
         default="gaussian", validator=validators.in_(("gaussian", "laplace"))
     )
     rounds: int = field(default=4, validator=validators.ge(1))
+    proposals: Source = field(default="all", validator=validators.in_(SOURCES))
+    candidates: int = field(default=0, validator=validators.ge(0))
     beam: int = field(default=8, validator=validators.ge(1))
     prior: float = field(default=1.0, validator=validators.ge(0))
     chunk: int = field(default=128, validator=validators.ge(1))
@@ -66,12 +71,14 @@ class BeamClean:
         pretrained_model: Any = None,
         mechanism: Any = None,
         parameters: Any = None,
+        generator: torch.Generator | None = None,
         progress: Progress = lambda *_: None,
     ) -> Guess:
         """Return the tokens (N, T) of every example, and the fitted scale in the budget.
 
         Raises:
-            AttackError: Neither a head nor embeddings are granted, or the head is not causal.
+            AttackError: Neither a head nor embeddings are granted, the head is not causal, or what the proposals are made of
+                is not granted.
         """
         there: Any = head
         if there is None:
@@ -89,14 +96,36 @@ class BeamClean:
         plan = VocabularySearch(
             beam=self.beam, prior=self.prior, chunk=self.chunk, group=self.group
         )
+        proposals = self._proposals(
+            head, known, pretrained_model, tokenizer, public_texts, generator
+        )
         scale = self._first_scale(releases, there, expected)
         for _ in range(self.rounds):
             measure = Measure(partial(self._score, expected, scale), "known")
-            guess = search(releases, lengths, there, measure, plan, make, progress, budget)
+            guess = search(
+                releases, lengths, there, measure, plan, make, progress, budget, proposals
+            )
             before, scale = scale, self._scale(guess.tokens, releases, lengths, there, expected)
             if budget.spent or abs(scale - before) < 0.01 * before:
                 break
         return attrs.evolve(guess, budget={"forwards": budget.forwards, "scale": scale})
+
+    def _proposals(
+        self, head: Head | None, known: Any, model: Any, tokenizer: Any, texts: Sequence[str],
+        generator: torch.Generator | None,
+    ) -> Proposals | None:  # fmt: skip
+        if self.proposals == "all":
+            return None
+        if head is None:
+            raise AttackError(
+                f'proposals = "{self.proposals}" takes a head, which K2 grants. With embeddings alone it can be "all".'
+            )
+        plan = VocabularySearch(
+            proposals=self.proposals, candidates=self.candidates, chunk=self.chunk
+        )
+        measure = measure_of("likelihood", known)
+        made = proposals_of(plan, measure, head, known, model, tokenizer, texts, generator)
+        return made and attrs.evolve(made, accept=0.0)
 
     def _prior(
         self, model: Any, tokenizer: Any, texts: Sequence[str], vocabulary: int
@@ -132,9 +161,12 @@ class BeamClean:
         """The scale that the nearest single token leaves at the first position of each example."""
         with torch.no_grad():
             every = torch.arange(len(head.embeddings), device=head.device)[None]
-            made = expected(head.try_tokens(every, head.cache())[0])  # (V, D)
             first = releases[:, :, 0].mean(0).to(head.device)  # (N, D)
-            nearest = torch.stack([self._off(row, made).mean(-1).min() for row in first])
+            off = []
+            for tokens in every.split(self.chunk, dim=1):
+                made = expected(head.try_tokens(tokens, head.cache())[0])  # (C, D)
+                off.append(torch.stack([self._off(row, made).mean(-1).min() for row in first]))
+            nearest = torch.stack(off).min(0).values  # (N,)
         # The mean over releases is less noisy than each of them.
         factor = len(releases) if self.noise == "gaussian" else len(releases) ** 0.5
         return self._spread(nearest * factor)

@@ -36,7 +36,11 @@ class Measure:
         return scores / (2 * best.maximum(smallest)[:, None, None])
 
     def off(self, scores: Tensor, seen: Tensor) -> Tensor:
-        """Turn scores (..., C) of all releases (R, ..., D) into distances in units of what was seen; not of known noise."""
+        """Turn scores (..., C) of all releases (R, ..., D) into distances in units of what was seen; of known noise, into
+        the nats that a release costs.
+        """
+        if self.noise == "known":
+            return -scores / len(seen)
         if self.noise == "laplace":
             return -scores / seen.abs().sum((0, -1))
         return (-scores / seen.square().sum((0, -1))).clamp_min(0).sqrt()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from vflair_attacks.descent import Progress
 from vflair_attacks.matching import MATCHINGS, Matching, measure_of
 from vflair_attacks.priors import ReturnedPrior
+from vflair_attacks.proposals import SOURCES, Source, proposals_of
 from vflair_attacks.vocabulary_search import VocabularySearch, search
 from vflair_core import AttackError, Guess, Head, Tail
 
@@ -55,6 +57,9 @@ class JointInversion:
 
     Attributes:
         matching: likelihood of the known noise; sorted for permuted hidden dimensions; support for sparsified rows.
+        proposals: Order of candidates, as in vocabulary-search; prior is what the tail says.
+        candidates: Most of the proposals tried at a position; 0 for no limit.
+        accept: Distance at which a proposal is taken for the token, as in vocabulary-search.
         beam: Hypotheses kept per example.
         prior: Weight of the tail's log-probability.
         chunk: Candidates tried in one pass.
@@ -64,6 +69,9 @@ class JointInversion:
     """
 
     matching: Matching = field(default="likelihood", validator=validators.in_(MATCHINGS))
+    proposals: Source = field(default="all", validator=validators.in_(SOURCES))
+    candidates: int = field(default=0, validator=validators.ge(0))
+    accept: float = field(default=0.0, validator=validators.ge(0))
     beam: int = field(default=8, validator=validators.ge(1))
     prior: float = field(default=1.0, validator=validators.gt(0))
     chunk: int = field(default=128, validator=validators.ge(1))
@@ -83,12 +91,16 @@ class JointInversion:
         logits: Tensor | None = None,
         mechanism: Any = None,
         parameters: Any = None,
+        tokenizer: Any = None,
+        public_texts: Sequence[str] = (),
+        generator: torch.Generator | None = None,
         progress: Progress = lambda *_: None,
     ) -> Guess:
         """Return the tokens (N, T) of every example.
 
         Raises:
-            AttackError: The task predicts no tokens, in HBT no tail is granted, or the head is not causal.
+            AttackError: The task predicts no tokens, in HBT no tail is granted, the head is not causal, or what the
+                proposals are made of is not granted.
         """
         said = said_by_tail(returned, mask, task_kind, tail, logits).to(head.device)
         known = parameters if parameters is not None else mechanism
@@ -97,9 +109,11 @@ class JointInversion:
             forwards=self.forwards, seconds=self.seconds,
         )  # fmt: skip
         measure = measure_of(self.matching, known)
-        return search(
-            releases, lengths, head, measure, plan, partial(ReturnedPrior, said), progress
+        proposals = proposals_of(
+            self, measure, head, known, said, tokenizer, public_texts, generator
         )
+        make = partial(ReturnedPrior, said)
+        return search(releases, lengths, head, measure, plan, make, progress, proposals=proposals)
 
 
 def said_by_tail(

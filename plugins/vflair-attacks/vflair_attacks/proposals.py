@@ -18,20 +18,23 @@ from vflair_core import AttackError, Head
 
 Source = Literal["all", "prior", "linear", "prior+linear"]
 SOURCES = ("all", "prior", "linear", "prior+linear")
-NATS = 20.0  # what a cosine of 1 is worth beside the log-probability of a language model
+NATS = 60.0  # what a cosine of 1 is worth beside the log-probability of a language model
 FEWEST = 64  # candidates that are tried first
 ROUNDING = 1e-4  # the distance that is accepted where there is no public text to measure it on
 TEXTS, LENGTH = 4, 16  # of public text, to measure it
+SURE_NATS = 10.0  # what a threshold must be away from both, to go by it
+MOST_NATS = 50.0  # more than the true token ever cost there, and it is not taken for the token
 
 
 @frozen(eq=False)
 class Proposals:
-    """The order of candidates: 20·cosine(linear map, embedding) + log p(language model), as far as either is there.
+    """The order of candidates: 60·cosine(linear map, embedding) + log p(language model), as far as either is there.
 
     Args:
         linear: From hidden states to embeddings, or None.
         prior: Whether the language model has a say.
-        accept: The relative distance at which a candidate is taken for the token; 0 for never before all were tried.
+        accept: The relative distance at which a candidate is taken for the token, with known noise the nats that it costs;
+            0 for never before all were tried.
         most: Candidates that are tried at a position; 0 for all.
         chunk: Most of them in one pass.
     """
@@ -144,12 +147,11 @@ def proposals_of(
     if "linear" in source:
         draw = through_head(head, rows, known, generator)
         linear, _, _ = fitted(draw, len(rows), head.vectors(), LinearInverter())
-    if measure.noise == "known":  # then none is near, and the likeliest is looked for
-        accept = 0.0
-    elif plan.accept or not rows:
-        accept = plan.accept or ROUNDING
-    else:
+    accept = plan.accept
+    if not accept and rows:
         accept = calibrated(head, measure, known, rows, linear, generator)
+    elif not accept and measure.noise != "known":
+        accept = ROUNDING
     return Proposals(linear, "prior" in source, accept, plan.candidates, plan.chunk)
 
 
@@ -164,8 +166,9 @@ def calibrated(
 ) -> float:
     """Return the distance that tells true tokens from wrong ones on public text, or 0 if there is none.
 
-    It is half way, in logarithms, between the farthest true token and the nearest of the wrong ones that come first;
-    those must be ten times as far, or a search had better look at all.
+    It lies between the farthest true token and the nearest of the wrong ones that come first: half way in logarithms, and
+    the wrong ones must be ten times as far, or a search had better look at all. With known noise distances are nats that
+    a token costs, and it lies half way, but at most `MOST_NATS` beyond the true ones.
     """
     texts = [row[:LENGTH] for row in sorted(rows, key=len, reverse=True)[:TEXTS]]
     ids, real = (part.to(head.device) for part in padded(texts))
@@ -183,4 +186,7 @@ def calibrated(
         farthest = max(farthest, float(off[:, 0].max()))
         nearest = min(nearest, float(off[:, 1:][wrong].min()))
         head.append(true, prefix)
+    if measure.noise == "known":
+        gap = nearest - farthest
+        return farthest + min(gap / 2, MOST_NATS) if gap > 2 * SURE_NATS else 0.0
     return float((farthest * nearest) ** 0.5) if nearest > 10 * farthest else 0.0

@@ -40,10 +40,11 @@ class VocabularySearch:
         matching: likelihood of the known noise; sorted for permuted hidden dimensions; support for sparsified rows.
         proposals: Order of candidates: all tries every token; prior, linear and prior+linear try 64, 128, … at a time the
             tokens that the pretrained model, a linear map (linear-inverter) or the sum of both puts first, until one is near.
-        candidates: Most of the proposals tried at a position; 0 for no limit. With known noise no candidate is near, so this
-            is what makes the search short.
-        accept: Distance, in units of the row's norm, at which a proposal is taken for the token; 0 measures on public text
-            how near true tokens and how near wrong ones come, or is 1e-4 where none is granted.
+        candidates: Most of the proposals tried at a position; 0 for no limit. Where noise leaves no candidate near enough to be
+            sure of, this is what makes the search short.
+        accept: Distance at which a proposal is taken for the token: in units of the row's norm, with known noise the nats that it
+            costs. 0 measures on public text how far true tokens and how far wrong ones are, and tries all where they
+            are not apart; where no text is granted it is 1e-4, or with known noise all are tried.
         beam: Hypotheses kept per example.
         prior: Weight of the language model's log-probability; 0 for none.
         margin: A hypothesis this many nats behind the best is dropped.

@@ -100,3 +100,14 @@ def test_without_candidates_it_says_what_to_grant():
     _, knowledge, _ = victims(1.0)
     with pytest.raises(AttackError, match="grant embeddings or a head"):
         launch(BeamClean(), without(knowledge, "head", "embeddings"))
+
+
+def test_proposals_make_it_shorter_and_find_the_same():
+    rows, knowledge, _ = victims(0.6, head=2)
+    every = launch(BeamClean(beam=2), knowledge)
+    guess = launch(BeamClean(beam=2, proposals="linear", candidates=60), knowledge)
+    assert accuracy(guess, rows) > accuracy(every, rows) - 0.05
+    assert guess.budget["scale"] == pytest.approx(every.budget["scale"], rel=0.05)
+    assert guess.budget["forwards"] < 0.3 * every.budget["forwards"]
+    with pytest.raises(AttackError, match='proposals = "linear" takes a head'):
+        launch(BeamClean(proposals="linear"), without(knowledge, "head"))

@@ -9,7 +9,7 @@ from vflair_attacks.model_completion import JointInversion, ModelCompletion
 from vflair_attacks.vocabulary_search import VocabularySearch
 from vflair_core import AttackError, Defense, Partition
 from vflair_core.attacks.attack import launch
-from vflair_core.testing import crossed, tiny_model
+from vflair_core.testing import crossed, numbers_as_texts, tiny_model, tiny_tokenizer
 
 VOCABULARY, PROMPT, ANSWER = 200, 5, 8
 
@@ -65,6 +65,19 @@ def test_answers_are_read_and_prompts_are_not(partition):
 def test_joint_inversion_reads_both():
     rows, _, knowledge = victims()
     assert torch.equal(launch(JointInversion(), knowledge).tokens, rows)
+
+
+@pytest.mark.parametrize("source", ["prior", "linear", "prior+linear"])
+def test_proposals_make_joint_inversion_shorter_and_find_the_same(source):
+    rows, _, knowledge = victims()
+    public = torch.randint(3, VOCABULARY, (600, 8))
+    knowledge |= {
+        "tokenizer": tiny_tokenizer(VOCABULARY),
+        "public_texts": numbers_as_texts(public),
+    }
+    guess = launch(JointInversion(proposals=source), knowledge)
+    assert torch.equal(guess.tokens, rows)
+    assert guess.budget["forwards"] < 0.7 * rows.numel() * VOCABULARY
 
 
 def test_under_noise_each_half_helps_the_other():

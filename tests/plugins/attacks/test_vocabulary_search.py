@@ -324,7 +324,7 @@ def test_candidates_are_ordered_by_cosine_and_log_probability():
     for n in range(2):
         for w in range(3):
             worth = [
-                20 * float(cosine_similarity(states[n], table[v], dim=0)) + float(said[n, w, v])
+                60 * float(cosine_similarity(states[n], table[v], dim=0)) + float(said[n, w, v])
                 for v in range(9)
             ]
             assert both[n, w].tolist() == sorted(range(9), key=lambda v: -worth[v])
@@ -377,3 +377,39 @@ def test_a_limit_on_candidates_holds_for_the_mean_of_a_group():
     guess = launch(VocabularySearch(proposals="linear", forwards=3 * 64), knowledge)
     assert torch.equal(guess.tokens[:, :3], ids[:, :3])
     assert bool((guess.tokens[:, -1] == -1).all())
+
+
+class DrawnNoise(KnownNoise):
+    """Gaussian noise whose likelihood is known, and which can be drawn again."""
+
+    in_nats = True
+
+    def sample(self, hidden, generator):
+        return hidden + self.sigma * torch.randn(hidden.shape, generator=generator)
+
+
+@pytest.mark.parametrize(("size", "sure"), [(0.2, True), (2.0, False)])
+def test_with_known_noise_a_token_that_costs_no_more_nats_than_true_ones_is_taken_early(size, sure):
+    ids, knowledge = proposing(width=64)
+    known = DrawnNoise(size * float(knowledge["releases"].square().mean().sqrt()))
+    knowledge["releases"] = known.sample(
+        knowledge["releases"].expand(3, -1, -1, -1), torch.Generator()
+    )
+    knowledge["mechanism"] = known
+    guess = launch(VocabularySearch(proposals="linear", beam=1), knowledge)
+    every = ids.numel() * VOCABULARY
+    if sure:
+        assert torch.equal(guess.tokens, ids)
+        assert guess.budget["forwards"] < 0.5 * every
+    else:
+        assert guess.budget["forwards"] == every  # no limit tells them apart, so all are tried
+
+
+def test_nats_that_are_accepted_can_be_said():
+    _, knowledge = proposing()
+    knowledge["mechanism"] = DrawnNoise(0.1 * float(knowledge["releases"].std()))
+    plan = VocabularySearch(proposals="prior", accept=1e12, prior=0, beam=1)
+    guess = launch(plan, knowledge)
+    assert (
+        guess.budget["forwards"] == 7 * 4 * 64 + 64
+    )  # the best of the first 64, all first positions in one

@@ -111,7 +111,7 @@ def build(offered: Offered, options: Mapping[str, Any]) -> Any:
     """Call what was offered with `options`, with an error that names the options there are.
 
     Raises:
-        PluginError: An option does not exist or one that is needed is missing.
+        PluginError: An option does not exist, one that is needed is missing, or one is of another type or range.
     """
     thing = offered.load()
     known = [p for p in inspect.signature(thing).parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -122,7 +122,14 @@ def build(offered: Offered, options: Mapping[str, Any]) -> Any:
     needed = [p.name for p in known if p.default is p.empty and p.name not in options]
     if needed:
         raise PluginError(f"{offered.name!r} needs the option {', '.join(needed)}.")
-    return thing(**options)
+    try:
+        return thing(**options)
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise PluginError(
+            f"{offered.name!r} does not take {given or 'no options'}: {error}. `vflair show {offered.name}` says what each "
+            "option is."
+        ) from error
 
 
 def options_of(thing: Any) -> dict[str, Any] | None:

@@ -222,3 +222,58 @@ def test_what_two_parties_trained_can_be_merged_and_loaded_again(tmp_path):
     load_adapter(*again, tmp_path / "joined")
     batch = tiny_batch(plain)
     assert torch.equal(outputs(again[0].model, batch), outputs(data_party.model, batch))
+
+
+@pytest.mark.parametrize("partition", CUTS, ids=lambda partition: partition.kind)
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"]),
+        peft.LoraConfig(
+            r=2, target_modules=["q_proj"], layers_to_transform=[0], modules_to_save=["lm_head"]
+        ),
+        peft.LoraConfig(
+            r=2, target_modules=["q_proj"], layers_to_transform=[1, 2], modules_to_save=["norm"]
+        ),
+    ],
+    ids=["ends of names", "adapters in the head only", "adapters in the body only"],
+)
+def test_modules_in_place_of_others_go_on_and_off_with_the_adapter(config, partition, tmp_path):
+    plain = tiny_model("llama", tie_word_embeddings=False)
+    model = adapted(copy.deepcopy(plain), config).eval()
+    model.save_pretrained(tmp_path)
+    batch = tiny_batch(plain)
+    data_party, model_party = split(copy.deepcopy(plain), partition)
+    load_adapter(data_party, model_party, tmp_path)
+    assert torch.equal(outputs(data_party.model, batch), outputs(model, batch))
+    with data_party.without_adapters():
+        assert torch.equal(outputs(data_party.model, batch), outputs(plain, batch))
+    assert torch.equal(outputs(data_party.model, batch), outputs(model, batch))
+
+
+def test_half_an_adapter_is_refused(tmp_path):
+    data_party, _ = split(tiny_model("llama"), Partition(1, 1))
+    half = peft.get_peft_model(data_party.model, peft.LoraConfig(target_modules=["q_proj"]))
+    half.save_pretrained(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"lacks weights for 2 modules.*vflair merge --adapter"
+    ):
+        load_adapter(*split(tiny_model("llama"), Partition(1, 1)), tmp_path)
+
+
+@pytest.mark.parametrize("broken", ["weights", "sort", "empty", "list"])
+def test_a_broken_adapter_is_one(broken, tmp_path):
+    written("llama", tmp_path)
+    config = tmp_path / "adapter_config.json"
+    match broken:
+        case "weights":
+            path = tmp_path / "adapter_model.safetensors"
+            path.write_bytes(path.read_bytes()[:50])
+        case "sort":
+            config.write_text(config.read_text().replace('"LORA"', '"NONE_SUCH"'))
+        case "empty":
+            config.write_text("{}")
+        case _:
+            config.write_text("[]")
+    with pytest.raises(CheckpointError, match="adapter"):
+        load_adapter(*split(tiny_model("llama"), Partition(1, 1)), tmp_path)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, ByT5Tokenizer
 
+from support.made_tokenizers import TEMPLATES, make_tokenizer
 from support.real_model import MISSING, PACKAGE
-from support.tokenizers import TEMPLATES, make_tokenizer
 from vflair_core import Example, Task, in_chat, locate_checkpoint, takes_system
 from vflair_core.errors import TaskError
 from vflair_core.tasks.preprocessor import Preprocessor

@@ -228,3 +228,13 @@ def test_prompt_tuning_logs_the_norm_of_its_prompt(tmp_path):
     found = logged(trainer_of(models[1], tmp_path, SplitCallback(data_party), max_grad_norm=0.3))
     assert found == expected
     assert all(norm > 0 for _, norm, _ in found)
+
+
+def test_an_optimizer_of_a_part_of_what_is_trained_is_refused(tmp_path):
+    _, data_party, _ = halves_of("llama", Partition(1, 1))
+    part = [weight for name, weight in data_party.named_parameters() if "mlp" in name]
+    optimizers = (torch.optim.AdamW(part, lr=1e-2), None)
+    callback = SplitCallback(data_party)
+    trainer = trainer_of(data_party.model, tmp_path, callback, optimizers=optimizers)
+    with pytest.raises(ProtocolError, match="weights that can be trained"):
+        trainer.train()

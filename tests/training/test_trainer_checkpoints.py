@@ -16,6 +16,7 @@ from support.paths import KILLED_TRAINER
 from support.trainers import assert_equal_weights, halves_of, logged, trainer_of
 from vflair_core import Defense, Lora, Partition, SplitCallback, merge, tune
 from vflair_core.errors import CheckpointError, PartitionError, ProtocolError
+from vflair_core.partition.adapters import inject_adapter
 
 CUTS = [Partition(1, 1), Partition(1, 0)]
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_grad_norm": 0.3, "max_steps": 6}
@@ -213,3 +214,29 @@ def test_killed_twice_it_takes_the_steps_of_the_whole_model(tmp_path):
     assert first | second | last == expected
     assert len(expected) == 8
     assert 1 not in last
+
+
+def test_without_the_optimizer_both_begin_with_a_fresh_one(tmp_path):
+    options = {**SAVING, "save_only_model": True}
+    whole, data_party, _ = parties(tmp_path)
+    witness = trainer_of(whole, tmp_path / "whole", StopAt(5), **options)
+    with pytest.raises(KeyboardInterrupt):
+        logged(witness)
+    with pytest.raises(KeyboardInterrupt):
+        logged(split_trainer(data_party, tmp_path, StopAt(5), **options))
+    whole, again, model_party = parties(tmp_path)
+    expected = logged(trainer_of(whole, tmp_path / "whole", **options), resume_from_checkpoint=True)
+    found = logged(split_trainer(again, tmp_path, **options), resume_from_checkpoint=True)
+    assert found == expected
+    assert_equal_weights(whole, again, model_party)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a .peft_config.:UserWarning")
+def test_two_adapters_are_refused_before_the_first_step(tmp_path):
+    _, data_party, _ = parties(tmp_path, kind="llama")
+    config = peft.LoraConfig(target_modules=["q_proj"])
+    for name in ("one", "two"):
+        inject_adapter(data_party.model, config, seed=0, name=name)
+    with pytest.raises(CheckpointError, match="There are 2 adapters"):
+        split_trainer(data_party, tmp_path).train()
+    assert data_party.step == 0

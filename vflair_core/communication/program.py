@@ -58,6 +58,7 @@ ALLOWED = frozenset(
         "max_length_q",
         "max_length_k",
         "is_causal",
+        "seq_idx",
         "encoder_hidden_states",
         "encoder_attention_mask",
     ]

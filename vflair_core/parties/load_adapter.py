@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 from attrs import frozen
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vflair_core.errors import CheckpointError
@@ -58,6 +59,7 @@ def load_adapter(
     halves = [(owner.model, adapter.held_by(owner.model)) for owner in (data_party, model_party)]
     adapter.check_all_held(key for _, keys in halves for key in keys)
     for model, keys in halves:
+        adapter.check_complete(model, keys)
         adapter.try_on(model, keys, name)
     for model, keys in halves:
         adapter.put_into(model, keys, name, trainable=trainable)
@@ -79,6 +81,7 @@ def load_half(model: nn.Module, folder: str | Path, elsewhere: Sequence[str] | N
     if elsewhere is not None:
         theirs = [k for k in adapter.weights if any(k.startswith(f"{m}.") for m in elsewhere)]
         adapter.check_all_held([*keys, *theirs])
+    adapter.check_complete(model, keys)
     adapter.try_on(model, keys, "default")
     adapter.put_into(model, keys, "default", trainable=False)
 
@@ -104,12 +107,21 @@ class Adapter:
         try:
             config = PeftConfig.from_pretrained(str(folder))
             weights = load_peft_weights(str(folder), device="cpu")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CheckpointError(
                 f"There is no adapter at {folder}: {error} Give a folder with adapter_config.json and "
                 "adapter_model.safetensors, as save_pretrained of peft writes it."
             ) from error
         sort = type(config).__name__
+        if config.peft_type is None:
+            raise CheckpointError(
+                f"{folder} does not say what sort of adapter it is: its adapter_config.json has no peft_type."
+            )
+        if getattr(config, "alora_invocation_tokens", None):
+            raise CheckpointError(
+                f"{folder} is an activated LoRA, which begins where certain tokens stand: the model party does not know "
+                "where. Merge it into the model before the model is cut."
+            )
         if config.is_prompt_learning:
             raise CheckpointError(
                 f"{folder} holds a {sort}, which puts nothing into layers: all of it is the data party's. Use "
@@ -138,6 +150,28 @@ class Adapter:
                 f"{self.folder} does not fit this model: no party holds the module of {len(lost)} of its "
                 f"{len(self.weights)} weights, {lost[0]} among them. It was trained on "
                 f"{self.config.base_model_name_or_path or 'another model'}; load that one."
+            )
+
+    def check_complete(self, model: nn.Module, keys: Mapping[str, str]) -> None:
+        """See that the adapter has weights for all that its config means of `model`: half an adapter has not.
+
+        Raises:
+            CheckpointError: It lacks some.
+        """
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        meant = [
+            name
+            for name, module in model.named_modules()
+            if not isinstance(module, ModuleStub)
+            and any(True for _ in module.parameters())
+            and check_target_module_exists(self.config, name)
+        ]
+        if lacking := sorted(set(meant) - set(keys.values())):
+            raise CheckpointError(
+                f"{self.folder} lacks weights for {len(lacking)} modules that its config means, {lacking[0]} among them: it is "
+                "half of an adapter (a data party's, saved by peft), or of a smaller model. `vflair merge --adapter` joins "
+                "the halves of two parties."
             )
 
     def try_on(self, model: nn.Module, keys: Mapping[str, str], name: str) -> None:
@@ -181,18 +215,21 @@ class Adapter:
         config: Any = copy.deepcopy(self.config)
         config.target_modules = {path for key, path in keys.items() if key not in whole}
         config.inference_mode = not trainable
-        saved = getattr(config, "modules_to_save", None) or ()
-        saved = [m for m in saved if any(f".{m}." in f".{keys[key]}." for key in whole)]
-        config.modules_to_save = saved or None
+        meant = getattr(config, "modules_to_save", None) or ()
+        saved = {_around(keys[key], meant) for key in whole} - {None}
+        config.modules_to_save = sorted(saved) or None  # whole names: others may end alike
         if config.target_modules:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
                 inject_adapter(model, config, seed=0, name=name)
         else:
             model.peft_config = {**adapters_of(model), name: config}  # type: ignore[assignment]
-        if saved:
             _set_trainable(
-                model, name, inference_mode=not trainable, module_names=saved, activate_adapter=True
+                model,
+                name,
+                inference_mode=not trainable,
+                module_names=sorted(saved),
+                activate_adapter=True,
             )
         result: Any = set_peft_model_state_dict(
             model, {key: self.weights[key] for key in keys}, adapter_name=name
@@ -217,6 +254,13 @@ def _module_of(key: str, model: nn.Module) -> str | None:
         path.append(part)
     held = isinstance(at, BaseTunerLayer) or any(p is not None for p in at._parameters.values())
     return ".".join(path) if held and not isinstance(at, ModuleStub) else None
+
+
+def _around(path: str, meant: Sequence[str]) -> str | None:
+    """The module around or at `path` that one of the names `meant` means: peft takes ends of names."""
+    parts = path.split(".")
+    prefixes = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return next((prefix for prefix in prefixes if prefix.endswith(tuple(meant))), None)
 
 
 def _is_own_weight(key: str, path: str, model: nn.Module) -> bool:

@@ -7,9 +7,10 @@ party runs each call with its own adapters as the data party's are, and has them
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from attrs import define, field, frozen
 from torch import nn
@@ -53,7 +54,17 @@ class AdapterStates:
     """Tells the state of the adapters in `model`, call by call; layers that were unloaded are remembered."""
 
     model: nn.Module
-    _layers: list[Any] = field(factory=list)  # of peft, as the last call met them
+    _layers: list[Any] = field(factory=list)  # of peft, as they were met last
+    _first: WeakKeyDictionary[Any, dict[str, float]] = field(
+        factory=WeakKeyDictionary
+    )  # scalings as they were met first
+
+    def look(self) -> None:
+        """Note the layers that peft has made by now."""
+        if layers := layers_of_adapters(self.model):
+            self._layers = layers
+            for layer in layers:
+                self._first[layer] = {**_scaling(layer), **self._first.get(layer, {})}
 
     def now(self) -> AdapterState | None:
         """The state; None if there never was an adapter.
@@ -61,14 +72,14 @@ class AdapterStates:
         Raises:
             PartitionError: It is not the same in all layers, or is one that the model party cannot take.
         """
-        layers = layers_of_adapters(self.model)
-        if layers:
-            self._layers = layers
-        elif not any(layer.merged for layer in self._layers):  # unloaded, and not merged before
-            return OFF if self._layers else None
-        found = {_state(layer) for layer in self._layers}
-        if not found:
+        self.look()
+        if not self._layers:
             return None
+        gone = not layers_of_adapters(self.model)
+        if gone and not any(layer.merged_adapters for layer in self._layers):
+            return OFF  # unloaded, and not merged before
+        self._check_known_to_the_model_party()
+        found = {self._state(layer) for layer in self._layers}
         if len(found) > 1:
             told = "; ".join(sorted(_shown(state) for state in found))
             raise PartitionError(
@@ -77,15 +88,53 @@ class AdapterStates:
             )
         return found.pop()
 
+    def _check_known_to_the_model_party(self) -> None:
+        if any(map(_rows_have_their_own, self._layers)):
+            raise PartitionError(
+                "adapter_names= gives rows of a batch adapters of their own, which the model party cannot follow. Call the "
+                "model once for each adapter (set_adapter)."
+            )
+        for config in (getattr(self.model, "peft_config", None) or {}).values():
+            if getattr(config, "alora_invocation_tokens", None):
+                raise PartitionError(
+                    "An activated LoRA (alora_invocation_tokens) begins where certain tokens stand, which the model party does "
+                    "not know. Use LoRA without invocation tokens."
+                )
+
+    def _state(self, layer: Any) -> AdapterState:
+        if layer.disable_adapters:
+            return OFF
+        names = tuple(layer.merged_adapters or layer.active_adapters)
+        return AdapterState(names, self._scale(layer, names))
+
+    def _scale(self, layer: Any, names: Iterable[str]) -> float:
+        """By what the outputs of these adapters are multiplied beside what their config says."""
+        factors = set()
+        for name, value in _scaling(layer).items():
+            configured = _configured(layer, name) or self._first[layer].get(name)
+            if name in names and configured:
+                factors.add(round(value / configured, 9))
+        if len(factors) > 1:
+            raise PartitionError(
+                "The active adapters are scaled by different factors, and the model party follows one."
+            )
+        return factors.pop() if factors else 1.0
+
 
 def layers_of_adapters(model: nn.Module) -> list[Any]:
-    """The layers in `model` that peft made."""
+    """The layers in `model` that peft made; where it only put modules in place of others (`modules_to_save`), these."""
     tuners = sys.modules.get(
         _TUNERS
     )  # who never imported peft has none, and need not import it now
     if tuners is None:
         return []
-    return [module for module in model.modules() if isinstance(module, tuners.BaseTunerLayer)]
+    layers = [module for module in model.modules() if isinstance(module, tuners.BaseTunerLayer)]
+    return layers or _wrappers_in(model)
+
+
+def _wrappers_in(model: nn.Module) -> list[Any]:
+    kind = sys.modules[_WRAPPERS].AuxiliaryTrainingWrapper
+    return [module for module in model.modules() if isinstance(module, kind)]
 
 
 @contextmanager
@@ -103,10 +152,10 @@ def adapters_in(model: nn.Module, state: AdapterState | None) -> Iterator[None]:
     if state.active and not set(state.active) & set(known):
         raise ProtocolError(
             f"The data party's adapters are {', '.join(state.active)}; the model party has {', '.join(known)}. Give both "
-            "parties' adapters one name, so that they are one adapter, or have none at the model party."
+            "parties' adapters one name, so that they are one adapter, or have none at the model party. (An adapter 'ref' is "
+            "TRL's copy of a model that was wrapped by peft: give its trainer the plain model and peft_config instead.)"
         )
-    wrappers = sys.modules[_WRAPPERS].AuxiliaryTrainingWrapper
-    switched = [*layers, *(m for m in model.modules() if isinstance(m, wrappers))]
+    switched = {id(module): module for module in (*layers, *_wrappers_in(model))}.values()
     before = [_switches(module) for module in switched]
     try:
         for module in switched:
@@ -117,38 +166,23 @@ def adapters_in(model: nn.Module, state: AdapterState | None) -> Iterator[None]:
             vars(module).update(each)
 
 
-def _state(layer: Any) -> AdapterState:
-    if _rows_have_their_own(layer):
-        raise PartitionError(
-            "adapter_names= gives rows of a batch adapters of their own, which the model party cannot follow. Call the "
-            "model once for each adapter (set_adapter)."
-        )
-    if layer.disable_adapters:
-        return OFF
-    if layer.merged:
-        return AdapterState(tuple(layer.merged_adapters))
-    return AdapterState(tuple(layer.active_adapters), _scale(layer))
+def _scaling(layer: Any) -> Mapping[str, float]:
+    scaling = vars(layer).get("scaling")
+    return scaling if isinstance(scaling, dict) else {}
 
 
-def _scale(layer: Any) -> float:
-    """By what the outputs of the active adapters are multiplied beside what their config says."""
-    scaling: Mapping[str, float] = getattr(layer, "scaling", None) or {}
-    ranks, alphas = (
-        getattr(layer, "r", None),
-        getattr(layer, "lora_alpha", getattr(layer, "alpha", None)),
-    )
-    if not isinstance(ranks, Mapping) or not isinstance(alphas, Mapping):
-        return 1.0
-    factors = set()
-    for name in set(layer.active_adapters) & scaling.keys() & ranks.keys():
-        root = getattr(layer, "use_rslora", {}).get(name)
-        configured = alphas[name] / (ranks[name] ** 0.5 if root else ranks[name])
-        factors.add(round(scaling[name] / configured, 9) if configured else 1.0)
-    if len(factors) > 1:
-        raise PartitionError(
-            "The active adapters are scaled by different factors, and the model party follows one."
-        )
-    return factors.pop() if factors else 1.0
+def _configured(layer: Any, name: str) -> float | None:
+    """The scaling that follows from rank and alpha, for the methods in which it does."""
+    if type(layer).__module__.split(".")[:3] not in (
+        ["peft", "tuners", method] for method in ("lora", "loha", "lokr")
+    ):
+        return None
+    rank = layer.r.get(name)
+    alpha = getattr(layer, "lora_alpha", getattr(layer, "alpha", {})).get(name)
+    if not rank or not alpha:
+        return None
+    root = getattr(layer, "use_rslora", {}).get(name)
+    return float(alpha / (rank**0.5 if root else rank))
 
 
 def _rows_have_their_own(layer: Any) -> bool:
@@ -157,7 +191,7 @@ def _rows_have_their_own(layer: Any) -> bool:
 
 
 def _names_in(layer: Any) -> set[str]:
-    names: set[str] = set()
+    names: set[str] = set(getattr(layer, "_adapters", ()))  # of what stands in place of a module
     for holder in (*layer.adapter_layer_names, *layer.other_param_names):
         values: Any = getattr(layer, holder, None)
         if hasattr(values, "keys"):

@@ -51,6 +51,7 @@ def mirrored(
     ours = [
         [held[id(w)] for w in group["params"] if id(w) in held] for group in optimizer.param_groups
     ]
+    _check_all_held(party, ours)
     if group_of is not None:
         _check_rule(group_of, ours)
     elif len(ours) == 1:
@@ -75,6 +76,17 @@ def _only_group(optimizer: Optimizer, ours: Sequence[Sequence[str]]) -> int | No
     filled = [number for number, own in enumerate(ours) if own]
     beside = all(group["params"] for group in optimizer.param_groups)
     return filled[0] if len(filled) == 1 and beside else None
+
+
+def _check_all_held(party: DataParty, ours: Sequence[Sequence[str]]) -> None:
+    held = {name for own in ours for name in own}
+    trained = [name for name, weight in party.named_parameters() if weight.requires_grad]
+    if left := [name for name in trained if name not in held]:
+        raise ProtocolError(
+            f"The optimizer leaves out {len(left)} weights that can be trained, {left[0]} among them, and which of the model party's "
+            "it would leave out cannot be told. Freeze them at both parties: tune(data_party, [...]), tune(model_party, [...]) "
+            "or weight.requires_grad_(False)."
+        )
 
 
 def _check_rule(group_of: GroupOf, ours: Sequence[Sequence[str]]) -> None:

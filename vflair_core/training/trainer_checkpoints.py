@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch.optim import Optimizer
 
 from vflair_core.errors import CheckpointError, ProtocolError
+from vflair_core.partition.adapters import adapter_facts
 from vflair_core.partition.checkpoint import DATA_FILE, check_part, read_facts
 from vflair_core.training.checkpoint import resume_session, run_state, take_up_run
 
@@ -59,6 +60,7 @@ class TrainerCheckpoints:
                 "no checkpoints. Its operator allows it: model_party.checkpoints = folder. Or train without: "
                 "save_strategy='no'."
             )
+        adapter_facts(self.party.model)  # refuses what no part can hold
         if self.progress.is_hyper_param_search:
             raise ProtocolError(
                 "Trials of a search for hyper-parameters cannot be saved. Use save_strategy='no'."
@@ -104,7 +106,14 @@ class TrainerCheckpoints:
             CheckpointError: The checkpoint has no part of the data party, or one of another model, cut or optimizer.
             ProtocolError: The model party has no part of it.
         """
-        self._load(self._folder(self.progress.global_step), spec, optimizer)
+        folder = self._folder(self.progress.global_step)
+        if optimizer.state:
+            self._load(folder, spec, optimizer)
+            return
+        # With save_only_model the Trainer has kept no optimizer and no random state: both parties begin with fresh ones.
+        with torch.random.fork_rng():
+            self._load(folder, spec, optimizer)
+        self.party.open(spec)
 
     def load_best(self, state: TrainerState) -> bool:
         """Put both parties where the Trainer's best checkpoint was written, if it loaded that; return whether it did."""

@@ -258,3 +258,57 @@ def test_adapters_of_their_own_for_rows_are_refused():
     names += ["default"] * (len(pair.batch["input_ids"]) - len(names))
     with pytest.raises(PartitionError, match="Call the model once for each adapter"):
         pair.peft_data(**pair.batch, adapter_names=names)
+
+
+def scaled_then_merged(model):
+    for layer in model.modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            layer.scale_layer(2.0)
+            layer.merge()
+
+
+def test_a_scale_that_was_merged_holds_at_both(pair):
+    plain = pair.logits()[0]
+    for model in (pair.peft_whole, pair.peft_data):
+        scaled_then_merged(model)
+    expected, found = pair.logits()
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert not torch.allclose(expected, plain, atol=1e-2)
+
+
+def test_adapters_that_are_unloaded_before_the_first_call_are_off_at_both():
+    pair = Pair("llama", Partition(1, 1))
+    plain = tiny_model("llama")
+    pair.peft_data.unload()
+    with torch.no_grad():
+        expected = plain(**pair.batch).logits
+        assert torch.equal(pair.data_party.model(**pair.batch).logits, expected)
+
+
+def adalora():
+    return peft.AdaLoraConfig(total_step=10, target_modules=["q_proj"])
+
+
+def test_a_method_that_scales_in_its_forward_is_not_scaled_again():
+    pair = Pair("llama", Partition(1, 1), method=adalora)
+    with torch.no_grad():
+        for name, weight in pair.whole.named_parameters():
+            if ".lora_E" in name:
+                weight.normal_()
+        whole = dict(pair.whole.named_parameters())
+        for party in (pair.data_party, pair.model_party):
+            for name, weight in party.named_parameters():
+                weight.copy_(whole[name])
+    assert pair.is_equal()
+    with rescale_adapter_scale(pair.peft_whole, 0.5), rescale_adapter_scale(pair.peft_data, 0.5):
+        assert torch.allclose(*pair.logits(), atol=1e-6)
+
+
+def test_an_adapter_that_begins_at_certain_tokens_is_refused():
+    data_party, _ = split(tiny_model("llama"), Partition(1, 1))
+    config = peft.LoraConfig(
+        target_modules=["q_proj"], alora_invocation_tokens=[5], task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(data_party.model, config)
+    with pytest.raises(PartitionError, match="activated LoRA"):
+        model(**tiny_batch(data_party.model))

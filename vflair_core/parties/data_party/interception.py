@@ -24,10 +24,11 @@ def hand_over_forward(
     model: PreTrainedModel,
     run: Run,
     generating: Callable[[dict[str, Any]], AbstractContextManager[None]],
+    adapted: Callable[[], None],
 ) -> PreTrainedModel:
     """Give the model a class of its own whose forward is handed to `run`; all else stays inherited.
 
-    `generating` is told of every `generate`, for as long as it lasts.
+    `generating` is told of every `generate`, for as long as it lasts; `adapted`, whenever peft has put adapters in.
     """
     original: Any = type(model)
     forward = _through(original, run)
@@ -70,6 +71,8 @@ def hand_over_forward(
 
     def __setattr__(self: Any, name: str, value: Any) -> None:  # noqa: N807 - it becomes one
         original.__setattr__(self, name, by_logits(self, value) if name == "forward" else value)
+        if name == "peft_config":  # which peft sets last
+            adapted()
 
     members = {
         "forward": forward,

@@ -104,7 +104,10 @@ class ModelCalls:
         self._asking = False
         self._dropping = True  # in train mode
         self._adapters, self._without_adapters = AdapterStates(model), False
-        self.model = hand_over_forward(model, self.run_forward, self.counts.generating)
+        self._adapters.look()  # a model that is cut may have some
+        self.model = hand_over_forward(
+            model, self.run_forward, self.counts.generating, self._adapters.look
+        )
         hand_over_parts(model, names_in(stages), self.run_part)
         self.recorder = Recorder(self.exchange, stages, picks=partition.only_scored)
         stubs = put_stubs(model, absent, local, self.recorder.call, self.recorder.calls)

@@ -159,3 +159,20 @@ def test_blocks_that_share_weights_run_here_and_there(build):
     assert shared == set(data_party.untied)
     batch = tiny_batch(whole, labels="classes")
     assert torch.equal(data_party.model.eval()(**batch).loss, whole.eval()(**batch).loss)
+
+
+@pytest.mark.parametrize(("head", "tail"), CUTS)
+@pytest.mark.parametrize("kind", ["mistral", "gemma2"])
+def test_drafts_are_taken_back_from_layers_of_a_sliding_window(build, kind, head, tail):
+    whole = build(kind, "causal-lm").eval()
+    for layer in range(len(getattr(whole.config, "layer_types", None) or ())):
+        whole.config.layer_types[layer] = (
+            "sliding_attention" if layer % 2 else whole.config.layer_types[layer]
+        )
+    whole.config.sliding_window = 4
+    data_party, _ = both(whole, head, tail)
+    prompt = {"input_ids": torch.tensor([[5, 9, 7, 5, 9, 7, 5, 9]])}
+    prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "prompt_lookup_num_tokens": 3}
+    expected = whole.generate(**prompt, **options, do_sample=False)
+    assert torch.equal(data_party.model.generate(**prompt, **options, do_sample=False), expected)

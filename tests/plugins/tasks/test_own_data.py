@@ -173,7 +173,7 @@ def test_only_the_columns_named_are_private_and_the_template_never_is(files, tok
 @pytest.mark.parametrize(
     ("text", "options", "words"),
     [
-        ("reveiw,stars\na,1\n", {}, r"no column 'review'.*reveiw, stars.*Did you mean 'reveiw'"),
+        ("reveiw,stars\na,1\n", {}, r"no column 'review'.*Did you mean 'reveiw'.*reveiw, stars"),
         ("", {}, r"my.csv is empty"),
         ("review,stars\n", {}, r"my.csv has no rows"),
         ("review,stars\na,1\n,2\n", {}, r"row 1 \(the first is 0\), column 'review' is empty"),

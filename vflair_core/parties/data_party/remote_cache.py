@@ -210,6 +210,10 @@ def attach(
         described = [_described(layer) for layer in part.layers]
         grows = type(part).__name__ in GROWING  # the other half makes its layers itself
         remote.parts.append([type(part).__name__, [] if grows else described])
+        if any(getattr(part.layers[index], "record_past", False) for index in layers):
+            remote.operations.append(
+                [number, "record", None]
+            )  # was asked for before the cut was met
         leader = True
         for index in layers:
             kind, options = described[index]

@@ -172,9 +172,12 @@ def _name(value: Any) -> str:
 def number_fault(value: Any) -> str:
     """Say why a cell is no number."""
     try:
-        return "" if math.isfinite(float(value)) else f"{value!r} is not finite"
+        number = float(value)
     except (TypeError, ValueError):
         return f"{value!r} is not a number"
+    if isinstance(value, str) and not (value.isascii() and "_" not in value):
+        return f"{value!r} is not a number as files write one"  # Python reads 1_000, and digits of other scripts
+    return "" if math.isfinite(number) else f"{value!r} is not finite"
 
 
 def span_fault(answer: Any, passage: str) -> str:

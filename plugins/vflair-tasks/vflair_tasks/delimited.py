@@ -178,7 +178,8 @@ def _checked(
 def _refuse_quotes(file: Path, rows: Sequence[Cells], first: int) -> None:
     """Refuse cells of a tsv that look as if they were quoted by a program; nobody said whether they are."""
     for number, row in enumerate(rows, first):
-        cell = next(filter(_is_quoted, row), None)
+        everywhere = len(row) > 1 and all(len(c) > 1 and c[0] == c[-1] == '"' for c in row)
+        cell = row[0] if everywhere else next(filter(_is_quoted, row), None)
         if cell is not None:
             raise TaskError(
                 f"{file}, row {number} (the first is 0): the cell {cell[:60]} looks quoted, and in a tsv a quote is a "

@@ -472,3 +472,19 @@ def test_unless_told_they_are_compared_as_they_are(tmp_path):
         own(metric="squad", **options)
     with pytest.raises(TaskError, match=r"row 0.*column 'a': there is no number in the answer 'x'"):
         own(answer="a", metric="last_number", **options)
+
+
+def test_a_tsv_whose_cells_are_all_in_quotes_is_refused_likewise(tmp_path):
+    content = '"t"\t"a"\n"x"\t"1"\n"y"\t"2"\n'
+    options = {"kind": "seq2seq", "text": "t", "answer": "a"}
+    plain = both(tmp_path, "tsv", content.replace('"t"\t"a"', "t\ta"))
+    with pytest.raises(TaskError, match=r'row 0 .*looks quoted.*quoting = "double"'):
+        own(data=plain, **options)
+    assert texts(own(data=plain, quoting="double", **options)) == ["x", "y"] * 2
+
+
+@pytest.mark.parametrize("number", ["1_000", "١٢"])
+def test_a_number_is_one_as_files_write_it(number, tmp_path):
+    folder = both(tmp_path, "csv", f"t,a\nx,1.5\ny,{number}\n")
+    with pytest.raises(TaskError, match="not a number as files write one"):
+        own(data=folder, kind="regression", text="t", label="a")

@@ -196,6 +196,7 @@ def test_a_run_states_its_guarantees_for_what_crossed(pm):
     assert set(arm["crossed"]) <= {"smashed", "structure", "weight", "disclosed", "bypassed"}
 
 
+@pytest.mark.filterwarnings("ignore:The model party.s weights are not those:UserWarning")
 def test_what_crossed_before_is_still_counted_after_a_resume(tmp_path):
     party, model_party = split(tiny_model("llama"), Partition(1, 1), seed=1)
     model_party.checkpoints = tmp_path / "theirs"

@@ -72,7 +72,7 @@ def test_seconds_of_a_course_are_costs_and_no_numbers(pm):
 def test_the_report_tells_the_course(pm, tmp_path, capsys):
     spec = {"name": "greedy-search", "knowledge": "K3"}
     result = run(small(attacks=[spec]), plugins=pm)
-    show_result(result, tmp_path)
+    show_result(result, tmp_path, verbose=True)
     said = " ".join(capsys.readouterr().out.split())
     (grade,) = attacks_of(result.numbers)
     last = grade["course"][-1]
@@ -116,5 +116,5 @@ def test_prompt_and_response_are_graded_apart(pm, tmp_path, capsys):
         "tokens",
         "response",
     }
-    show_result(result, tmp_path)
+    show_result(result, tmp_path, verbose=True)
     assert "nearest, response" in " ".join(capsys.readouterr().out.split())

@@ -126,12 +126,12 @@ def test_a_defense_without_an_adaptive_attack_is_printed_as_not_evaluated(pm, tm
     blind = [{"name": "greedy-search", "knowledge": "K3"}]
     result = run(small(attacks=blind), plugins=pm)
     assert result.numbers["defended"]["evaluated"] == {"tokens": False}
-    show_result(result, tmp_path)
+    show_result(result, tmp_path, verbose=True)
     assert "NOT EVALUATED" in capsys.readouterr().out
     adaptive = [*blind, {"name": "vocabulary-search", "knowledge": "K4"}]
     result = run(small(attacks=adaptive), plugins=pm)
     assert result.numbers["defended"]["evaluated"] == {"tokens": True}
-    show_result(result, tmp_path)
+    show_result(result, tmp_path, verbose=True)
     said = " ".join(capsys.readouterr().out.split())
     assert "NOT EVALUATED" not in said
     first = result.numbers["defended"]["strongest"][0]
@@ -200,7 +200,7 @@ def test_what_a_defense_measured_of_itself_is_in_the_result(pm, tmp_path, capsys
     assert 0 <= found["adversary"] <= 1
     assert found["fresh adversary"] >= found["most frequent token"] > 0
     assert result.numbers["undefended"]["findings"] == []
-    show_result(result, tmp_path)
+    show_result(result, tmp_path, verbose=True)
     said = " ".join(capsys.readouterr().out.split())
     assert "adversarial-training measured of itself: adversary 0." in said
 
@@ -242,7 +242,7 @@ def test_who_knows_a_shipped_defense_beats_her_blind_twin_with_an_interval_above
     blind, knowing = row["attack_performance"]
     assert row["gain"] == pytest.approx(knowing - blind)
     assert row["gain_interval"][0] > 0.2
-    show_result(result, tmp_path)
+    show_result(result, tmp_path, verbose=True)
     said = " ".join(capsys.readouterr().out.split())
     assert "5 seeds, vocabulary-search through the defense: AP" in said
 
@@ -262,7 +262,7 @@ def test_several_seeds_give_their_mean_and_the_paired_change(pm, tmp_path, capsy
     assert row["change"] == pytest.approx(row["defended"] - row["undefended"])
     low, high = row["change_interval"]
     assert low <= row["change"] <= high
-    show_result(result, tmp_path)
+    show_result(result, tmp_path, verbose=True)
     assert "5 seeds, nearest-embedding" in " ".join(capsys.readouterr().out.split())
 
 

@@ -86,7 +86,9 @@ def test_without_expiry_nobody_is_forgotten():
     (_, gone), model_party, tunings = crowd(sharing="turns")
     silent(model_party, gone, 1e9)
     tunings[0].step(batch())
+    assert gone.connection.session in model_party.sessions
     tunings[1].step(batch())
+    assert gone.step == 1
 
 
 def test_who_asks_is_not_forgotten_however_late():
@@ -94,6 +96,8 @@ def test_who_asks_is_not_forgotten_however_late():
     model_party.expiry = 1.0
     silent(model_party, party, 100)
     tuning.step(batch())
+    assert party.step == 1
+    assert party.connection.session in model_party.sessions
 
 
 def test_a_round_does_not_end_over_a_graph_that_lives():
@@ -132,5 +136,8 @@ def test_who_begins_on_weights_that_moved_is_told():
 
 def test_who_goes_on_with_a_session_of_its_own_is_not_told():
     data_party, _ = split(tiny_model("llama"), Partition(1, 1))
-    for _ in range(2):
-        FineTuning(data_party, SGD).step(batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            FineTuning(data_party, SGD).step(batch())
+    assert data_party.step == 2

@@ -33,24 +33,6 @@ def hand_over_forward(
     original: Any = type(model)
     forward = _through(original, run)
 
-    def save_pretrained(_self: Any, *_: Any, **__: Any) -> None:
-        raise PartitionError(
-            f"This {original.__name__} holds half of the weights, so it cannot be saved as a whole one. Use "
-            "data_party.save(folder) and model_party.save(folder); `vflair merge` joins what they wrote."
-        )
-
-    def load_adapter(_self: Any, *_: Any, **__: Any) -> None:
-        raise PartitionError(
-            f"This {original.__name__} holds half of the layers, so half of an adapter would be lost. Use "
-            "load_adapter(data_party, model_party, folder)."
-        )
-
-    def __deepcopy__(_self: Any, _memo: Any) -> None:  # noqa: N807 - it becomes one
-        raise PartitionError(
-            f"A copy of this {original.__name__} would have half a model and no session of its own. Copy the whole model "
-            "before it is cut; for a frozen copy in training, cut a second one, or use adapters and switch them off."
-        )
-
     def resize_token_embeddings(
         self: Any,
         new_num_tokens: int | None = None,
@@ -78,10 +60,8 @@ def hand_over_forward(
         "forward": forward,
         "__setattr__": __setattr__,
         "resize_token_embeddings": resize_token_embeddings,
-        "save_pretrained": save_pretrained,
-        "load_adapter": load_adapter,
-        "__deepcopy__": __deepcopy__,
         "__module__": __name__,
+        **_refused(original),
     }
     if isinstance(model, GenerationMixin):
 
@@ -94,6 +74,34 @@ def hand_over_forward(
         members["generate"] = generate
     model.__class__ = type(original.__name__, (original,), members)
     return model
+
+
+def _refused(original: Any) -> dict[str, Any]:
+    """What a whole model can do and half of one cannot: methods that say what to do instead."""
+
+    def save_pretrained(_self: Any, *_: Any, **__: Any) -> None:
+        raise PartitionError(
+            f"This {original.__name__} holds half of the weights, so it cannot be saved as a whole one. Use "
+            "data_party.save(folder) and model_party.save(folder); `vflair merge` joins what they wrote."
+        )
+
+    def load_adapter(_self: Any, *_: Any, **__: Any) -> None:
+        raise PartitionError(
+            f"This {original.__name__} holds half of the layers, so half of an adapter would be lost. Use "
+            "load_adapter(data_party, model_party, folder)."
+        )
+
+    def __deepcopy__(_self: Any, _memo: Any) -> None:  # noqa: N807 - it becomes one
+        raise PartitionError(
+            f"A copy of this {original.__name__} would have half a model and no session of its own. Copy the whole model "
+            "before it is cut; for a frozen copy in training, cut a second one, or use adapters and switch them off."
+        )
+
+    return {
+        "save_pretrained": save_pretrained,
+        "load_adapter": load_adapter,
+        "__deepcopy__": __deepcopy__,
+    }
 
 
 def hand_over_parts(model: PreTrainedModel, absent: Sequence[str], run: Run) -> None:

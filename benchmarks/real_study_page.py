@@ -50,11 +50,18 @@ def main() -> None:
 
 
 def found(cut: str) -> dict[tuple[str, float], Cell]:
-    """Read what there is of a cut: by defense and keep, in the order of the defenses."""
+    """Read what there is of a cut: by defense and keep, in the order of the defenses.
+
+    Rows are compared with each other, so only seeds count that all defenses at 90 % have been run with.
+    """
     cells = defaultdict(list)
     for path in sorted((RESULTS / cut).glob("*.json")):
         one = json.loads(path.read_text())
         cells[one["defense"], one["keep"]].append(one)
+    each = [{one["seed"] for one in cell} for (_, keep), cell in cells.items() if keep >= 0.9]
+    shared = set.intersection(*each) if each else set()
+    cells = {key: [one for one in cell if one["seed"] in shared] for key, cell in cells.items()}
+    cells = {key: cell for key, cell in cells.items() if cell}
     order = list(KNOBS)
     return dict(sorted(cells.items(), key=lambda cell: (-cell[0][1], order.index(cell[0][0]))))
 
@@ -85,16 +92,16 @@ def table(cells: dict[tuple[str, float], Cell]) -> str:
     for (defense, keep), cell in cells.items():
         name = defense if keep == 1.0 else f"{defense}, {round(100 * keep)} %"
         if any(not one["grades"] for one in cell):
-            rows.append(f"| {name}: | not even {_option(cell[0])} keeps that much | | | | | |")
+            rows.append(f"| {name}: | not even {_option(cell)} keeps that much | | | | | |")
             continue
-        row = [f"{name}: {_option(cell[0])}" if cell[0]["options"] else name]
+        row = [f"{name}: {_option(cell)}" if cell[0]["options"] else name]
         row += [f"{mean(cell, 'perplexity'):.0f}", _share(mean(cell, "token_accuracy"))]
         for preset in ("K1 + queries", "K2", "K4"):
             most = strongest(cell, preset)
             assert most is not None
             low, high = most[2]
             row.append(f"{_share(most[1])} [{_share(low)}, {_share(high)}]{_mark(most[0])}")
-        rows.append("| " + " | ".join([*row, _promise(cell[0])]) + " |")
+        rows.append("| " + " | ".join([*row, _promise(cell)]) + " |")
     return "\n".join(rows) + "\n"
 
 
@@ -102,12 +109,22 @@ def mean(cell: Cell, metric: str) -> float:
     return sum(one["metrics"][metric] for one in cell) / len(cell)
 
 
-def _option(one: dict[str, Any]) -> str:
-    option = KNOBS[one["defense"]].option
-    value = one["options"].get(option, "")
+def _option(cell: Cell) -> str:
+    """The tuned option: from the least to the largest that seeds came to."""
+    option = KNOBS[cell[0]["defense"]].option
+    values = [one["options"][option] for one in cell if option in one["options"]]
+    return f"{option} {_span(values)}" if values else option
+
+
+def _span(values: list[float]) -> str:
+    least, most = (_number(value) for value in (min(values), max(values)))
+    return least if least == most else f"{least}–{most}"
+
+
+def _number(value: float) -> str:
     if isinstance(value, float):
-        return f"{option} {value:.3g}" if value < 1 else f"{option} {value:,.0f}"
-    return f"{option} {value}".strip()
+        return f"{value:.3g}" if value < 1 else f"{value:,.0f}"
+    return str(value)
 
 
 def _share(value: float) -> str:
@@ -118,9 +135,9 @@ def _mark(attack: str) -> str:
     return {"linear-inverter": " l", "vocabulary-search": " s"}.get(attack, "")
 
 
-def _promise(one: dict[str, Any]) -> str:
-    epsilon = (one["promise"] or {}).get("epsilon")
-    return f"ε {epsilon:,.0f}" if epsilon else "–"
+def _promise(cell: Cell) -> str:
+    proved = [one["promise"]["epsilon"] for one in cell if one["promise"]]
+    return f"ε {_span(proved)}" if all(proved) and proved else "–"
 
 
 def draw(cells: dict[str, dict[tuple[str, float], Cell]]) -> None:

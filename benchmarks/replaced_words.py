@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+from pathlib import Path
 
 import torch
-from matched_utility import SETTINGS
 
 from vflair_attacks.replaced_words import ReplacementInversion
 from vflair_core.experiments.build import build_run
-from vflair_core.experiments.config import experiment_from
+from vflair_core.experiments.studies.grid import read_grid
 from vflair_core.parties.split import split
 from vflair_core.partition.partition import Partition
 from vflair_core.plugins import plugin_manager
@@ -32,6 +32,7 @@ DEFENSES = {
     "rantext": RanText,
 }
 WORDS = 40  # of each text
+STUDY = Path(__file__).parent.parent / "examples" / "studies" / "matched-words.toml"
 
 
 def main() -> None:
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--epsilons", type=float, nargs="*", default=[0.1, 1.0, 10.0, 100.0])
     parser.add_argument("--texts", type=int, default=200)
     options = parser.parse_args()
-    e = experiment_from(SETTINGS["words"])
+    e = read_grid(STUDY)[0].experiment
     torch.set_num_threads(e.threads)
     setting, model = build_run(e, plugin_manager())
     task, table = setting.task, model.get_input_embeddings().weight.detach()

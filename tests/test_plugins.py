@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import textwrap
 
 import pytest
 
+from support.paths import ROOT
 from vflair_core import hookimpl, plugin_manager
+from vflair_core.cli.main import main
 from vflair_core.errors import PluginError
+from vflair_core.hookspecs import API_VERSION, EXPERIMENTAL, DeprecatedHookWarning, deprecated
 from vflair_core.offers import build, find, offers
-from vflair_core.plugins import decide, observe
+from vflair_core.plugins import HOOKS, decide, observe
 
 GOOD = """
     from vflair_core import hookimpl
@@ -156,6 +161,102 @@ def test_two_answers_to_one_decision_are_an_error_that_names_both(pm):
         PluginError, match=r"two and one both answer vflair_place|one and two both answer"
     ):
         decide(pm, "vflair_place", model_party=None, devices=[])
+
+
+@pytest.mark.parametrize(
+    ("choice", "taken"),
+    [
+        (None, ["a", "b", "c"]),
+        ("", []),
+        ("a,c", ["a", "c"]),
+        ("-b", ["a", "c"]),
+        ("a, b,-a", ["b"]),
+        ("-a,-b,-c", []),
+    ],
+)
+def test_the_environment_chooses_among_installed_plugins(install, monkeypatch, choice, taken):
+    for name in "abc":
+        install(name, GOOD.replace("coin", f"coin-{name}"))
+    if choice is not None:
+        monkeypatch.setenv("VFLAIR_PLUGINS", choice)
+    manager = plugin_manager(entry_point_group="vflair.test")
+    assert [name for name, _ in manager.list_name_plugin()] == taken
+    assert [info.name for info in manager.left_out] == [n for n in "abc" if n not in taken]
+    assert list(offers(manager, "attacks")) == [f"coin-{name}" for name in taken]
+
+
+def test_a_choice_of_what_is_not_installed_is_refused_by_name(install, monkeypatch):
+    install("coinflip", GOOD)
+    monkeypatch.setenv("VFLAIR_PLUGINS", "coinflop")
+    with pytest.raises(PluginError, match=r"'coinflop', which is not installed. Did you mean"):
+        plugin_manager(entry_point_group="vflair.test")
+
+
+def test_what_is_left_out_is_never_imported_and_named_where_it_is_missed(install, monkeypatch):
+    install("a_broken", "raise SystemError('imported')")
+    install("b_coinflip", GOOD)
+    monkeypatch.setenv("VFLAIR_PLUGINS", "-a_broken,-b_coinflip")
+    manager = plugin_manager(entry_point_group="vflair.test")
+    assert not manager.failures
+    with pytest.raises(
+        PluginError, match=r"Left out by VFLAIR_PLUGINS or --no-plugin: a_broken, b_c"
+    ):
+        find(manager, "attacks", "coin")
+
+
+def test_the_option_leaves_plugins_out_for_one_command_only(monkeypatch, capsys):
+    monkeypatch.setenv("VFLAIR_PLUGINS", "-tasks")
+    with pytest.raises(SystemExit) as ended:
+        main(["show", "gaussian-noise", "--no-plugin", "defenses"])
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert "No plugin offers 'gaussian-noise'" in said
+    assert "Left out by VFLAIR_PLUGINS or --no-plugin: defenses, tasks" in said
+    assert os.environ["VFLAIR_PLUGINS"] == "-tasks"
+
+
+@pytest.mark.parametrize(
+    ("asked", "remedy"),
+    [(API_VERSION + 1, "update vflair-core"), (0, "update the plugin"), ("1", "update the plugin")],
+)
+def test_a_plugin_for_another_api_is_refused_with_what_to_do(tmp_path, asked, remedy):
+    source = textwrap.dedent(GOOD) + f"\nVFLAIR_API = {asked!r}\n"
+    with pytest.raises(PluginError, match=rf"VFLAIR_API = {asked!r}, and this .*{remedy}"):
+        plugin_manager([written(tmp_path, "other", source)])
+    fits = textwrap.dedent(GOOD) + f"\nVFLAIR_API = {API_VERSION}\n"
+    plugin_manager([written(tmp_path, "fits", fits)], entry_point_group="vflair.none")
+
+
+def test_an_installed_plugin_for_another_api_breaks_nothing_else(install):
+    install("a_newer", textwrap.dedent(GOOD) + f"VFLAIR_API = {API_VERSION + 1}\n")
+    install("b_coinflip", GOOD)
+    manager = plugin_manager(entry_point_group="vflair.test")
+    assert list(offers(manager, "attacks")) == ["coin"]
+    assert "update vflair-core" in manager.failures[0].error
+
+
+def test_who_implements_a_deprecated_hook_is_warned_and_still_called(pm):
+    class Old:
+        @deprecated("vflair_old", instead="vflair_step_finished", until="0.4")
+        def vflair_old(self, step):
+            """Called once upon a time."""
+
+    class Plugin:
+        @hookimpl
+        def vflair_old(self, step):
+            return step
+
+    pm.add_hookspecs(Old())
+    with pytest.warns(DeprecatedHookWarning, match=r"no more from vflair-core 0.4 on: implement"):
+        pm.register(Plugin())
+    assert pm.hook.vflair_old(step=3) == [3]
+
+
+def test_experimental_hooks_exist_and_the_page_marks_them_and_no_other():
+    page = (ROOT / "docs" / "hooks.md").read_text()
+    marked = set(re.findall(r"^\| `(\w+)\(.*\*experimental\*", page, re.MULTILINE))
+    assert marked == EXPERIMENTAL
+    assert set(HOOKS) >= EXPERIMENTAL
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["plugins"], ["list", "--help"]])

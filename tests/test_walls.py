@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import vflair_core
+import vflair_core.testing
 from support.paths import DOCS, ROOT
 
 CORE = Path(vflair_core.__file__).parent
@@ -62,12 +63,16 @@ def test_every_file_of_a_room_has_a_line_in_the_architecture():
         assert listed == files, name
 
 
-def test_there_are_nine_rooms_and_few_doors():
-    assert len([room for room in ROOMS if room.parent == CORE]) == 9
+def test_there_are_ten_rooms_and_few_doors():
+    assert len([room for room in ROOMS if room.parent == CORE]) == 10
     assert len(list(CORE.glob("*.py"))) <= 10
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=lambda room: str(room.relative_to(CORE)))
+@pytest.mark.parametrize(
+    "room",
+    [room for room in ROOMS if room.name != "testing"],  # which has a face of its own
+    ids=lambda room: str(room.relative_to(CORE)),
+)
 def test_a_room_has_a_sentence_and_imports_nothing(room):
     sign = (room / "__init__.py").read_text()
     assert sign.startswith('"""')
@@ -107,7 +112,7 @@ def test_the_core_alone_loads_no_torch():
 
 @pytest.mark.parametrize(
     "page",
-    [*DOCS.glob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("plugins/*/README.md")],
+    [*DOCS.glob("*.md"), *ROOT.glob("*.md"), CORE / "README.md", *ROOT.glob("plugins/*/README.md")],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_pages_import_the_face_of_the_core_only(page):
@@ -115,8 +120,9 @@ def test_pages_import_the_face_of_the_core_only(page):
     assert set(inner) <= {"vflair_core.testing"}
 
 
-def test_every_public_name_is_loaded_from_where_it_is_made():
-    for name, home in vflair_core._HOMES.items():
-        made = getattr(vflair_core, name)
-        module = getattr(made, "__module__", f"vflair_core.{home}")
-        assert not module.startswith("vflair_core") or module == f"vflair_core.{home}", name
+@pytest.mark.parametrize("face", [vflair_core, vflair_core.testing], ids=lambda f: f.__name__)
+def test_every_public_name_is_loaded_from_where_it_is_made(face):
+    for name, home in face._HOMES.items():
+        made = getattr(face, name)
+        module = getattr(made, "__module__", f"{face.__name__}.{home}")
+        assert not module.startswith("vflair_core") or module == f"{face.__name__}.{home}", name

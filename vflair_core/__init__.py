@@ -15,6 +15,19 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # who listens add
 _HOMES = {
     "Channel": "communication.channel",
     "LocalChannel": "communication.channel",
+    "ByteChannel": "communication.byte_channel",
+    "answer": "communication.byte_channel",
+    "Stepwise": "communication.stepwise",
+    "connect": "communication.remote.client",
+    "GrpcChannel": "communication.remote.client",
+    "serve": "communication.remote.server",
+    "Server": "communication.remote.server",
+    "ServerLimits": "communication.remote.served_stream",
+    "Served": "communication.remote.served_stream",
+    "Client": "communication.remote.rights",
+    "Admission": "communication.remote.admission",
+    "IssuedTokens": "communication.remote.issued_tokens",
+    "init_authority": "communication.remote.certificates",
     "Transcript": "communication.transcript",
     "Message": "communication.message",
     "Partition": "partition.partition",
@@ -39,14 +52,31 @@ _HOMES = {
     "LeakError": "errors",
     "CheckpointError": "errors",
     "ProtocolError": "errors",
+    "SessionLostError": "errors",
+    "BusyError": "errors",
+    "ChannelError": "errors",
     "DefenseError": "errors",
     "AttackError": "errors",
     "TaskError": "errors",
     "hookimpl": "hookspecs",
+    "API_VERSION": "hookspecs",
+    "DeprecatedHookWarning": "hookspecs",
     "plugin_manager": "plugins",
     "Experiment": "experiments.experiment",
     "read_experiment": "experiments.config",
     "run": "experiments.run",
+    "study": "experiments.studies.study",
+    "read_grid": "experiments.studies.grid",
+    "read_study": "experiments.studies.assembly",
+    "Cell": "experiments.studies.cell",
+    "Plan": "experiments.studies.grid",
+    "grade_rows": "experiments.studies.records",
+    "arm_rows": "experiments.studies.records",
+    "trial_rows": "experiments.studies.records",
+    "submit": "experiments.studies.submission",
+    "read_submission": "experiments.studies.submission",
+    "Rules": "experiments.studies.rules",
+    "verify_result": "experiments.studies.verification",
     "tune": "training.tuning",
     "load_adapter": "parties.load_adapter",
     "Lora": "training.tuning",
@@ -83,6 +113,11 @@ _HOMES = {
     "attack_again": "experiments.attack_phase",
     "AttackSpec": "experiments.experiment",
     "run_cuts": "experiments.cut_sweep",
+    "Tracker": "experiments.tracker",
+    "Logbook": "experiments.tracker",
+    "write_report": "experiments.reports.page",
+    "write_tables": "experiments.reports.tables",
+    "write_figures": "experiments.reports.figures",
     "ExperimentError": "errors",
     "PluginError": "errors",
     "Party": "defenses.defense",
@@ -108,10 +143,23 @@ if TYPE_CHECKING:
     from vflair_core.attacks.halves import Head as Head
     from vflair_core.attacks.halves import Tail as Tail
     from vflair_core.attacks.halves import halves as halves
+    from vflair_core.communication.byte_channel import ByteChannel as ByteChannel
+    from vflair_core.communication.byte_channel import answer as answer
     from vflair_core.communication.cache_kinds import cache_argument as cache_argument
     from vflair_core.communication.channel import Channel as Channel
     from vflair_core.communication.channel import LocalChannel as LocalChannel
     from vflair_core.communication.message import Message as Message
+    from vflair_core.communication.remote.admission import Admission as Admission
+    from vflair_core.communication.remote.certificates import init_authority as init_authority
+    from vflair_core.communication.remote.client import GrpcChannel as GrpcChannel
+    from vflair_core.communication.remote.client import connect as connect
+    from vflair_core.communication.remote.issued_tokens import IssuedTokens as IssuedTokens
+    from vflair_core.communication.remote.rights import Client as Client
+    from vflair_core.communication.remote.served_stream import Served as Served
+    from vflair_core.communication.remote.served_stream import ServerLimits as ServerLimits
+    from vflair_core.communication.remote.server import Server as Server
+    from vflair_core.communication.remote.server import serve as serve
+    from vflair_core.communication.stepwise import Stepwise as Stepwise
     from vflair_core.communication.transcript import Transcript as Transcript
     from vflair_core.defenses.defense import Defense as Defense
     from vflair_core.defenses.defense import Exchange as Exchange
@@ -120,6 +168,8 @@ if TYPE_CHECKING:
     from vflair_core.defenses.mechanism import Mechanism as Mechanism
     from vflair_core.defenses.mechanism import Replacement as Replacement
     from vflair_core.errors import AttackError as AttackError
+    from vflair_core.errors import BusyError as BusyError
+    from vflair_core.errors import ChannelError as ChannelError
     from vflair_core.errors import CheckpointError as CheckpointError
     from vflair_core.errors import DefenseError as DefenseError
     from vflair_core.errors import ExperimentError as ExperimentError
@@ -128,6 +178,7 @@ if TYPE_CHECKING:
     from vflair_core.errors import PluginError as PluginError
     from vflair_core.errors import ProtocolError as ProtocolError
     from vflair_core.errors import SecondDerivativeError as SecondDerivativeError
+    from vflair_core.errors import SessionLostError as SessionLostError
     from vflair_core.errors import TaskError as TaskError
     from vflair_core.errors import VflairError as VflairError
     from vflair_core.errors import alternatives as alternatives
@@ -138,8 +189,27 @@ if TYPE_CHECKING:
     from vflair_core.experiments.cut_sweep import run_cuts as run_cuts
     from vflair_core.experiments.experiment import AttackSpec as AttackSpec
     from vflair_core.experiments.experiment import Experiment as Experiment
+    from vflair_core.experiments.reports.figures import write_figures as write_figures
+    from vflair_core.experiments.reports.page import write_report as write_report
+    from vflair_core.experiments.reports.tables import write_tables as write_tables
     from vflair_core.experiments.result import Result as Result
     from vflair_core.experiments.run import run as run
+    from vflair_core.experiments.studies.assembly import read_study as read_study
+    from vflair_core.experiments.studies.cell import Cell as Cell
+    from vflair_core.experiments.studies.grid import Plan as Plan
+    from vflair_core.experiments.studies.grid import read_grid as read_grid
+    from vflair_core.experiments.studies.records import arm_rows as arm_rows
+    from vflair_core.experiments.studies.records import grade_rows as grade_rows
+    from vflair_core.experiments.studies.records import trial_rows as trial_rows
+    from vflair_core.experiments.studies.rules import Rules as Rules
+    from vflair_core.experiments.studies.study import study as study
+    from vflair_core.experiments.studies.submission import read_submission as read_submission
+    from vflair_core.experiments.studies.submission import submit as submit
+    from vflair_core.experiments.studies.verification import verify_result as verify_result
+    from vflair_core.experiments.tracker import Logbook as Logbook
+    from vflair_core.experiments.tracker import Tracker as Tracker
+    from vflair_core.hookspecs import API_VERSION as API_VERSION
+    from vflair_core.hookspecs import DeprecatedHookWarning as DeprecatedHookWarning
     from vflair_core.hookspecs import hookimpl as hookimpl
     from vflair_core.parties.checkpoint_files import locate_checkpoint as locate_checkpoint
     from vflair_core.parties.data_party.party import DataParty as DataParty

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+LONGEST = 2000  # characters of the text of an error
 
 
 class VflairError(Exception):
-    """Base of every error vflair raises on purpose."""
+    """Base of every error vflair raises on purpose.
+
+    No text of one is longer than `LONGEST`: much of what errors speak of came from elsewhere, and they cross to the other
+    party. Of a longer one the beginning and the end are kept.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_cut(arg) if isinstance(arg, str) else arg for arg in args))
+
+    def __str__(self) -> str:
+        return _cut(super().__str__())
+
+
+def _cut(text: str) -> str:
+    end = LONGEST // 4
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - end - 3]} … {text[-end:]}"
 
 
 class PartitionError(VflairError):
@@ -27,6 +45,18 @@ class LeakError(PartitionError):
 
 class ProtocolError(VflairError):
     """A message breaks the rules of the exchange between the parties."""
+
+
+class SessionLostError(ProtocolError):
+    """The model party does not know the session any more, or as another one: it was started anew, or a reply was lost for good."""
+
+
+class BusyError(ProtocolError):
+    """The model party would do it, but other data parties must be done first; nothing has changed. Ask again soon."""
+
+
+class ChannelError(VflairError):
+    """A message could not be brought to the model party, or its reply did not come back in time."""
 
 
 class SecondDerivativeError(VflairError, RuntimeError):
@@ -86,3 +116,23 @@ def alternatives(
 
 def _likeness(asked: str, name: str) -> float:
     return difflib.SequenceMatcher(None, asked.lower(), name.lower()).ratio()
+
+
+class _Brief(reprlib.Repr):
+    """The beginning of a value, whatever its size; of bytes only how many there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 60, 60
+
+    def repr_bytes(self, value: bytes, _level: int) -> str:
+        return f"{len(value)} bytes"
+
+
+_BRIEF = _Brief()
+
+
+def shown(value: object) -> str:
+    """A value that came from elsewhere, as an error shows it: at most 200 characters of its beginning."""
+    text = _BRIEF.repr(value)
+    return text if len(text) <= 200 else f"{text[:199]}…"

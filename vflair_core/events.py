@@ -26,6 +26,6 @@ def _as_line(
     _logger: Any, _level: str, told: MutableMapping[str, Any]
 ) -> tuple[tuple[str], dict[str, Any]]:
     """What `logging` is called with: the event and what it tells in one line, and apart."""
-    event = told.pop("event")
+    event, trace = told.pop("event"), told.pop("exc_info", None)
     line = " ".join([event, *(f"{key}={value}" for key, value in told.items())])
-    return (line,), {"extra": {"event": event, "fields": dict(told)}}
+    return (line,), {"extra": {"event": event, "fields": dict(told)}, "exc_info": trace}

@@ -3,6 +3,9 @@
 Three kinds, kept apart: *contribute* hooks offer names, *decide* hooks answer a question the core
 cannot answer, *observe* hooks watch. Installing a plugin never changes a number: the experiment names
 what it uses.
+
+A hook is stable unless it is in `EXPERIMENTAL`: what changes for plugins raises `API_VERSION`, and a stable hook that is
+to go is `deprecated` for two minor versions before.
 """
 
 from __future__ import annotations
@@ -21,8 +24,28 @@ if TYPE_CHECKING:
     from vflair_core.partition.partition import Blocks, Partition
 
 PROJECT = "vflair"
+API_VERSION = 1  # what a plugin can ask for by VFLAIR_API; raised when plugins must change
+OLDEST_API = 1  # the oldest that still works
+EXPERIMENTAL = frozenset({"vflair_partition", "vflair_place"})  # may change in any version
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class DeprecatedHookWarning(FutureWarning):
+    """A plugin implements a hook, or takes an argument of one, that will go."""
+
+
+def deprecated(name: str, *, instead: str, until: str) -> Any:
+    """Mark a hook that is still called and will go, so that whoever implements it is warned.
+
+    Args:
+        name: The hook.
+        instead: What to implement in its place.
+        until: The version of vflair-core that calls it no more, two minor versions on.
+    """
+    text = f"{name} is called no more from vflair-core {until} on: implement {instead} instead."
+    return hookspec(warn_on_impl=DeprecatedHookWarning(text))
+
 
 Offer = Mapping[str, Callable[..., Any] | str]
 
@@ -60,7 +83,7 @@ class Decide:
 
     @hookspec
     def vflair_open_channel(self, url: str, options: Mapping[str, Any]) -> Channel | None:
-        """Open a channel the core does not know. `options`: the model party's handle, wire. None to pass."""
+        """Open a channel the core does not know. `options`: the model party's handle, wire, wire_dtype. None to pass."""
 
     @hookspec
     def vflair_place(self, model_party: torch.nn.Module, devices: list[str]) -> bool | None:
@@ -84,6 +107,10 @@ class Observe:
     @hookspec
     def vflair_run_failed(self, experiment: Experiment, error: BaseException) -> None:
         """Called once when a run ends in an error, which is then raised."""
+
+    @hookspec
+    def vflair_arm_started(self, arm: str, seed: int) -> None:
+        """Called before an arm is cut; with several seeds each arm runs once with each."""
 
     @hookspec
     def vflair_model_partitioned(

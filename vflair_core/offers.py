@@ -14,7 +14,7 @@ import pluggy
 from attrs import frozen
 
 from vflair_core.errors import PluginError, alternatives
-from vflair_core.plugins import load_file
+from vflair_core.plugins import CHOICE, ONE_FILE, load_file
 
 Shelf = Literal["attacks", "defenses", "tasks", "commands"]
 
@@ -65,8 +65,8 @@ def target_of(thing: Any) -> str:
     """Return where `thing` (a class, a function or an instance) can be imported from."""
     named = thing if hasattr(thing, "__qualname__") else type(thing)
     module = sys.modules.get(named.__module__)
-    if named.__module__.startswith("vflair_plugin_") and module is not None and module.__file__:
-        return f"{module.__file__}:{named.__qualname__}"
+    if file := getattr(module, ONE_FILE, None):
+        return f"{file}:{named.__qualname__}"
     return f"{named.__module__}:{named.__qualname__}"
 
 
@@ -99,12 +99,20 @@ def find(manager: pluggy.PluginManager, shelf: Shelf, name: str) -> Offered:
     offered = offers(manager, shelf)
     if name in offered:
         return offered[name]
-    broken = [f"{info.name} ({info.error})" for info in getattr(manager, "failures", ())]
     raise PluginError(
         f"No plugin offers {shelf[:-1]} {name!r}."
         + alternatives(name, offered, none=f"none; install a plugin that offers {shelf}")
-        + (f" These plugins failed to load: {'; '.join(broken)}." if broken else "")
+        + absences(manager)
     )
+
+
+def absences(manager: pluggy.PluginManager) -> str:
+    """What an error about a missing name should say beside: which plugins failed, and which were left out."""
+    broken = [f"{info.name} ({info.error})" for info in getattr(manager, "failures", ())]
+    left_out = [info.name for info in getattr(manager, "left_out", ())]
+    failed = f" These plugins failed to load: {'; '.join(broken)}." if broken else ""
+    chosen = f" Left out by {CHOICE} or --no-plugin: {', '.join(left_out)}." if left_out else ""
+    return failed + chosen
 
 
 def build(offered: Offered, options: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
@@ -20,12 +21,17 @@ from attrs import frozen
 
 from vflair_core.errors import PluginError, alternatives
 from vflair_core.events import events
-from vflair_core.hookspecs import KINDS, PROJECT
+from vflair_core.hookspecs import API_VERSION, KINDS, OLDEST_API, PROJECT
+
+CHOICE = "VFLAIR_PLUGINS"
+ONE_FILE = (
+    "__vflair_plugin_file__"  # of a module that was loaded from a file, and can only be found there
+)
 
 
 @frozen
 class PluginInfo:
-    """One plugin as ``vflair plugins`` shows it; `error` is set when it could not be loaded."""
+    """One plugin as ``vflair plugins`` shows it; `error` is set when it could not be loaded, or was left out."""
 
     name: str
     source: str
@@ -35,15 +41,27 @@ class PluginInfo:
 
 
 class PluginManager(pluggy.PluginManager):
-    """A pluggy manager that also remembers where each plugin came from and which ones failed."""
+    """A pluggy manager that also remembers where each plugin came from, which ones failed, and which were left out."""
 
     def __init__(self) -> None:
         super().__init__(PROJECT)
         self.sources: dict[str, tuple[str, str]] = {}
         self.failures: list[PluginInfo] = []
+        self.left_out: list[PluginInfo] = []
+
+    def register(self, plugin: Any, name: str | None = None) -> str | None:
+        """Register a plugin, as pluggy does.
+
+        Raises:
+            PluginError: It implements a hook that does not exist, or was written for another API.
+        """
+        called = name or self.get_canonical_name(plugin)
+        source = self.sources.get(called, ("registered by hand", ""))[0]
+        _see_that_it_fits(plugin, f"{called} ({source})", self)
+        return super().register(plugin, name)
 
     def about(self) -> list[PluginInfo]:
-        """Describe every plugin, loaded or not."""
+        """Describe every plugin: loaded, failed, or left out."""
         loaded = [
             PluginInfo(
                 name,
@@ -53,7 +71,7 @@ class PluginManager(pluggy.PluginManager):
             for name, plugin in self.list_name_plugin()
             if plugin is not None
         ]
-        return loaded + self.failures
+        return loaded + self.failures + self.left_out
 
 
 def plugin_manager(
@@ -61,15 +79,26 @@ def plugin_manager(
 ) -> PluginManager:
     """Make a manager with every installed plugin and the given one-file plugins.
 
+    A file is a plugin by its functions, or by an object with the hooks that it calls `plugin`. Of the installed ones the
+    environment variable VFLAIR_PLUGINS chooses: ``a,b`` takes these and no other, ``-a`` takes all but this one, and
+    nothing at all takes none. Files that are given are always taken.
+
     Raises:
-        PluginError: A given file cannot be imported, or a plugin implements a hook that does not exist.
+        PluginError: A given file cannot be imported, a plugin implements a hook that does not exist, or VFLAIR_PLUGINS
+            names none that is installed.
     """
     manager = PluginManager()
     for kind in KINDS:
         manager.add_hookspecs(_Specs(kind))  # type: ignore[arg-type]
-    for point in sorted(entry_points(group=entry_point_group), key=lambda point: point.name):
+    points = sorted(entry_points(group=entry_point_group), key=lambda point: point.name)
+    chosen = _chosen([point.name for point in points], os.environ.get(CHOICE))
+    for point in points:
         source = point.dist.name if point.dist else point.value
         version = point.dist.version if point.dist else ""
+        if point.name not in chosen:
+            why = f"left out by {CHOICE} or --no-plugin"
+            manager.left_out.append(PluginInfo(point.name, source, version, error=why))
+            continue
         try:
             _register(manager, point.load(), point.name, source, version)
         except Exception as error:  # noqa: BLE001 - whatever a plugin's import raises is its own failure
@@ -78,8 +107,25 @@ def plugin_manager(
             _warn("plugin_failed", plugin=point.name, source=source, error=failure)
     for file in files:
         path = Path(file).resolve()
-        _register(manager, load_file(path), path.stem, str(path), "")
+        module = load_file(path)
+        _register(manager, getattr(module, "plugin", module), path.stem, str(path), "")
     return manager
+
+
+def _chosen(installed: list[str], choice: str | None) -> set[str]:
+    """The names of installed plugins that a value of VFLAIR_PLUGINS takes."""
+    if choice is None:
+        return set(installed)
+    words = [word.strip() for word in choice.split(",") if word.strip()]
+    for word in words:
+        if word.removeprefix("-") not in installed:
+            raise PluginError(
+                f"{CHOICE} (or --no-plugin) names {word.removeprefix('-')!r}, which is not installed."
+                + alternatives(word.removeprefix("-"), installed, none="none")
+            )
+    without = {word.removeprefix("-") for word in words if word.startswith("-")}
+    only = {word for word in words if not word.startswith("-")}
+    return (only or set(installed if without else ())) - without
 
 
 def _warn(event: str, **facts: Any) -> None:
@@ -97,6 +143,7 @@ def load_file(path: Path) -> ModuleType:
     if spec is None or spec.loader is None or not path.is_file():
         raise PluginError(f"There is no Python file {path}: give the path of a one-file plugin.")
     module = importlib.util.module_from_spec(spec)
+    module.__dict__[ONE_FILE] = str(path)
     sys.modules[name] = module  # attrs and inspect look a class's module up by name
     try:
         spec.loader.exec_module(module)
@@ -109,18 +156,32 @@ def load_file(path: Path) -> ModuleType:
 
 
 def _register(manager: PluginManager, plugin: Any, name: str, source: str, version: str) -> None:
-    for attribute in dir(plugin):
-        if hasattr(getattr(plugin, attribute, None), f"{PROJECT}_impl") and attribute not in HOOKS:
-            raise PluginError(
-                f"Plugin {name} ({source}) implements {attribute!r}, which is not a hook."
-                f"{alternatives(attribute, HOOKS)}"
-            )
+    manager.sources[name] = (source, version)
     try:
         manager.register(plugin, name)
         manager.check_pending()
     except (pluggy.PluginValidationError, ValueError) as error:
         raise PluginError(f"Plugin {name} ({source}) does not fit: {error}") from error
-    manager.sources[name] = (source, version)
+
+
+def _see_that_it_fits(plugin: Any, called: str, manager: pluggy.PluginManager) -> None:
+    """A plugin implements hooks that there are, and was written for an API that this core has."""
+    asked = getattr(plugin, "VFLAIR_API", API_VERSION)
+    if type(asked) is not int or not OLDEST_API <= asked <= API_VERSION:
+        newer = type(asked) is int and asked > API_VERSION
+        remedy = "update vflair-core" if newer else "update the plugin, or its VFLAIR_API"
+        raise PluginError(
+            f"Plugin {called} was written for VFLAIR_API = {asked!r}, and this vflair-core takes "
+            f"{OLDEST_API} to {API_VERSION}: {remedy}."
+        )
+    for attribute in dir(plugin):
+        caller = getattr(manager.hook, attribute, None)
+        there = isinstance(caller, pluggy.HookCaller) and caller.has_spec()
+        if hasattr(getattr(plugin, attribute, None), f"{PROJECT}_impl") and not there:
+            raise PluginError(
+                f"Plugin {called} implements {attribute!r}, which is not a hook."
+                f"{alternatives(attribute, HOOKS)}"
+            )
 
 
 class _Specs:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -47,11 +49,15 @@ def honest(pm):
 
 def test_under_an_adversary_that_changes_nothing_everything_is_as_without(honest):
     for arm in ("undefended", "defended"):
-        passive, active = (dict(honest.numbers[prefix + arm]) for prefix in ("", "active-"))
+        passive, active = (
+            copy.deepcopy(honest.numbers[prefix + arm]) for prefix in ("", "active-")
+        )
         *shared, own = active.pop("attacks")
         assert shared == passive.pop("attacks")
         assert own["attack"] == "honest"
         assert own["knowledge"] == "K1+adversary_state"
+        seams = {row["seam"]: row for row in active["seams"]}
+        assert seams["lengths"]["read_by"].pop()["attack"] == "honest"
         for numbers in (active, passive):
             numbers.pop("strongest")
             numbers.pop("evaluated", None)

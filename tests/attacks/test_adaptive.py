@@ -25,7 +25,14 @@ from vflair_core import Defense, Partition
 from vflair_core.attacks.attack import launch, wants
 from vflair_core.defenses.mechanism import Mechanism
 from vflair_core.offers import load_target
-from vflair_core.testing import crossed, numbers_as_texts, tiny_model, tiny_tokenizer
+from vflair_core.testing import (
+    crossed,
+    numbers_as_texts,
+    tiny_batch,
+    tiny_model,
+    tiny_tokenizer,
+)
+from vflair_defenses import vflair_defenses
 
 VOCABULARY, WIDTH, EXAMPLES, LENGTH = 300, 32, 12, 10
 
@@ -98,3 +105,14 @@ def test_every_attack_through_the_head_that_asks_for_the_mechanism_is_under_the_
         if {"mechanism", "head", "releases"} <= {*needed, *optional}:
             asking.add(name)
     assert asking == set(ADAPTIVE)
+
+
+@pytest.mark.parametrize("name", ["mid", "adversarial-training"])
+def test_an_attack_that_climbs_can_climb_along_a_learned_map(name):
+    """A mechanism under no_grad ended vmi at K4 with an error of autograd's."""
+    defense = load_target(vflair_defenses()[name])()
+    model = tiny_model("llama", vocab_size=300)
+    rows = list(tiny_batch(model, length=4)["input_ids"])
+    knowledge = crossed(model, Partition(1, 1), rows, defenses=[defense], knowledge="K4")
+    guess = launch(ModelInversion(restarts=1, steps=3), knowledge)
+    assert guess.tokens.shape == (3, 4)

@@ -295,7 +295,7 @@ def test_merge_joins_two_folders_and_lists_what_it_wrote(tmp_path):
         (["plugins", "--plugin", "nowhere.py"], "There is no Python file"),
         (["merge", "nowhere", "nowhere", "--out", "x"], "no data_party.safetensors in nowhere"),
         (["dance"], "No plugin offers command 'dance'"),
-        (["lsit"], "Did you mean 'list'? Commands of vflair itself: run, attack, explain"),
+        (["lsit"], "Did you mean 'list'? Commands of vflair itself: list, "),
     ],
 )
 def test_mistakes_end_in_one_sentence_and_code_one(arguments, said):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 
+import attrs
 import msgpack
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vflair_core.communication import codec
+from vflair_core.communication.header_limits import check_packed
 from vflair_core.communication.message import Crossing, Message
 from vflair_core.errors import ProtocolError
 
@@ -189,6 +191,11 @@ def test_a_header_longer_than_the_limit_is_refused_unread():
         ({"seq": "1"}, "seq must be a whole number"),
         ({"session": 3}, "session must be text"),
         ({"meta": []}, "meta a map"),
+        ({"seq": 2**63}, "seq must be a whole number"),
+        ({"session": "s" * 129}, "name of a session may have 128"),
+        ({"tensors": [["a" * 257, "smashed", "bool", []]]}, "name of a tensor may have 256"),
+        ({"tensors": [["a", "smashed", "bool", [2**30, 2]]] * 2}, "may have 2147483648 flags"),
+        ({"meta": {1: 2}}, "int is not allowed for map key"),
         ({"more": 1}, "A header must be a map with the keys"),
         ({"tensors": {}}, "tensors must be a list"),
         ({"tensors": [None]}, "A tensor entry must be"),
@@ -218,3 +225,86 @@ def test_nothing_but_plain_values_comes_out_of_a_header():
     extension = msgpack.ExtType(5, b"payload")
     with pytest.raises(ProtocolError):
         codec.decode(frame([], meta={"id": extension}))
+
+
+def nested(value, depth):
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+BOMBS = {
+    "empty lists": b"\xdd" + (2**20 - 5).to_bytes(4, "big") + b"\x90" * (2**20 - 5),
+    "as many as may be": b"\xdd" + (2**18 - 1).to_bytes(4, "big") + b"\x90" * (2**18 - 1),
+    "maps": b"\xdd" + (87_000).to_bytes(4, "big") + b"\x81\xa2ab\x80" * 87_000,
+    "nested lists": b"\x91" * (2**20 - 1) + b"\x90",
+    "nested maps": b"\x81\xa1a" * 300_000 + b"\x80",
+    "claims within claims": b"\xdd\x00\x03\xff\xff" * 200_000,
+    "claims in a row": (b"\xdd\x00\x03\xff\x00" * 31 + b"\x90") * 6000,
+    "a list of 4 billion": b"\xdd\xff\xff\xff\xff",
+    "a map of 4 billion": b"\xdf\xff\xff\xff\xff",
+    "a text of 4 GB": b"\xdb\xff\xff\xff\xff",
+    "an extension of 4 GB": b"\xc9\xff\xff\xff\xff\x01",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
+def test_no_header_takes_more_than_a_small_multiple_of_the_largest(bomb):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError) as refused:
+            codec.decode(b"vfl1" + len(bomb).to_bytes(4, "little") + bomb)
+        assert tracemalloc.get_traced_memory()[1] < 28 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert len(str(refused.value)) < 300
+
+
+@settings(max_examples=300, deadline=None)
+@given(junk=st.binary(min_size=1, max_size=60))
+def test_the_limits_refuse_what_is_not_one_value_and_nothing_that_is(junk):
+    try:
+        value = msgpack.unpackb(junk, raw=True, strict_map_key=False)
+    except (ValueError, TypeError):  # TypeError: a map's key that is itself a list or a map
+        return
+    if (
+        not isinstance(value, (msgpack.ExtType, msgpack.Timestamp))
+        and b"Ext" not in repr(value).encode()
+    ):
+        check_packed(junk)
+    with pytest.raises(ProtocolError):
+        check_packed(junk + b"\xc0")
+    with pytest.raises(ProtocolError):
+        check_packed(junk[:-1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"meta": {"names": ["x" * 30] * 40_000}}, "A header may have 1048576 bytes"),
+        ({"meta": {"numbers": [0] * 2**18}}, "may hold 262144 values"),
+        ({"meta": {"tree": nested(0, 40)}}, "may nest 32 deep"),
+        ({"meta": {"tree": nested(0, 5000)}}, "cannot cross"),
+        ({"meta": {"a": object()}}, "'forward' has a fact that cannot cross: can not serialize"),
+        ({"meta": {"a": 2**64}}, "cannot cross"),
+        ({"meta": {"a": "\ud800"}}, "cannot cross"),
+        ({"meta": {1: 1}}, "int is not allowed for map key"),
+        ({"session": "s" * 129}, "name of a session"),
+        ({"step": -1}, "step must be"),
+        ({"kind": "exec"}, "Unknown kind 'exec'"),
+        ({"tensors": (Crossing("a" * 257, "smashed", torch.ones(1)),)}, "name of a tensor"),
+        ({"tensors": (Crossing("a", "secret", torch.ones(1)),)}, "Unknown role 'secret'"),
+        ({"tensors": (Crossing("a", "smashed", torch.ones([1] * 9)),)}, "'a': .* at most 8 dim"),
+        ({"tensors": (Crossing("a", "smashed", torch.ones(1)),) * 4097}, "at most 4096"),
+    ],
+)
+def test_what_the_other_side_would_refuse_is_refused_before_the_first_byte(changes, words):
+    refused = attrs.evolve(message(), **changes)
+    with pytest.raises(ProtocolError, match=words):
+        next(codec.chunks(refused))
+
+
+def test_tensors_for_which_there_is_no_memory_are_refused_by_name():
+    lie = frame([("a", "smashed", "float64", [2**31 - 1, 2**31 - 1])])
+    with pytest.raises(ProtocolError, match="no memory for the"):
+        codec.read([lie], most=2**70)

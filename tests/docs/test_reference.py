@@ -14,15 +14,17 @@ from typing import Any, Literal, get_args, get_origin
 
 import attrs
 import pytest
+from _pytest.fixtures import FixtureFunctionDefinition
 
 import vflair_core
 from support.paths import DOCS
-from vflair_core import hookspecs
+from vflair_core import hookspecs, testing
 from vflair_core.attacks.knowledge import PRESETS, VOCABULARY
 from vflair_core.communication.message import Role
 from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.experiment import Experiment
 from vflair_core.plugins import HOOKS
+from vflair_core.testing import fixtures
 
 SHORTEST = {"task": {"name": "t"}, "model": {"name": "m"}}  # what an experiment cannot do without
 
@@ -139,8 +141,10 @@ def test_documented_defaults_are_those_of_a_file_that_leaves_everything_out():
 @pytest.mark.parametrize("name", VOCABULARY)
 def test_every_name_of_the_vocabulary_is_documented_with_the_first_preset_that_grants_it(name):
     first = next((preset for preset, names in PRESETS.items() if name in names), "by name")
-    meanings = {row[0]: row[1:] for row in rows(page("threat-models.md"))}
-    assert meanings.get(f"`{name}`") == (VOCABULARY[name], first)
+    each = [row for row in rows(page("threat-models.md")) if row[0] == f"`{name}`"]
+    assert (VOCABULARY[name], first) in [
+        row[1:] for row in each
+    ]  # another table has seams of that name
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -167,7 +171,13 @@ def test_every_hook_is_documented_with_its_arguments(hook):
 def test_no_hook_is_documented_that_does_not_exist():
     pages = "".join(path.read_text() for path in DOCS.glob("*.md"))
     mentioned = set(re.findall(r"\bvflair_[a-z_]+(?=\()", pages))
-    assert mentioned <= set(HOOKS)
+    assert mentioned <= {*HOOKS, *fixtures_of(fixtures)}
+
+
+def test_the_fixtures_and_no_others_are_on_the_page_of_the_first_plugin():
+    page = (DOCS / "first-plugin.md").read_text()
+    named = set(re.findall(r"^\| `(vflair_\w+)", page, re.MULTILINE)) - {"vflair_word_shuffle"}
+    assert named == fixtures_of(fixtures)
 
 
 def test_every_hook_is_called_somewhere_in_the_core():
@@ -188,15 +198,66 @@ def test_every_hook_is_called_somewhere_in_the_core():
 # -- names -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", vflair_core.__all__)
-def test_every_public_name_is_in_the_api_page(name):
-    documented = re.findall(r"^\.\. auto\w+:: vflair_core\.(\w+)", page("api.md"), re.MULTILINE)
-    assert name == "__version__" or name in documented
+def documented(module: str) -> list[str]:
+    """The names of a module that the page about the API has an entry for."""
+    entry = rf"^\.\. (?:auto|py:)\w+:: {re.escape(module)}\.(\w+)$"
+    return re.findall(entry, page("api.md"), re.MULTILINE)
 
 
-def test_every_page_is_reachable_from_the_index():
-    linked = set(re.findall(r"^([a-z-]+)$", page("index.md"), re.MULTILINE))
-    assert {path.stem for path in DOCS.glob("*.md")} - {"index"} <= linked
+def fixtures_of(module: types.ModuleType) -> set[str]:
+    """The fixtures of a module, as pytest knows them."""
+    return {
+        name for name, value in vars(module).items() if isinstance(value, FixtureFunctionDefinition)
+    }
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("vflair_core", set(vflair_core.__all__) - {"__version__"}),
+        ("vflair_core.testing", set(testing.__all__)),
+        ("vflair_core.testing.fixtures", fixtures_of(fixtures)),
+    ],
+    ids=["core", "testing kit", "fixtures"],
+)
+def test_every_public_name_is_in_the_api_page_once_and_no_other(module, names):
+    assert names
+    assert sorted(documented(module)) == sorted(names)
+
+
+def test_every_page_is_in_the_sidebar_once():
+    listed = re.findall(r"^([a-z-]+)$", page("index.md"), re.MULTILINE)
+    assert sorted(listed) == sorted({path.stem for path in DOCS.glob("*.md")} - {"index"})
+
+
+def test_every_part_of_the_sidebar_has_a_caption():
+    trees = re.findall(r"^```\{toctree\}\n(.*?)^```$", page("index.md"), re.DOTALL | re.MULTILINE)
+    captions = [re.findall(r"^:caption: (.+)$", tree, re.MULTILINE) for tree in trees]
+    assert [caption for (caption,) in captions] == [
+        "Begin", "For researchers", "For engineers", "For integrators", "Reference", "The project",
+    ]  # fmt: skip
+
+
+def test_the_page_of_each_kind_of_user_comes_first_in_its_part():
+    for kind in ("researcher", "engineer", "integrator"):
+        part = page("index.md").split(f":caption: For {kind}s\n", 1)[1]
+        assert part.split()[:2] == [":hidden:", kind]
+
+
+def test_every_figure_of_the_gallery_has_a_text_instead_a_command_and_a_file():
+    entries = re.split(r"^## ", page("gallery.md"), flags=re.MULTILINE)[1:]
+    assert entries
+    for entry in entries:
+        figures = re.findall(r"^!\[(.*?)\]\((.+?)\)$", entry, re.MULTILINE)
+        assert figures, entry.splitlines()[0]
+        assert all(len(instead) > 40 for instead, _ in figures), entry.splitlines()[0]
+        assert "```bash\n" in entry, entry.splitlines()[0]
+        assert all((DOCS / file).is_file() for _, file in figures)
+
+
+def test_every_image_is_shown_somewhere():
+    shown = "".join(path.read_text() for path in DOCS.glob("*.md"))
+    assert [image.name for image in (DOCS / "images").iterdir() if image.name not in shown] == []
 
 
 # -- plugins ---------------------------------------------------------------------------------------------

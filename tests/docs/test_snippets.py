@@ -18,10 +18,12 @@ from vflair_core import Result
 from vflair_core.cli.main import app
 from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.run import run
+from vflair_core.experiments.studies.grid import grid_from
 from vflair_core.plugins import PROJECT, plugin_manager
 
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
-PAGES += sorted((ROOT / "plugins").glob("*/README.md"))
+PAGES += [ROOT / "vflair_core" / "README.md", *sorted((ROOT / "plugins").glob("*/README.md"))]
+OF_STUDY = {"experiment", "vary", "axes", "cells", "tune"}
 SHORTEST = {"task": {"name": "t"}, "model": {"name": "m"}}
 
 
@@ -72,11 +74,13 @@ def run_pytest(folder: Path, file: str) -> None:
 
 
 @pytest.mark.parametrize("page", pages_with("toml"))
-def test_the_toml_of_a_page_is_an_experiment_a_part_of_one_or_a_project(page):
+def test_the_toml_of_a_page_is_an_experiment_a_study_a_part_of_one_or_a_project(page):
     for _, _, text in blocks(page, "toml"):
         table = tomllib.loads(text)
         if "project" in table:
             assert PROJECT in table["project"]["entry-points"]
+        elif OF_STUDY & table.keys():
+            grid_from(table | {"experiment": SHORTEST | table.get("experiment", {})})
         else:
             experiment_from(SHORTEST | table)
 

@@ -10,9 +10,9 @@ import pytest
 
 from support.paths import SAMPLE_PLUGIN
 from vflair_core import plugin_manager, run
-from vflair_core.cli.main import app
+from vflair_core.cli.main import main
 from vflair_core.cli.terminal import show_cuts
-from vflair_core.errors import ExperimentError, VflairError
+from vflair_core.errors import ExperimentError
 from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.cut_sweep import Recovery, draw, run_cuts
 
@@ -88,10 +88,11 @@ def test_without_matplotlib_nothing_is_run(pm, tmp_path, monkeypatch):
         run_cuts(small(), [0], tmp_path / "out", plugins=pm)
 
 
-def test_a_list_of_cuts_that_is_none_is_named(tmp_path):
+def test_a_list_of_cuts_that_is_none_is_named(tmp_path, capsys):
     (tmp_path / "e.toml").write_text('[task]\nname = "words"\n[model]\nname = "m"\n')
-    with pytest.raises(VflairError, match=r"--heads '1;2' is no list"):
-        app(["run", str(tmp_path / "e.toml"), "--heads", "1;2"], result_action="return_value")
+    with pytest.raises(SystemExit):
+        main(["run", str(tmp_path / "e.toml"), "--heads", "1;2"])
+    assert "--heads '1;2' is no list" in capsys.readouterr().err
 
 
 def test_a_number_that_says_nothing_is_marked_in_table_file_and_plot(tmp_path, capsys):

@@ -14,6 +14,8 @@ from support.cheating_attacks import OnVictims
 from support.paths import SAMPLE_PLUGIN
 from support.small_models import LLAMA
 from vflair_core import Defense, Mechanism, Partition, plugin_manager, run, split, train_tokenizer
+from vflair_core.attacks.adaptive import rebuilt_mechanism
+from vflair_core.errors import DefenseError
 from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.honesty import (
     FALSE_ALARMS,
@@ -44,6 +46,15 @@ class Silent(Mechanism):
     """Says that nothing is done."""
 
 
+class Other:
+    """Has a mechanism's look, and is none."""
+
+    in_nats = False
+
+    def expected(self, hidden):
+        return hidden
+
+
 @define(slots=False)
 class Liar(Defense):
     """Adds noise and says that it does something else."""
@@ -55,7 +66,7 @@ class Liar(Defense):
         return smashed + torch.randn(smashed.shape, generator=exchange.generator)
 
     def mechanism(self):
-        return Negated() if self.said == "negated" else Silent()
+        return {"negated": Negated(), "nothing": Silent(), "something else": Other()}[self.said]
 
 
 def party_with(defenses, kind="llama"):
@@ -103,6 +114,14 @@ def test_two_defenses_one_after_the_other_are_told_as_one():
 @pytest.mark.parametrize("said", ["negated", "nothing"])
 def test_a_defense_that_says_something_else_is_found_out(said):
     assert not mechanism_check(party_with([Liar(said)]), PUBLIC)["matches"]
+
+
+def test_what_is_no_mechanism_is_refused_by_name_wherever_it_would_be_asked():
+    with pytest.raises(DefenseError, match=r"told of Other .* Derive Other from Mechanism"):
+        mechanism_check(party_with([Liar("something else")]), PUBLIC)
+    specs = [{"target": f"{__name__}:Liar", "options": {"said": "something else"}}]
+    with pytest.raises(DefenseError, match="told of Other"):
+        rebuilt_mechanism(specs, "mechanism", None)
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])

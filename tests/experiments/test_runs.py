@@ -253,7 +253,7 @@ def test_a_failed_run_is_told_and_raised(pm):
         ),
         ({"victims": {**BASE["victims"], "count": 99}}, ExperimentError, "victims.count is 99"),
         ({"partition": {"head": 3, "tail": 1}}, VflairError, "must lie between 0 and 2"),
-        ({"channel": "grpc://x"}, VflairError, "No plugin opens the channel 'grpc://x'"),
+        ({"channel": "carrier://x"}, VflairError, "No plugin opens the channel 'carrier://x'"),
         ({"devices": ["cpu", "cpu"]}, VflairError, "No plugin places the model party on cpu, cpu"),
         ({"partition_plugin": "me"}, ExperimentError, "No plugin 'me' answers vflair_partition"),
         ({"save": True}, ExperimentError, "needs an output folder"),

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from vflair_core import Example, LocalChannel, Partition, load_data_party, load_model_party, merge
+from vflair_core.communication.message import reply
 from vflair_core.errors import CheckpointError
 from vflair_core.testing import tiny_batch, tiny_model
 
@@ -151,7 +152,10 @@ def test_no_tensor_of_the_process_holds_the_other_partys_weights(saved, side):
     if side == "data":
         agreed = load_model_party(folder, partition).fingerprint
         gc.collect()
-        party = load_data_party(folder, partition, channel=lambda message: message)
+        facts = {"step": 0, "moved": 0}
+        party = load_data_party(
+            folder, partition, channel=lambda message: reply(message, meta=facts)
+        )
         assert party.connection.fingerprint == agreed
     else:
         party = load_model_party(folder, partition)

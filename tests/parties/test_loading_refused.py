@@ -137,8 +137,8 @@ def test_models_split_in_memory_with_other_weights_have_other_fingerprints():
 
 
 def test_a_url_that_nobody_opens_is_refused(folder):
-    with pytest.raises(ProtocolError, match="No plugin opens the channel 'grpc://there'"):
-        load_data_party(folder, Partition(1, 1), channel="grpc://there")
+    with pytest.raises(ProtocolError, match="No plugin opens the channel 'carrier://there'"):
+        load_data_party(folder, Partition(1, 1), channel="carrier://there")
 
 
 def test_quantisation_without_its_library_is_refused_by_name(folder):

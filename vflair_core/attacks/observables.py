@@ -81,9 +81,9 @@ class Observables(Mapping[str, Any]):
 
     def of_each(self, role: str, stage: int = 0) -> list[Tensor]:
         """What crossed for each victim, release after release; nothing if the role did not cross."""
-        exchanges = list(dict.fromkeys(record.exchange for record in self.records))
-        stages = max(len(exchanges) // (self.victims * self.releases), 1) if self.victims else 1
-        wanted = exchanges[stage % stages :: stages]
+        stacks = self.stacks()
+        number = stage % (max(stacks.values(), default=0) + 1)
+        wanted = [exchange for exchange, stack in stacks.items() if stack == number]
         of_stage = set(wanted)
         chosen: dict[int, Tensor] = {}
         for record in self.records:  # the first tensor of a role in an exchange: the hidden states
@@ -94,6 +94,13 @@ class Observables(Mapping[str, Any]):
             for number, exchange in enumerate(wanted)
             if exchange in chosen
         ]
+
+    def stacks(self) -> dict[int, int]:
+        """Which stack of the model each exchange is of, in their order, from 0."""
+        exchanges = dict.fromkeys(record.exchange for record in self.records)
+        each = self.victims * self.releases
+        stacks = max(len(exchanges) // each, 1) if each else 1
+        return {exchange: number % stacks for number, exchange in enumerate(exchanges)}
 
     def _spot(self, number: int) -> VictimRow:
         return self.spots[number] if self.spots else VictimRow()

@@ -66,7 +66,8 @@ def run_job(folder: Path, progress: Progress) -> None:
             knowledge = GrantedKnowledge(workspace, attack, which, report)
             guess = launch(callable_, knowledge)
             seconds = time.perf_counter() - start
-            timed = TimedGuess(guess, seconds, course, frozenset(knowledge.used))
+            looked = frozenset(knowledge.used), frozenset(knowledge.read)
+            timed = TimedGuess(guess, seconds, course, *looked)
             write_guess(folder / f"guess-{attack['number']}-{which}", timed)
 
 

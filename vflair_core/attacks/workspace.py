@@ -21,7 +21,7 @@ from vflair_core.attacks.halves import Head, Tail, halves
 from vflair_core.attacks.knowledge import DEFENSE
 from vflair_core.attacks.observables import Observables, VictimRow
 from vflair_core.communication.transcript import Transcript
-from vflair_core.defenses.mechanism import Mechanism, Replacement
+from vflair_core.defenses.mechanism import ComposedMechanism, Replacement
 from vflair_core.errors import AttackError
 from vflair_core.offers import target_of
 from vflair_core.parties.split import split
@@ -116,7 +116,7 @@ class Workspace:
         """Whether knowing the defenses could help against one side of them."""
         return has_mechanism(self.job["defenses"], side)
 
-    def mechanism(self, side: Side, *, with_parameters: bool) -> Mechanism:
+    def mechanism(self, side: Side, *, with_parameters: bool) -> ComposedMechanism:
         """The defenses of the run as one mechanism, in their order."""
         state = load_file(self.folder / "defenses.safetensors") if with_parameters else None
         return rebuilt_mechanism(self.job["defenses"], side, state)

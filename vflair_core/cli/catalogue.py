@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from vflair_core.errors import PluginError, VflairError, alternatives
-from vflair_core.offers import Offered, Shelf, build, offers
+from vflair_core.offers import Offered, Shelf, absences, build, offers
 from vflair_core.plugins import PluginManager
 from vflair_core.tasks.spans import rendered
 from vflair_core.tasks.task import Span, Task, TaskCard
@@ -30,7 +30,8 @@ def describe(
     """
     everything = {key: (shelf, o) for shelf in SHELVES for key, o in offers(manager, shelf).items()}
     if name not in everything:
-        raise PluginError(f"No plugin offers {name!r}.{alternatives(name, everything)}")
+        said = f"No plugin offers {name!r}.{alternatives(name, everything)}"
+        raise PluginError(said + absences(manager))
     shelf, offered = everything[name]
     thing = offered.load()
     facts: dict[str, Any] = {

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from vflair_core.cli.app import Json, Overrides, Plugin, configure_logging
+from vflair_core.cli.app import Json, NoPlugin, Overrides, Plugin, configure_logging, leave_out
 from vflair_core.cli.tables import say, table
 from vflair_core.errors import VflairError
 
@@ -19,6 +19,7 @@ def run(
     *,
     override: Overrides = None,
     plugin: Plugin = None,
+    no_plugin: NoPlugin = None,
     out: Annotated[
         Path | None, Parameter(help="Folder for the result; runs/NAME by default.")
     ] = None,
@@ -37,7 +38,7 @@ def run(
         Parameter(help="Keep messages, weights and the truth of each arm, for `vflair attack`."),
     ] = False,
     cache: Annotated[
-        Path | None, Parameter(help="Keep here what defenses prepare on public text.")
+        Path | None, Parameter(help="Keep here the public phase, and what defenses prepare.")
     ] = None,
     strict: Annotated[bool, Parameter(help="Stop when a watching plugin raises.")] = False,
     verbose: Annotated[
@@ -45,6 +46,7 @@ def run(
     ] = False,
 ) -> None:
     """Run the experiment in FILE and write result.json, transcript.safetensors and experiment.toml."""
+    leave_out(no_plugin)
     configure_logging(verbose=verbose, level=logging.INFO)
     from vflair_core.cli import terminal
     from vflair_core.cli.progress import progress
@@ -97,9 +99,11 @@ def attack(
         str, Parameter(help="Where models compute: cpu, cuda, cuda:1; auto is CUDA if it is there.")
     ] = "auto",
     plugin: Plugin = None,
+    no_plugin: NoPlugin = None,
     json_: Json = False,
 ) -> None:
     """Attack the evidence that `vflair run --keep-evidence` left in FOLDER, without running either party."""
+    leave_out(no_plugin)
     configure_logging(verbose=False)
     from vflair_core.cli import terminal
     from vflair_core.cli.progress import progress
@@ -130,10 +134,12 @@ def explain(
     *,
     override: Overrides = None,
     plugin: Plugin = None,
+    no_plugin: NoPlugin = None,
     weights: Annotated[bool, Parameter(help="List every weight with its owner and shape.")] = False,
     json_: Json = False,
 ) -> None:
     """Say what an experiment sends across the cut: tensors, roles, shapes, bytes, and how much each party holds."""
+    leave_out(no_plugin)
     configure_logging(verbose=False)
     from vflair_core.experiments.config import read_experiment
     from vflair_core.experiments.explain import explain as explain_experiment

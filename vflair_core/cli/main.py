@@ -10,11 +10,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 
-from vflair_core.cli.app import Json, app, configure_logging
+from vflair_core.cli.app import Json, app, configure_logging, own_choice, own_logging
+from vflair_core.cli.credentials import tls, token
+from vflair_core.cli.doctor import doctor
 from vflair_core.cli.experiments import attack, explain, run
+from vflair_core.cli.new_plugin import new_plugin
 from vflair_core.cli.plugins import list_, plugins, show
+from vflair_core.cli.serve import serve
+from vflair_core.cli.studies import export, report, study
+from vflair_core.cli.submissions import leaderboard, submit, verify_result
 from vflair_core.cli.tables import say
 from vflair_core.errors import PluginError, VflairError, alternatives
 
@@ -50,21 +56,34 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "run": run,
     "attack": attack,
     "explain": explain,
+    "study": study,
+    "export": export,
+    "report": report,
+    "submit": submit,
+    "verify-result": verify_result,
+    "leaderboard": leaderboard,
+    "new-plugin": new_plugin,
     "plugins": plugins,
     "list": list_,
     "show": show,
     "merge": merge,
+    "serve": serve,
+    "doctor": doctor,
 }
 for _name, _command in COMMANDS.items():
     app.command(_command, name=_name)
+GROUPS: dict[str, App] = {"tls": tls, "token": token}  # commands that have commands
+for _group in GROUPS.values():
+    app.command(_group)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program on `arguments`, by default those it was called with; an error of ours or of a file is one message."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        _add_plugin_commands(words)
-        app(words)
+        with own_logging(), own_choice():
+            _add_plugin_commands(words)
+            app(words)
     except VflairError as error:
         _end(str(error), error, 1)
     except KeyboardInterrupt as stop:
@@ -87,7 +106,7 @@ def _end(message: str, error: BaseException, code: int) -> None:
 def _add_plugin_commands(arguments: list[str]) -> None:
     """Plugins' commands are looked up only for help, and where the core has no command of that name."""
     name = next((word for word in arguments if not word.startswith("-")), "")
-    if name in COMMANDS:
+    if name in COMMANDS or name in GROUPS:
         return
     from vflair_core.offers import find, offers
     from vflair_core.plugins import plugin_manager
@@ -100,7 +119,7 @@ def _add_plugin_commands(arguments: list[str]) -> None:
             [find(manager, "commands", name)] if name else offers(manager, "commands").values()
         )
     except PluginError as error:
-        ours = alternatives(name, COMMANDS, label="Commands of vflair itself")
+        ours = alternatives(name, [*COMMANDS, *GROUPS], label="Commands of vflair itself")
         raise PluginError(f"{error}{ours}") from error
     for command in offered:
         app.command(command.load(), name=command.name)

@@ -9,13 +9,14 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from vflair_core.cli.app import Json, Plugin, app, configure_logging
+from vflair_core.cli.app import Json, NoPlugin, Plugin, app, configure_logging, leave_out
 from vflair_core.cli.tables import plain, say, summary, table
 from vflair_core.errors import VflairError, alternatives
 
 
-def plugins(*, plugin: Plugin = None, json_: Json = False) -> None:
+def plugins(*, plugin: Plugin = None, no_plugin: NoPlugin = None, json_: Json = False) -> None:
     """List every plugin, where it came from, what it implements, and why it failed if it did."""
+    leave_out(no_plugin)
     import attrs
 
     from vflair_core.plugins import plugin_manager
@@ -32,8 +33,15 @@ def plugins(*, plugin: Plugin = None, json_: Json = False) -> None:
     table(("plugin", "from", "hooks, or why it failed"), rows)
 
 
-def list_(what: str | None = None, *, plugin: Plugin = None, json_: Json = False) -> None:
+def list_(
+    what: str | None = None,
+    *,
+    plugin: Plugin = None,
+    no_plugin: NoPlugin = None,
+    json_: Json = False,
+) -> None:
     """List attacks, defenses, tasks or models (types that `verify` found exact)."""
+    leave_out(no_plugin)
     if what is None:
         app.help_print(["list"])
         return
@@ -75,9 +83,11 @@ def show(
         Parameter(name=["--option", "-o"], help="key=value of a task in TOML; repeatable."),
     ] = None,
     plugin: Plugin = None,
+    no_plugin: NoPlugin = None,
     json_: Json = False,
 ) -> None:
     """Show an attack, a defense or a task: options with types, defaults and what they are, source; of a task also an example."""
+    leave_out(no_plugin)
     from vflair_core.cli.catalogue import describe
     from vflair_core.experiments.config import override
     from vflair_core.plugins import plugin_manager

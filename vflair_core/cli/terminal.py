@@ -19,6 +19,7 @@ from vflair_core.experiments.cut_sweep import Recovery
 from vflair_core.experiments.grading.grades import Grade
 from vflair_core.experiments.grading.ranking import NOT_EVALUATED
 from vflair_core.experiments.result import Result
+from vflair_core.experiments.seams import UNREAD, uncovered, unread
 
 WARNING = (
     "failed",
@@ -175,6 +176,7 @@ def _remarks(result: Result, arms: list[str]) -> Iterator[str]:
             if not there:
                 yield f"{arm}, {target}: {NOT_EVALUATED}."
         yield from _strongest(arm, result.numbers[arm].get("strongest", ()))
+        yield from _seams(arm, result.numbers[arm].get("seams", ()))
         for guarantee in result.numbers[arm]["guarantees"]:
             outside = (
                 f" Outside the claim: {guarantee['excluded']}." if guarantee["mechanism"] else ""
@@ -216,6 +218,14 @@ def _strongest(arm: str, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             f"{arm}, {row['target']} from {row['knowledge']}: strongest is {row['attack']} with AP "
             f"{row['attack_performance']:.3f} [{low:.2f}, {high:.2f}], floor {row['floor']:.3f}."
         )
+
+
+def _seams(arm: str, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What crossed and nobody looked at, and what no defense stands before."""
+    if unseen := unread(rows):
+        yield f"{arm}: crossed, and {UNREAD}: {', '.join(unseen)}."
+    if arm.endswith("defended") and not arm.endswith("undefended") and (bare := uncovered(rows)):
+        yield f"{arm}: crossed, and covered by no defense: {', '.join(bare)}."
 
 
 def _seeds(result: Result) -> Iterator[str]:

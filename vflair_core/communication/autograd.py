@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
+from vflair_core.communication.codec import DTYPES
 from vflair_core.communication.connection import Connection
 from vflair_core.communication.message import Crossing, Phase, Role
 from vflair_core.communication.program import Program
+from vflair_core.communication.replies import Due, check_tensors
 from vflair_core.errors import SecondDerivativeError
 
 Gradient = Literal["hidden_grad", "smashed_grad"]
 Sent = tuple[str, Role, Tensor]  # name, role, and what is sent under them
+UNKNOWN = torch.Size([0])  # the shape of a form of which only the type is known
 
 
 @frozen(eq=False)
@@ -39,6 +42,9 @@ class Request:
     inspect: Callable[[list[Sent]], None]
     guard: Callable[[Gradient, Tensor], Tensor]
     adapters: dict[str, Any] | None = None  # which are on (`AdapterState.to_wire`)
+    answer: Sequence[Tensor] | None = (
+        None  # the form of what the program gives: meta tensors; None where it is not known here
+    )
 
 
 def cross(request: Request, tensors: list[Tensor]) -> tuple[Tensor, ...]:
@@ -84,13 +90,20 @@ class Cut(torch.autograd.Function):
         reply = connection.request(
             "forward", crossings, meta, exchange=request.exchange, phase=request.phase
         )
-        outputs = tuple(crossing.tensor.to(leaves[0].device) for crossing in reply.tensors)
         live = [n for n, alive in enumerate(reply.meta["live"]) if alive]
+        if live:
+            weakref.finalize(ctx, connection.graphs.append, request.exchange)
+        if request.answer is not None:
+            due = [_due_form(form, meta["autocast"]) for form in request.answer]
+            check_tensors("forward", reply.tensors, due)
+        outputs = tuple(crossing.tensor.to(leaves[0].device) for crossing in reply.tensors)
         ctx.mark_non_differentiable(*(out for n, out in enumerate(outputs) if n not in live))
         ctx.set_materialize_grads(False)
         ctx.request, ctx.wants, ctx.width, ctx.threads = request, wants, len(leaves), threads
-        if live:
-            weakref.finalize(ctx, connection.graphs.append, request.exchange)
+        ctx.due = [
+            Due("smashed_grad", "smashed_grad", tuple(leaves[n].shape), (leaves[n].dtype,))
+            for n in wants
+        ]
         return outputs
 
     @staticmethod
@@ -108,6 +121,7 @@ class Cut(torch.autograd.Function):
         reply = request.connection.request(
             "backward", crossings, meta, exchange=request.exchange, phase=request.phase
         )
+        check_tensors("backward", reply.tensors, ctx.due)
         answer: list[Tensor | None] = [None] * ctx.width
         for index, crossing in zip(ctx.wants, reply.tensors, strict=True):
             came = request.guard("smashed_grad", crossing.tensor.to(guarded[0].device))
@@ -134,6 +148,16 @@ class Once(torch.autograd.Function):
             "so you cannot differentiate twice through them, and the result would be wrong. Differentiate once, or "
             "only what lies on the data party's side of the cut."
         )
+
+
+def _due_form(form: Tensor, autocast: str | None) -> Due:
+    # Forms are found without autocast, which gives what is floating its own type where it thinks best, without a cache
+    # and with texts of another length: keys, values and biases, of four dimensions, count positions.
+    may_be = (
+        {form.dtype, DTYPES[autocast]} if autocast and form.is_floating_point() else {form.dtype}
+    )
+    shape = None if form.shape == UNKNOWN else tuple(form.shape)
+    return Due("returned", "returned", shape, tuple(may_be), form.dim() >= 4)
 
 
 def _autocast_dtype(device: str) -> str | None:

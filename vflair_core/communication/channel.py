@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, Protocol, TypeVar
 
+import attrs
 import torch
 from attrs import define
 from torch import Tensor
 
 from vflair_core.communication import codec
-from vflair_core.communication.message import Crossing, Message, Role, reply
+from vflair_core.communication.message import Crossing, Kind, Message, Role, reply, to_be_rounded
+from vflair_core.communication.wire_dtype import WireDtype, check_wire_dtype, restored, rounded
+from vflair_core.errors import ProtocolError
 
 Handler = Callable[[Message], Message]  # a model party's `handle`
 Direction = Literal["sent", "received"]  # as the data party sees it
@@ -41,30 +45,47 @@ class Channel(ABC):
     """Carries requests of the data party to the model party and brings back the replies.
 
     Subclasses say only how one message is delivered. Counting and watching happen here, on the data
-    party's side, so that they hold for every channel.
+    party's side, so that they hold for every channel: bytes as they cross, tensors as they come out of the rounding that
+    `wire_dtype` names.
     """
+
+    lasting = False  # whether it may outlive the model party, and find it started anew
+    patience = 0.0  # seconds in which a busy model party is asked again
+    wire_dtype: WireDtype = "float32"  # what hidden states and their gradients are rounded to
 
     def __init__(self) -> None:
         self.traffic: dict[tuple[Role, Direction], Traffic] = {}
+        self.carried: Counter[tuple[Role, Direction]] = Counter()  # messages with a tensor of it
+        self.by_kind: Counter[Kind] = Counter()  # requests, each of which had a reply
         self.messages = 0
         self.seconds = 0.0
         self._watchers: list[Watcher] = []
+
+    @property
+    def handled(self) -> float | None:
+        """Seconds of `seconds` in which the model party answered; None where it is in another process."""
+        return None
 
     @abstractmethod
     def deliver(self, message: Message) -> Message:
         """Bring `message` to the model party and return its reply."""
 
+    def close(self) -> None:  # noqa: B027 - most hold nothing
+        """Let go of what the channel holds, such as a connection. The session is not ended."""
+
     def request(self, message: Message) -> Message:
         """Send `message`, wait for the reply, count both and show copies to whoever taps."""
+        message = to_be_rounded(message, self.wire_dtype)
         start = time.perf_counter()
         reply = self.deliver(message)
         seconds = time.perf_counter() - start
         self.messages += 1
+        self.by_kind[message.kind] += 1
         self.seconds += seconds
         self._count(message, "sent")
         self._count(reply, "received")
         for watcher in tuple(self._watchers):
-            watcher(_copy(message), "sent", seconds)
+            watcher(as_it_arrives(message), "sent", seconds)
             watcher(_copy(reply), "received", seconds)
         return reply
 
@@ -78,6 +99,7 @@ class Channel(ABC):
             self._watchers.remove(watcher)
 
     def _count(self, message: Message, direction: Direction) -> None:
+        self.carried.update((role, direction) for role in {c.role for c in message.tensors})
         for crossing in message.tensors:
             counted = self.traffic.setdefault((crossing.role, direction), Traffic())
             counted.tensors += 1
@@ -94,23 +116,70 @@ class LocalChannel(Channel):
     Args:
         handle: The model party's `handle`.
         wire: Pass every message through the real codec, byte for byte as a remote channel would.
+        wire_dtype: With `wire`, round hidden states and their gradients to ``bfloat16`` or ``int8`` on their way, as a
+            remote channel may; ``float32`` rounds nothing.
+
+    Raises:
+        ProtocolError: There is no such wire dtype, or messages are not passed through the codec.
     """
 
-    def __init__(self, handle: Handler, *, wire: bool = False) -> None:
+    def __init__(
+        self, handle: Handler, *, wire: bool = False, wire_dtype: WireDtype = "float32"
+    ) -> None:
         super().__init__()
         self._handle = handle
+        self._handled = 0.0
         self.wire = wire
+        self.wire_dtype = check_wire_dtype(wire_dtype)
+        if wire_dtype != "float32" and not wire:
+            raise ProtocolError(
+                f"Nothing is rounded to {wire_dtype} where messages do not pass through the codec: set wire=True."
+            )
+
+    @property
+    def handled(self) -> float | None:
+        """Seconds in which the model party answered."""
+        return self._handled
 
     def deliver(self, message: Message) -> Message:
         if self.wire:
-            reply = self._handle(codec.read(codec.chunks(message)))
-            return codec.read(codec.chunks(reply))
-        return _handed_over(self._handle(_copy(message)))
+            arrived = codec.read(codec.chunks(message), wire_dtype=self.wire_dtype)
+            answer = to_be_rounded(
+                self._answered(attrs.evolve(arrived, once=True)), self.wire_dtype
+            )
+            return codec.read(codec.chunks(answer), wire_dtype=self.wire_dtype)
+        return _handed_over(self._answered(_copy(message, once=True)))
+
+    def _answered(self, message: Message) -> Message:
+        """Let the model party answer, and count the seconds; on CUDA until the answer is there."""
+        start = time.perf_counter()
+        answer = self._handle(message)
+        for device in {c.tensor.device for c in answer.tensors if c.tensor.is_cuda}:
+            torch.cuda.synchronize(device)
+        self._handled += time.perf_counter() - start
+        return answer
 
 
-def _copy(message: Message) -> Message:
-    copies = tuple(Crossing(c.name, c.role, _cloned(c.tensor)) for c in message.tensors)
+def _copy(message: Message, *, once: bool = False) -> Message:
+    m = message
+    copies = tuple(
+        Crossing(c.name, c.role, _cloned(c.tensor), wire_dtype=c.wire_dtype)
+        for c in message.tensors
+    )
+    return Message(m.kind, m.session, m.step, m.exchange, m.seq, m.phase, copies, m.meta, once)
+
+
+def as_it_arrives(message: Message) -> Message:
+    """Copy what is sent as the other side reads it: what is rounded on its way is, and all else is cloned."""
+    copies = tuple(attrs.evolve(c, tensor=_arriving(c), let_go=False) for c in message.tensors)
     return reply(message, copies, message.meta)
+
+
+def _arriving(c: Crossing) -> Tensor:
+    if c.wire_dtype == "float32":
+        return _cloned(c.tensor)
+    payload = rounded(c.tensor, c.wire_dtype)
+    return restored(payload, c.tensor.shape, c.tensor.dtype, c.wire_dtype)
 
 
 def _handed_over(message: Message) -> Message:

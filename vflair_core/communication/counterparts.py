@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from vflair_core.communication.message import Crossing
-from vflair_core.errors import DefenseError, ProtocolError
+from vflair_core.errors import DefenseError, ProtocolError, shown
 
 KINDS: dict[str, type[nn.Module]] = {"linear": nn.Linear, "layer_norm": nn.LayerNorm}
+OPTIONS = {
+    "linear": ("in_features", "out_features", "bias"),
+    "layer_norm": ("normalized_shape", "eps"),
+}
 
 
 def describe(
@@ -48,18 +52,43 @@ def describe(
     return descriptions, weights
 
 
-def build(spec: dict[str, Any], prefix: str, weights: dict[str, Tensor]) -> nn.Module:
+def build(spec: Any, prefix: str, weights: dict[str, Tensor]) -> nn.Module:
     """Build one counterpart from its description and the weights that came under `prefix`.
 
     Raises:
-        ProtocolError: The kind is not on the list.
+        ProtocolError: The kind is not on the list, or the weights are not those that its options speak of.
     """
-    kind = spec["kind"]
-    if kind not in KINDS:
-        raise ProtocolError(f"Counterpart {kind!r} is not on the list: {', '.join(KINDS)}.")
+    match spec:
+        case {"kind": str() as kind, "options": dict() as options} if kind in KINDS:
+            pass
+        case {"kind": kind}:
+            raise ProtocolError(
+                f"Counterpart {shown(kind)} is not on the list: {', '.join(KINDS)}."
+            )
+        case _:
+            raise ProtocolError(f"A counterpart has a kind and options; {shown(spec)} came.")
+    if set(options) != set(OPTIONS[kind]):
+        raise ProtocolError(f"A counterpart {kind!r} has the options {', '.join(OPTIONS[kind])}.")
     state = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    # No memory for what the options claim, only for the weights that came.
-    with torch.device("meta"):
-        module: nn.Module = KINDS[kind](**spec["options"])
+    expected = _shapes(kind, options)
+    if {name: list(weight.shape) for name, weight in state.items()} != expected:
+        raise ProtocolError(
+            f"The weights of a counterpart {kind!r} must have the shapes {shown(expected)}."
+        )
+    if not all(weight.is_floating_point() for weight in state.values()):
+        raise ProtocolError("The weights of a counterpart must be floating-point numbers.")
+    with torch.device("meta"):  # its memory is that of the weights that came
+        module: nn.Module = KINDS[kind](**options)
     module.load_state_dict(state, assign=True)
     return module.requires_grad_(False)
+
+
+def _shapes(kind: str, options: dict[str, Any]) -> dict[str, list[int]]:
+    """The weights that a module has, by its options."""
+    if kind == "layer_norm":
+        shape, eps = options["normalized_shape"], options["eps"]
+        if not isinstance(shape, (list, tuple)) or not isinstance(eps, float) or not eps > 0:
+            raise ProtocolError("A layer norm has a shape, and an eps more than 0.")
+        return {"weight": list(shape), "bias": list(shape)}
+    shape = [options["out_features"], options["in_features"]]
+    return {"weight": shape, **({"bias": shape[:1]} if options["bias"] is True else {})}

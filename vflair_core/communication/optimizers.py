@@ -10,8 +10,8 @@ A spec names one, with its options, and says which weights they hold for:
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -19,8 +19,13 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.trainer_pt_utils import get_parameter_names
 
-from vflair_core.errors import ProtocolError
+from vflair_core.errors import ProtocolError, shown
 
+SWITCHES = frozenset(
+    "amsgrad maximize nesterov foreach fused capturable differentiable decoupled_weight_decay".split()  # noqa: SIM905
+)
+LARGEST = 1e4  # that an option, a learning rate or a scale may be: more ruins any weight
+REFUSED = frozenset(["capturable", "differentiable"])  # of them
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 # Weights that transformers' `Trainer` never decays.
@@ -40,7 +45,7 @@ def make_optimizer(
     name, groups = options.pop("name"), options.pop("groups", None)
     exempt = options.pop("exempt", False)
     if name not in OPTIMIZERS:
-        raise ProtocolError(f"Optimizer {name!r} is not on the list: {', '.join(OPTIMIZERS)}.")
+        raise ProtocolError(f"Optimizer {shown(name)} is not on the list: {', '.join(OPTIMIZERS)}.")
     for each in (options, *(groups or ())):
         _check_names(name, each)
     weights = list(model.parameters()) if isinstance(model, nn.Module) else list(model)
@@ -62,8 +67,9 @@ def make_optimizer(
 
 def _check_names(name: str, options: Mapping[str, Any]) -> None:
     known = set(inspect.signature(OPTIMIZERS[name]).parameters) - {"params"} | {"weights"}
-    if unknown := [key for key in options if key not in known]:
-        raise ProtocolError(f"Optimizer {name!r} has no option {', '.join(unknown)}.")
+    if unknown := [str(key) for key in options if key not in known]:
+        raise ProtocolError(f"Optimizer {name!r} has no option {', '.join(unknown)[:200]}.")
+    _check_values(options)
 
 
 def names_by_decay(model: nn.Module) -> tuple[list[str], list[str]]:
@@ -115,7 +121,7 @@ def _plain(key: str, value: Any) -> Any:
 
 
 def check_options(optimizer: Optimizer | None, told: Any) -> None:
-    """See that `told` is a value for options of each group of an optimizer.
+    """See that `told` is a value for options of each group of an optimizer, whose step is then as safe as before.
 
     Raises:
         ProtocolError: It is not.
@@ -123,15 +129,7 @@ def check_options(optimizer: Optimizer | None, told: Any) -> None:
     if not isinstance(told, (list, tuple)) or not all(isinstance(group, dict) for group in told):
         raise ProtocolError("'groups' must be a list of options for each group of the optimizer.")
     for group in told:
-        for key, value in group.items():
-            parts = value if isinstance(value, (list, tuple)) else [value]
-            if not all(
-                part is None or (isinstance(part, (bool, int, float)) and 0 <= part < math.inf)
-                for part in parts
-            ):
-                raise ProtocolError(
-                    f"The optimizer's option {key} cannot be {value!r}: numbers are >= 0 and finite."
-                )
+        _check_values(group)
     if optimizer is None:
         return
     if len(told) != len(optimizer.param_groups):
@@ -140,7 +138,41 @@ def check_options(optimizer: Optimizer | None, told: Any) -> None:
         )
     for group, present in zip(told, optimizer.param_groups, strict=True):
         if unknown := [key for key in group if key not in present or key == "params"]:
-            raise ProtocolError(f"The optimizer has no option {', '.join(map(str, unknown))}.")
+            raise ProtocolError(f"The optimizer has no option {shown(unknown)}.")
+        fixed = [k for k, v in group.items() if k in SWITCHES and bool(v) != bool(present[k])]
+        if fixed:
+            raise ProtocolError(
+                f"{', '.join(fixed)} cannot be changed in a run: the optimizer keeps other states for it. Open the session anew."
+            )
+
+
+def _check_values(options: Mapping[Any, Any]) -> None:
+    for key, value in options.items():
+        fits = key == "weights" or (
+            isinstance(value, (bool, NoneType))
+            if key in SWITCHES
+            else _are_betas(value)
+            if key == "betas"
+            else _is_amount(value) and (value > 0 or key != "eps")
+        )
+        if not fits:
+            raise ProtocolError(
+                f"The optimizer's option {shown(key)} cannot be {shown(value)}: numbers are >= 0 and at most {LARGEST:g}, betas two numbers "
+                "below 1, eps more than 0, switches true or false."
+            )
+        if key in REFUSED and value:
+            raise ProtocolError(
+                f"The optimizer's option {key} says how torch computes a step, and the model party does not take it."
+            )
+
+
+def _is_amount(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= LARGEST
+
+
+def _are_betas(value: Any) -> bool:
+    pair = isinstance(value, (list, tuple)) and len(value) == 2
+    return pair and all(_is_amount(each) and each < 1 for each in value)
 
 
 def set_options(optimizer: Optimizer, told: Sequence[Mapping[str, Any]]) -> None:

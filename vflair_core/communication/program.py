@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import marshal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vflair_core.communication.codec import DTYPES
-from vflair_core.errors import ProtocolError
+from vflair_core.errors import ProtocolError, shown
 
 Tree = tuple[Any, ...]
 Step = tuple[
@@ -87,6 +87,8 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 }
 # These change a shape and no value.
 RESHAPING = frozenset({"view", "reshape", "flatten"})
+# These give a view of what they take, unless positions are picked.
+VIEWING = frozenset({"getitem", "view", "transpose", "permute", "squeeze", "unsqueeze", "split"})
 # These may take a second tensor, which must fit the first: what comes out is as large as what went in.
 MIXING = frozenset({"add", "mul"})
 
@@ -127,6 +129,11 @@ class Program:
         return tuple(name for kind, name, _, _ in self.steps if kind == "module")
 
     @cached_property
+    def last_uses(self) -> tuple[tuple[int, ...], ...]:
+        """For each step, the steps before it whose outputs no later step takes."""
+        return last_uses(self.steps)
+
+    @cached_property
     def residual(self) -> frozenset[int]:
         """Numbers of the tensors that a module takes as its hidden states: they are on the residual path."""
         first = [dict(kwargs) for kind, _, _, kwargs in self.steps if kind == "module" and kwargs]
@@ -165,20 +172,20 @@ def _step(step: Any) -> Step:
         case [("module" | "op") as kind, str() as name, [*args], [*kwargs]]:
             if kind == "op" and name not in OPERATIONS:
                 raise ProtocolError(
-                    f"Operation {name!r} is not on the list: {', '.join(OPERATIONS)}."
+                    f"Operation {shown(name)} is not on the list: {', '.join(OPERATIONS)}."
                 )
             named = tuple((str(key), _tree(tree)) for key, tree in kwargs)
             return kind, name, tuple(_tree(tree) for tree in args), named
         case _:
-            raise ProtocolError(f"A step must be [kind, name, args, kwargs], not {step!r}.")
+            raise ProtocolError(f"A step must be [kind, name, args, kwargs], not {shown(step)}.")
 
 
 def _leaf(leaf: Any) -> Leaf:
     match leaf:
-        case [str() as name, str() as dtype, int() as rank] if dtype in DTYPES:
+        case [str() as name, str() as dtype, int() as rank] if dtype in DTYPES and rank >= 0:
             return name, dtype, rank
         case _:
-            raise ProtocolError(f"A leaf must be [name, dtype, rank], not {leaf!r}.")
+            raise ProtocolError(f"A leaf must be [name, dtype, rank], not {shown(leaf)}.")
 
 
 def _tree(tree: Any, depth: int = 0) -> Tree:
@@ -204,7 +211,7 @@ def _tree(tree: Any, depth: int = 0) -> Tree:
         case [("dict" | "shared") as kind, *items]:
             return (kind, *((str(key), _tree(item, depth + 1)) for key, item in items))
         case _:
-            raise ProtocolError(f"{tree!r} is not an argument a program may hold.")
+            raise ProtocolError(f"{shown(tree)} is not an argument a program may hold.")
 
 
 def sources(step: Step) -> list[int]:
@@ -224,6 +231,15 @@ def sources(step: Step) -> list[int]:
     for tree in (*step[2], *(tree for _, tree in step[3])):
         walk(tree)
     return steps
+
+
+def last_uses(steps: Sequence[Step]) -> tuple[tuple[int, ...], ...]:
+    """For each step, the steps before it whose outputs no later step takes."""
+    last = {source: number for number, step in enumerate(steps) for source in sources(step)}
+    gone: list[list[int]] = [[] for _ in steps]
+    for source, number in last.items():
+        gone[number].append(source)
+    return tuple(map(tuple, gone))
 
 
 def tensors_of(value: Any) -> list[Tensor]:

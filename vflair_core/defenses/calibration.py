@@ -75,18 +75,24 @@ class CalibrationCache:
         if self.folder is None:
             return make()
         known = {**_facts(defense, public_texts, situation), **facts}
-        name = _digest(json.dumps(known, sort_keys=True))[:16]
-        path = self.folder / f"{type(defense).__name__}-{name}.safetensors"
-        if path.exists():
-            return _read(path, known)
-        made = make()
-        _write(path, made, known)
-        return made
+        return remember(self.folder, type(defense).__name__, known, make)
+
+
+def remember(folder: Path, name: str, facts: Mapping[str, str], make: Callable[[], Made]) -> Made:
+    """Return what `make` makes, by calling it or from the file in `folder` that is named by `name` and a digest of `facts`.
+
+    Raises:
+        CheckpointError: The file is damaged, or holds something else than its name says.
+    """
+    path = folder / f"{name}-{_digest(json.dumps(facts, sort_keys=True))[:16]}.safetensors"
+    if path.exists():
+        return _read(path, facts)
+    made = make()
+    _write(path, made, facts)
+    return made
 
 
 def _facts(defense: Any, public_texts: Sequence[str], situation: Situation) -> dict[str, str]:
-    tokenizer = situation.tokenizer
-    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
     # What is prepared may have crossed, and then it went through all of them.
     others = ["itself" if d is defense else _named(d) for d in situation.defenses]
     return {
@@ -97,6 +103,14 @@ def _facts(defense: Any, public_texts: Sequence[str], situation: Situation) -> d
         "model": sample_digest(situation.model),
         "fingerprint": situation.fingerprint,
         "tied": ",".join(situation.untied),
+        **about_text(situation.tokenizer, public_texts),
+    }
+
+
+def about_text(tokenizer: Any, public_texts: Sequence[str]) -> dict[str, str]:
+    """What everything depends on that is made of public text: the tokenizer, the text, and the versions that compute."""
+    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
+    return {
         "tokenizer": _digest(json.dumps(vocabulary, sort_keys=True)),
         "public text": _digest("\0".join(public_texts)),
         "torch": torch.__version__,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from attrs import define
+from attrs import Attribute, define, field
 from torch import Tensor
+
+from vflair_core.errors import DefenseError
 
 
 class Mechanism:
@@ -40,6 +42,10 @@ class Mechanism:
         """Draw what could go into the head for token embeddings (..., D); by default they go as they are."""
         return embeddings
 
+    def inference(self) -> Mechanism:
+        """Return the mechanism where nothing is trained; by default it is the same one."""
+        return self
+
 
 class Replacement:
     """What an adaptive attacker may know of a defense that replaces words: with which probability, by which.
@@ -54,11 +60,28 @@ class Replacement:
         raise NotImplementedError
 
 
+def _mechanisms(_: object, __: Attribute[list[Mechanism]], parts: list[Mechanism]) -> None:
+    for part in parts:
+        if not isinstance(part, Mechanism):
+            raise DefenseError(
+                f"A defense told of {type(part).__name__} as its mechanism, which is no vflair_core.Mechanism: an "
+                f"attacker would ask it what it cannot answer. Derive {type(part).__name__} from Mechanism and "
+                "override what the defense does, or return None where there is nothing to tell."
+            )
+
+
 @define
 class ComposedMechanism(Mechanism):
-    """Several mechanisms, one after the other; the last one's noise is the one that is seen."""
+    """Several mechanisms, one after the other; the last one's noise is the one that is seen.
 
-    parts: list[Mechanism]
+    Raises:
+        DefenseError: A part is no `Mechanism`.
+    """
+
+    parts: list[Mechanism] = field(validator=_mechanisms)
+
+    def inference(self) -> ComposedMechanism:
+        return ComposedMechanism([part.inference() for part in self.parts])
 
     @property
     def in_nats(self) -> bool:  # type: ignore[override]

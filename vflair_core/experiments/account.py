@@ -1,4 +1,4 @@
-"""What an arm says of itself beside its grades: what was promised, what it cost, and texts beside what was recovered of them."""
+"""What an arm says of itself beside its grades: what was promised, and texts beside what was recovered of them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
-from vflair_core.attacks.fence import fence_here
-from vflair_core.attacks.isolation import Isolation, attack_device
 from vflair_core.defenses.defense import Defense
-from vflair_core.experiments.context import Clock, RunContext
+from vflair_core.experiments.context import RunContext
 from vflair_core.experiments.grading.grades import Grade
 from vflair_core.experiments.grading.truth import Truth
 from vflair_core.experiments.honesty import company_check, mechanism_check
@@ -41,6 +39,8 @@ def promises_of(
         party.releases,
         party.crossed,
     )  # before defenses are looked at, which crosses
+    for defense in defenses:  # what they are looked at with depends on nothing that crossed before
+        party.defenses.begin_anew(defense)
     return {
         "guarantees": [
             {"defense": spec.name, **_promise(defense, releases)}
@@ -85,22 +85,3 @@ def _promise(defense: Defense, releases: Releases) -> dict[str, Any]:
             promised, randomness="seeded by the experiment and the private text"
         )
     return promised.to_dict()
-
-
-def cost_of(
-    party: DataParty, clock: Clock, grades: list[Grade], asked: str, isolation: Isolation
-) -> dict[str, Any]:
-    """What the arm cost: messages, bytes and rows by role, and seconds by phase; and where attacks ran."""
-    traffic = party.channel.traffic
-    return {
-        "messages": party.channel.messages,
-        "bytes": {f"{role} {direction}": t.bytes for (role, direction), t in traffic.items()},
-        "rows": {f"{role} {direction}": t.rows for (role, direction), t in traffic.items()},
-        "total_bytes": sum(t.bytes for t in traffic.values()),
-        "channel_seconds": party.channel.seconds,
-        "seconds": clock.seconds,
-        "attack_worker": fence_here() if isolation == "process" else "inline",
-        "attack_device": str(attack_device(asked)),
-        "attack_seconds": [grade.seconds for grade in grades],
-        "course_seconds": [[point["seconds"] for point in grade.course] for grade in grades],
-    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from attrs import define
@@ -19,21 +19,27 @@ from vflair_core.communication.transcript import Transcript
 from vflair_core.defenses.defense import Defense
 from vflair_core.errors import ExperimentError
 from vflair_core.events import events
-from vflair_core.experiments.account import cost_of, promises_of, samples_of
+from vflair_core.experiments.account import promises_of, samples_of
 from vflair_core.experiments.attack_phase import attack_arm, references_of
 from vflair_core.experiments.build import briefing_of, choose_partition
 from vflair_core.experiments.capture import capture_victims
-from vflair_core.experiments.context import Clock, RunContext, noise_seed
+from vflair_core.experiments.context import RunContext, noise_seed
+from vflair_core.experiments.costs import Meter, convergence, cost_of, first_token, metered
 from vflair_core.experiments.experiment import Experiment
 from vflair_core.experiments.grading.grades import Grade, Reference
+from vflair_core.experiments.model_party_elsewhere import (
+    check_stand_in,
+    fingerprint_elsewhere,
+    is_elsewhere,
+)
 from vflair_core.experiments.output import closed
+from vflair_core.experiments.seams import seams
+from vflair_core.experiments.training_phase import fine_tune, steps_per_epoch
 from vflair_core.experiments.victims import auxiliary_of
 from vflair_core.parties.split import split
 from vflair_core.partition.slices import Slices
 from vflair_core.randomness import stream_seed
 from vflair_core.tasks.tokenization import InputFormat
-from vflair_core.training.evaluation import Evaluation, evaluate_party
-from vflair_core.training.fine_tuning import FineTuning
 from vflair_core.training.tuning import tune
 
 if TYPE_CHECKING:
@@ -42,6 +48,8 @@ if TYPE_CHECKING:
 
 
 log = events(__name__)
+
+_Cut: TypeAlias = "tuple[DataParty, ModelParty, InputFormat, dict[str, int]]"
 
 
 @define
@@ -70,36 +78,64 @@ def run_arm(
 
     In an `active` arm the adversary of the experiment is in the model party's place.
     """
-    e, clock = setting.experiment, Clock()
-    party, model_party, reading, trained = _cut(model, defenses, setting)
+    setting.tell("vflair_arm_started", arm=name, seed=setting.experiment.seed)
+    cut = _cut(model, defenses, setting)
+    try:
+        with metered(*cut[:2]) as meter:
+            arm = _run_arm(name, cut, defenses, setting, references, meter, active=active)
+        if is_elsewhere(setting.experiment):
+            cut[0].close()
+        return arm
+    finally:
+        cut[0].channel.close()
+
+
+def _run_arm(
+    name: str,
+    cut: _Cut,
+    defenses: list[Defense],
+    setting: RunContext,
+    references: list[Reference],
+    meter: Meter,
+    *,
+    active: bool,
+) -> Arm:
+    e = setting.experiment
+    party, model_party, reading, trained = cut
     if name == "undefended":  # others hold as many
-        held = [sum(p.numel() for p in owner.parameters()) for owner in (party, model_party)]
-        log.info("parameters", data_party=held[0], model_party=held[1], total=sum(held))
+        log.info("parameters", **meter.held, total=sum(meter.held.values()))
     with (
         _adversary(party, model_party, setting) if active else nullcontext(dict) as adversary_state
     ):
-        with clock("preparing"):
+        with meter("preparing"):
             party.prepare(
                 setting.task.public,
                 cache=setting.cache,
                 report=lambda what, done, total: setting.report(f"{name}: {what}", done, total),
             )
         with _watched(name, party, setting):
-            with clock("fine-tuning"):
-                losses, evaluations, chance = _fine_tune(name, party, setting)
+            with meter("fine-tuning"):
+                losses, evaluations, chance = fine_tune(name, party, setting, meter)
             if e.save:
                 _save(name, party, model_party, setting)
-            with clock("victims"), setting.phase(f"{name}: victims"):
+            with meter("victims"), setting.phase(f"{name}: victims"):
                 crossed = capture_victims(party, setting, defended=bool(defenses))
         state = adversary_state() if active else None
-    with clock("attacks"):
+    with meter("attacks"):
         grades, truth = attack_arm(
             name, party, model_party, setting, crossed, references, adversary=state
         )
     for grade in grades:
         setting.tell("vflair_attack_finished", arm=name, name=grade.attack, grade=grade.to_dict())
     # Before defenses measure themselves, which may cross.
-    cost = cost_of(party, clock, grades, e.attack_device, e.isolation)
+    cost = cost_of(meter, grades, e, trained)
+    cost["convergence"] = convergence(
+        losses,
+        evaluations,
+        meter.each_step,
+        steps_per_epoch(setting),
+        evaluated=bool(e.train.evaluate_every),
+    )
     metric, performance = next(iter(evaluations[-1]["metrics"].items()))
     numbers = {
         "main_performance": performance,
@@ -108,6 +144,14 @@ def run_arm(
         "losses": losses,
         "evaluations": evaluations,
         "attacks": [grade.numbers() for grade in grades],
+        "seams": seams(
+            party.crossed_by_stack,
+            len(party.stages),
+            [(d.name, each.covers) for d, each in zip(e.defenses, defenses, strict=False)],
+            grades,
+            updates=e.victims.count // e.victims.update_batch if e.victims.share_updates else 0,
+            saved=int(e.save),
+        ),
         **promises_of(defenses, party, setting, reading),
         "trained_weights": trained,
         "partition": party.partition.facts(),
@@ -115,10 +159,12 @@ def run_arm(
         "disclosed": sorted(party.disclosed),
         "isolation": e.isolation,
         "companions": e.victims.companions,
+        "wire_dtype": party.channel.wire_dtype,
         "victims_with_dropout": e.victims.dropout,
         "assumes_shared_updates": e.victims.share_updates,
     }
     samples = samples_of(grades, truth)
+    cost["first_token"] = first_token(party, setting)  # last, for it crosses and draws
     return Arm(
         numbers, cost, crossed[0].transcript, grades, samples, references_of(grades), party.slices
     )
@@ -152,26 +198,35 @@ def _adversary(
     )
 
 
-def _cut(
-    model: Any, defenses: list[Defense], setting: RunContext
-) -> tuple[DataParty, ModelParty, InputFormat, dict[str, int]]:
+def _cut(model: Any, defenses: list[Defense], setting: RunContext) -> _Cut:
     """Split the model and choose what is trained; return both parties, how the task is read, and
     how many numbers each trains.
     """
     e = setting.experiment
+    partition = choose_partition(model, e, setting.plugins)
     party, model_party = split(
         model,
-        choose_partition(model, e, setting.plugins),
+        partition,
         defenses=defenses,
         tokenizer=setting.tokenizer,
         channel=e.channel,
         wire=e.wire,
+        wire_dtype=e.wire_dtype,
+        fingerprint=fingerprint_elsewhere(model, partition, setting),
         devices=e.devices,
         seed=noise_seed(e.seed, setting.task),
         plugins=setting.plugins,
     )
     reading = setting.take_up(party)
     trained = {"data_party": choose(party, e), "model_party": choose(model_party, e)}
+    if is_elsewhere(e):
+        weights = model_party.named_parameters()
+        chosen = [name for name, weight in weights if weight.requires_grad]
+        try:
+            check_stand_in(party, chosen, setting)
+        except BaseException:
+            party.channel.close()
+            raise
     if not any(trained.values()) and e.train.steps:
         raise ExperimentError(
             "train.trainable and train.lora leave nothing to train at either party."
@@ -185,52 +240,6 @@ def choose(owner: Any, e: Experiment, slices: Slices | None = None) -> int:
     names = tune(owner, e.train.trainable, adapters=e.train.lora, seed=seed, slices=slices)
     weights = dict(owner.named_parameters())
     return sum(weights[name].numel() for name in names)
-
-
-def _fine_tune(
-    name: str, party: DataParty, setting: RunContext
-) -> tuple[list[float], list[dict[str, Any]], float]:
-    """Return the loss of each step, all evaluations, and the MP of chance."""
-    e, total = setting.experiment, setting.experiment.train.steps
-    setting.report(f"{name}: fine-tuning", 0, total)
-    rounds = FineTuning(party, e.train)
-    before = _evaluate(name, party, setting)
-    evaluations, losses = [_as_row(party, before)], []
-    torch.manual_seed(stream_seed(e.seed, "dropout"))
-    per_epoch = -(-len(setting.task.train) // e.train.batch_size)
-    reader = party.preprocessor(e.train.max_length)
-    for number, examples in enumerate(setting.batches(), start=1):
-        setting.tell("vflair_step_started", arm=name, step=party.step)
-        losses.append(rounds.step(reader.batch(examples, pack_rows=e.train.packing).batch))
-        setting.tell("vflair_step_finished", arm=name, step=party.step, loss=losses[-1])
-        log.debug("step_finished", arm=name, step=party.step, loss=losses[-1])
-        if number % per_epoch == 0:
-            setting.tell(
-                "vflair_epoch_finished", arm=name, epoch=number // per_epoch, step=party.step
-            )
-        every = e.train.evaluate_every
-        if every and number % every == 0 and number < total:
-            evaluations.append(_as_row(party, _evaluate(name, party, setting)))
-        setting.report(f"{name}: fine-tuning, loss {losses[-1]:.3f}", number, total)
-    evaluations.append(_as_row(party, _evaluate(name, party, setting)))
-    return losses, evaluations, before.chance
-
-
-def _as_row(party: DataParty, evaluation: Evaluation) -> dict[str, Any]:
-    return {"step": party.step, "metrics": evaluation.metrics}
-
-
-def _evaluate(name: str, party: DataParty, setting: RunContext) -> Evaluation:
-    options = setting.experiment.train
-    with torch.random.fork_rng():  # however often it is watched, training takes the same steps
-        evaluation = evaluate_party(
-            party,
-            setting.task,
-            batch_size=max(options.batch_size, 16),
-            max_length=options.max_length,
-        )
-    setting.tell("vflair_evaluated", arm=name, step=party.step, metrics=evaluation.metrics)
-    return evaluation
 
 
 def _save(arm: str, party: DataParty, model_party: ModelParty, setting: RunContext) -> None:

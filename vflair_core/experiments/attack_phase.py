@@ -61,12 +61,13 @@ def attack_arm(
 ) -> tuple[list[Grade], Truth]:
     """Let the attacks work on what crossed, and grade them; return the grades and the truth.
 
-    `adversary` is what the active adversary kept, where there was one; its own attack then comes last.
+    `adversary` is what the active adversary kept, where there was one; its own attack then comes last. Where evidence is
+    only collected, nothing is attacked and there are no grades.
     """
     e, (main, bypassed, queries) = setting.experiment, crossed
     again = crossing_again(setting)
-    launches = list(setting.launches)
-    if adversary is not None and setting.adversary is not None:
+    launches = [] if setting.collecting else list(setting.launches)
+    if adversary is not None and setting.adversary is not None and not setting.collecting:
         launches.append(setting.adversary)
     victims = {"main": len(setting.victims)} | ({"bypassed": len(again)} if bypassed else {})
     evidence = Evidence(
@@ -181,23 +182,33 @@ def attack_again(
     grades: dict[str, list[Grade]] = {}
     for arm, store in stores.items():
         here = [launch for launch in launches if arm.startswith("active") or not is_active(launch)]
-        for launch in here:
-            check_held(store, launch)
 
         def report_progress(label: str, done: int, total: int, *, arm: str = arm) -> None:
             report(f"{arm}: {label}", done, total)
 
-        grades[arm] = attack_and_grade(
-            here,
+        grades[arm] = attack_store(
             store,
-            AnswerKey.load(store / KEY),
-            decode=_decoder(store),
-            references=references_of(grades[REFERENCES[arm]]) if REFERENCES[arm] else None,
+            here,
+            references_of(grades[REFERENCES[arm]]) if REFERENCES[arm] else None,
             isolation=isolation,
             progress=report_progress,
             device=device,
         )
     return grades
+
+
+def attack_store(
+    store: Path, launches: Sequence[Launch], references: list[Reference] | None, **options: Any
+) -> list[Grade]:
+    """Attack what an arm left in the folder `store`, which holds the truth too; `options` are those of `attack_and_grade`.
+
+    Raises:
+        AttackError: An attack needs what the run did not make, or more than is granted.
+    """
+    for launch in launches:
+        check_held(store, launch)
+    key, decode = AnswerKey.load(store / KEY), _decoder(store)
+    return attack_and_grade(launches, store, key, decode=decode, references=references, **options)
 
 
 def references_of(grades: Sequence[Grade]) -> list[Reference]:

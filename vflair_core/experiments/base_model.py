@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from vflair_core.defenses.calibration import about_text, remember
 from vflair_core.errors import ExperimentError
 from vflair_core.experiments.experiment import Experiment
 from vflair_core.experiments.pretraining import Report, pretrain
@@ -19,6 +24,7 @@ from vflair_core.parties.config_fields import (
     check_model_type,
     has_parts,
 )
+from vflair_core.partition.fingerprint import sample_digest
 from vflair_core.randomness import stream_seed
 from vflair_core.tasks.kinds import KINDS
 from vflair_core.tasks.task import Task
@@ -140,8 +146,12 @@ def _sees_across(model: Any) -> bool:
 IMAGE = "<image>"
 
 
-def prepare_model(experiment: Experiment, task: Task, report: Report) -> tuple[Any, Any, Any]:
+def prepare_model(
+    experiment: Experiment, task: Task, report: Report, cache: Path | None = None
+) -> tuple[Any, Any, Any]:
     """Return the model as the public knows it, its tokenizer, and for ``image-text`` its processor, else None.
+
+    In the folder `cache`, if there is one, the weights after the public phase are kept for the next time.
 
     Raises:
         ExperimentError: The config is not one of transformers or has no model for the task's kind, or texts cannot
@@ -154,6 +164,8 @@ def prepare_model(experiment: Experiment, task: Task, report: Report) -> tuple[A
     auto = getattr(transformers, kind.auto)
     heads = {"num_labels": max(len(task.labels), 1)} if kind.labelled else {}
     processor = None
+    # Of weights that are not in the checkpoint, of dropout in the public phase, and of a random model's.
+    torch.manual_seed(stream_seed(experiment.seed, "weights"))
     if spec.name:
         place = locate_checkpoint(spec.name, gguf_file=spec.gguf_file)
         if task.kind == "image-text":
@@ -173,12 +185,40 @@ def prepare_model(experiment: Experiment, task: Task, report: Report) -> tuple[A
         tokenizer = train_tokenizer(
             task.public, spec.vocab_size, pairs=pairs, image_token=image_token
         )
-        torch.manual_seed(stream_seed(experiment.seed, "weights"))
         model = random_model(auto, spec.config, tokenizer, heads)
         if task.kind == "image-text":
             processor = random_processor(model, tokenizer)
     if experiment.train.packing:
         check_packing(model, task)
     if experiment.pretrain.steps:
-        pretrain(model, tokenizer, task.public, experiment, report)
+        _public_phase(model, tokenizer, task, experiment, report, cache)
     return model, tokenizer, processor
+
+
+def _public_phase(
+    model: Any, tokenizer: Any, task: Task, e: Experiment, report: Report, cache: Path | None
+) -> None:
+    """Train the model on public text, or give it the weights that an earlier run of the same phase left."""
+
+    def trained() -> dict[str, torch.Tensor]:
+        pretrain(model, tokenizer, task.public, e, report)
+        return dict(model.named_parameters()) | dict(model.named_buffers())
+
+    if cache is None:
+        trained()
+        return
+    facts = {
+        "phase": json.dumps(attrs.asdict(e.pretrain), sort_keys=True),
+        "seed": str(e.seed),
+        "threads": str(torch.get_num_threads()),
+        "model": f"{type(model).__name__} {sample_digest(model)}",
+        "config": model.config.to_json_string(use_diff=False),
+        "transformers": importlib.metadata.version("transformers"),
+        **about_text(tokenizer, task.public),
+    }
+    weights = remember(cache, "public-phase", facts, trained)
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            own[name].copy_(weight)
+    model.eval()

@@ -17,6 +17,7 @@ from vflair_core.errors import ExperimentError, alternatives
 from vflair_core.experiments.base_model import prepare_model
 from vflair_core.experiments.context import Clock, Reporter, RunContext, noise_seed
 from vflair_core.experiments.experiment import AttackSpec, Experiment, Victims
+from vflair_core.experiments.model_party_elsewhere import check_elsewhere
 from vflair_core.experiments.pretraining import prior_guess
 from vflair_core.experiments.victims import (
     check_secrets,
@@ -25,6 +26,7 @@ from vflair_core.experiments.victims import (
     with_companions,
 )
 from vflair_core.offers import build, find
+from vflair_core.partition.adapters import check_peft
 from vflair_core.partition.partition import Partition
 from vflair_core.randomness import stream_seed
 from vflair_core.tasks.task import Task
@@ -41,6 +43,7 @@ def build_run(
     out: Path | None = None,
     strict: bool = False,
     keep: bool = False,
+    collecting: bool = False,
     cache: Path | None = None,
     clock: Clock | None = None,
 ) -> tuple[RunContext, Any]:
@@ -62,7 +65,7 @@ def build_run(
     report("building the task", 1, 1)
     report("building the model", 0, 1)
     with clock("pretraining"):
-        model, tokenizer, processor = prepare_model(e, task, report)
+        model, tokenizer, processor = prepare_model(e, task, report, cache)
     _check_model(e, model)
     report("building the model", 1, 1)
     e = with_companions(e, task, model)
@@ -81,7 +84,8 @@ def build_run(
         adversary=adversary,
         victims=victims_of(e, task),
         prior=_prior(e, task, model, tokenizer),
-        keep=keep,
+        keep=keep or collecting,
+        collecting=collecting,
         cache=cache,
     )
     return setting, model
@@ -99,6 +103,9 @@ def _check(
         _check_offered(launch, e.victims)
     if adversary is not None:
         _check_offered(adversary, e.victims, active=True)
+    check_elsewhere(e)
+    if e.train.lora.r:
+        check_peft()
     companions_of(e, task)
     check_secrets(e, task)
     check_one_replaces(defenses, launches)

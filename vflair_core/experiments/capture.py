@@ -18,7 +18,7 @@ from vflair_core.experiments.victims import companions_of, crosses_again
 from vflair_core.parties.data_party.party import DataParty
 from vflair_core.tasks.collation import Batch
 from vflair_core.tasks.task import Example, public_examples
-from vflair_core.tasks.token_rows import TokenRow
+from vflair_core.tasks.token_rows import Tally, TokenRow
 
 
 def capture_victims(
@@ -26,10 +26,13 @@ def capture_victims(
 ) -> tuple[Capture, Capture | None, dict[str, Capture]]:
     """Let the victims cross, some of them once more with the defense bypassed, and public queries.
 
-    Where several victims share an update, their batches come last, so that they change nothing of what else crosses.
+    Where several victims share an update, their batches come after what attacks read of them; public queries come last, so
+    that nothing else depends on whether they are asked.
     """
     v, length = setting.experiment.victims, setting.victim_length
-    shares = v.share_updates and _asked(setting, "updates")
+    shares = (
+        v.share_updates
+    )  # whether or not an attack reads them, which changes nothing of what crosses
     again = crosses_again(v)
     beside = [
         [setting.task.row(v.split, row) for row in rows]
@@ -48,6 +51,11 @@ def capture_victims(
         bypassed = record_victims(
             party, some, companions=beside[: len(some)], releases=v.releases, bypass=True, **options
         )
+    if shares and again:
+        options = {"max_length": length, "dropout": v.dropout}
+        main = _with_updates(party, main, v.update_batch, bypass=False, **options)
+        if bypassed is not None:
+            bypassed = _with_updates(party, bypassed, v.update_batch, bypass=True, **options)
     queries: dict[str, Capture] = {}
     if _asked(setting, "queries") and v.queries and setting.task.public:
         publics = public_examples(setting.task, v.queries)
@@ -56,11 +64,6 @@ def capture_victims(
                 party, publics, max_length=length, gradients=False, bypass=which == "bypassed",
                 in_prompt=False,
             )  # fmt: skip
-    if shares and again:
-        options = {"max_length": length, "dropout": v.dropout}
-        main = _with_updates(party, main, v.update_batch, bypass=False, **options)
-        if bypassed is not None:
-            bypassed = _with_updates(party, bypassed, v.update_batch, bypass=True, **options)
     return main, bypassed, queries
 
 
@@ -105,8 +108,9 @@ def record_victims(
     reader, rows, spots = party.preprocessor(max_length), list[TokenRow](), list[VictimRow]()
     others = companions or [()] * len(examples)
     gradients_of_weights: list[dict[str, Tensor]] = []
-    if not in_prompt:
-        reader = attrs.evolve(reader, reading=attrs.evolve(reader.reading, render=None))
+    if not in_prompt:  # public texts are not among the examples that were read
+        reading = attrs.evolve(reader.reading, render=None, tally=Tally())
+        reader = attrs.evolve(reader, reading=reading)
     with (
         _for_the_record(party, bypass=bypass, training=gradients, dropout=dropout),
         nullcontext() if in_prompt else party.public_text(),

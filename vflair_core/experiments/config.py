@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import attrs
 import cattrs
@@ -14,6 +15,8 @@ from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, Iterabl
 
 from vflair_core.errors import ExperimentError, VflairError, alternatives
 from vflair_core.experiments.experiment import Experiment
+
+Kind = TypeVar("Kind")
 
 
 def read_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
@@ -45,12 +48,22 @@ def experiment_from(table: Mapping[str, Any]) -> Experiment:
     Raises:
         ExperimentError: As for `read_experiment`.
     """
-    converter = _converter()
+    return structured(table, Experiment, "The experiment")
+
+
+def structured(table: Mapping[str, Any], kind: type[Kind], what: str) -> Kind:
+    """Build a record of this kind from nested tables; `what` names it in errors.
+
+    Raises:
+        ExperimentError: A key does not exist or is needed, or a value does not fit; every mistake is listed with its key.
+    """
+    if not isinstance(table, Mapping):
+        raise ExperimentError(f"{what} is {table!r}: give a table of keys.")
     try:
-        return converter.structure(table, Experiment)
+        return _converter().structure(table, kind)
     except (ClassValidationError, IterableValidationError) as error:
         mistakes = "\n".join(f"  {line}" for line in _explain(error, ""))
-        raise ExperimentError(f"The experiment does not fit:\n{mistakes}") from error
+        raise ExperimentError(f"{what} does not fit:\n{mistakes}") from error
 
 
 def to_toml(experiment: Experiment) -> str:
@@ -58,13 +71,15 @@ def to_toml(experiment: Experiment) -> str:
     return "\n".join(_toml_lines(experiment.to_dict(), "")) + "\n"
 
 
+@cache
 def _converter() -> Converter:
+    """What structures tables: one for all, since it compiles a function for each kind of record."""
     converter = Converter(forbid_extra_keys=True, detailed_validation=True)
     for kind in (int, float, str, bool):
         converter.register_structure_hook(kind, _exactly)
     converter.register_structure_hook_func(_is_choice, _one_of)
     converter.register_structure_hook_func(
-        lambda t: t == Mapping[str, Any], lambda value, _: dict(value)
+        lambda t: t == Mapping[str, Any], lambda value, _: _table(value)
     )
     converter.register_structure_hook_func(
         lambda t: t == str | tuple[str, ...],
@@ -81,6 +96,12 @@ def _exactly(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise TypeError(f"expected {kind.__name__}, got {value!r}")
     return value
+
+
+def _table(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"expected a table of keys, got {value!r}")
+    return dict(value)
 
 
 def _is_choice(kind: Any) -> bool:
@@ -139,6 +160,8 @@ def _explain(error: BaseException, where: str) -> list[str]:
             ]
         case KeyError():
             return [f"{key}: this key is needed."]
+        case TypeError() if "is not iterable" in str(error):
+            return [f"{key}: expected a list."]
         case VflairError() | ValueError() | TypeError():
             return [f"{key}: {error}"]
         case AttributeError():

@@ -69,6 +69,7 @@ class RunContext:
     private_seed: int  # of attacks and candidates; nobody finds the experiment's by it
     cache: Path | None = None  # of what defenses prepare
     keep: bool = False  # the evidence of each arm, to attack it again
+    collecting: bool = False  # evidence only: attacks come later
 
     def take_up(self, party: DataParty) -> InputFormat:
         """Let a data party read the task; return how it does."""

@@ -183,8 +183,9 @@ class Experiment:
         victims: Whose messages are attacked.
         check_unsplit: Train the unsplit model beside the undefended split and compare all losses.
         partition_plugin: Name of the plugin that chooses the cut by `vflair_partition`; empty takes `partition` as it is.
-        channel: Where messages go: "local:", or a URL that a plugin opens.
+        channel: Where messages go: "local:", "grpc://HOST:PORT" for a model party in another process, or a URL that a plugin opens.
         wire: Pass every message through the codec.
+        wire_dtype: What hidden states and their gradients are rounded to on their way: float32 rounds nothing; bfloat16 and int8 need `wire` or a model party elsewhere.
         devices: Where the model party computes; with more than one, a plugin places it.
         attack_device: Where the models of attacks compute: cpu, cuda, cuda:1, …; auto is CUDA where it is there.
         save: Write both parties' weights after fine-tuning, each its own, into the output folder.
@@ -207,6 +208,7 @@ class Experiment:
     partition_plugin: str = ""
     channel: str = "local:"
     wire: bool = False
+    wire_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     devices: tuple[str, ...] = ()
     attack_device: str = "auto"
     save: bool = False

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vflair_core.attacks.adaptive import ON_EMBEDDINGS, answers
 from vflair_core.communication.transcript import Transcript
-from vflair_core.defenses.mechanism import ComposedMechanism, Mechanism
+from vflair_core.defenses.mechanism import ComposedMechanism
 
 if TYPE_CHECKING:
     from vflair_core.parties.data_party.party import DataParty
@@ -28,10 +28,12 @@ def mechanism_check(
     A paired two-sample test on the rows: beside each row that was sent lies one that `Mechanism.sample` drew for the
     same undefended row. If the mechanism is right, either may be the one that was sent: exchanging them at random in
     999 ways gives the p-value of their energy distance (Székely and Rizzo, 2004). A match is reported unless p is
-    at most .002, which happens to a right mechanism once in 500 runs. What is no `Mechanism` cannot be asked, and matches
-    nothing.
+    at most .002, which happens to a right mechanism once in 500 runs.
 
     Returns None where there is nothing to compare: no mechanism, no public text, or defenses that change text or rows.
+
+    Raises:
+        DefenseError: What a defense tells of is no `Mechanism`.
     """
     parts = [part for d in party.defenses.each if (part := d.mechanism()) is not None]
     changing = any(party.defenses.at(place) for place in ("on_text", "on_tokens", "expand"))
@@ -39,9 +41,8 @@ def mechanism_check(
         return None
     if party.model.config.is_encoder_decoder:
         return None
-    if not all(isinstance(part, Mechanism) for part in parts):
-        return {"matches": False, "p": 0.0, "false_alarms": FALSE_ALARMS}  # it cannot be asked
     mechanism, generator = ComposedMechanism(parts), torch.Generator().manual_seed(0)
+    mechanism = mechanism if training else mechanism.inference()
     sent, said = [], []
     with _crossing(party, training=training):
         for text in public_texts[:TEXTS]:

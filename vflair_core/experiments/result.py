@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
+import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 from attrs import field, frozen
+
+if TYPE_CHECKING:
+    from vflair_core.tasks.task import Task
 
 
 @frozen
@@ -43,3 +48,20 @@ class Result:
         if path is not None:
             Path(path).write_text(text + "\n")
         return text
+
+
+def facts_of(task: Task) -> dict[str, Any]:
+    """What a result says of its task: name, kind, where its texts are from, and what the task adds."""
+    facts = {"name": task.name, "kind": task.kind, "source": task.source, "licence": task.licence}
+    return {**facts, **task.facts}
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "tokenizers", "peft", "vflair-core"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.metadata
-import platform
 import resource
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
-from vflair_core.attacks.knowledge import shown
 from vflair_core.experiments.arm import Arm, choose, run_arm
 from vflair_core.experiments.build import build_run, make_defenses
+from vflair_core.experiments.comparison import compared
 from vflair_core.experiments.context import Clock, Reporter, RunContext
 from vflair_core.experiments.experiment import Experiment
-from vflair_core.experiments.grading.ranking import evaluated, strongest
-from vflair_core.experiments.grading.scores import dcs, normalised_dcs
+from vflair_core.experiments.model_party_elsewhere import check_seeds
 from vflair_core.experiments.output import RunFolder
-from vflair_core.experiments.result import Result
+from vflair_core.experiments.result import Result, facts_of, versions
 from vflair_core.experiments.seeds import over_seeds
 from vflair_core.plugins import observe, plugin_manager
 from vflair_core.randomness import stream_seed
@@ -55,7 +52,7 @@ def run(
         overwrite: Let a run that `out` holds go away.
         strict: Let an observer that raises stop the run.
         keep_evidence: Write all that an attacker could hold, and the truth, into `out`, for `attack_again`.
-        cache: Folder in which what defenses prepare on public text is kept for other runs.
+        cache: Folder in which the public phase, and what defenses prepare on public text, is kept for other runs.
 
     Raises:
         VflairError: Something in the experiment does not exist or does not fit, or `out` cannot be written to.
@@ -92,6 +89,7 @@ def run(
 
 def _run_seeds(e: Experiment, out: RunFolder | None, **options: Any) -> Result:
     """Run once, or once with each seed: then the result is the first seed's, with what all of them say."""
+    check_seeds(e)
     if not e.seeds:
         return _run_seed(e, out, **options)[0]
     runs: dict[int, Mapping[str, Arm]] = {}
@@ -152,7 +150,7 @@ def _arms(model: Any, setting: RunContext, clock: Clock) -> Iterator[tuple[str, 
         plain = run_arm(f"{name}undefended", copy.deepcopy(model), [], setting, [], active=active)
         if e.check_unsplit and not active:
             with clock("unsplit reference"), setting.phase("unsplit reference"):
-                _compare_unsplit(copy.deepcopy(model), setting, plain)
+                compare_unsplit(copy.deepcopy(model), setting, plain)
         yield f"{name}undefended", plain
         if e.defenses:
             spare = model if active == passes[-1] else copy.deepcopy(model)
@@ -171,40 +169,24 @@ def _result_of(
     finished: bool = True,
 ) -> Result:
     """What these arms found, each by itself and compared."""
-    numbers: dict[str, Any] = {
-        name: {**arm.numbers, "strongest": strongest(arm.grades)} for name, arm in arms.items()
-    }
-    if "defended" in arms:
-        if arms["defended"].grades:
-            numbers["dcs"] = _scores(arms["undefended"], arms["defended"])
-        told, company = (numbers["defended"][name] for name in ("mechanism", "company"))
-        beside = bool(setting.experiment.victims.companions)
-        numbers["defended"]["evaluated"] = evaluated(
-            arms["defended"].grades,
-            numbers["defended"]["covers"],
-            setting.task.kind,
-            as_told=(told is None or told["matches"])
-            and (beside or company is None or company["agrees"]),
-        )
+    beside = bool(setting.experiment.victims.companions)
     cost: dict[str, Any] = {name: arm.cost for name, arm in arms.items()}
     cost["seconds"] = dict(clock.seconds)
     cost["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    task = setting.task
-    facts = {"name": task.name, "kind": task.kind, "source": task.source, "licence": task.licence}
     return Result(
-        numbers=numbers,
+        numbers=compared(arms, setting.task.kind, companions=beside),
         cost=cost,
         experiment=e.to_dict(),
         config_hash=e.digest,
-        versions=_versions(),
+        versions=versions(),
         plugins=[attrs.asdict(info) for info in getattr(setting.plugins, "about", list)()],
-        task={**facts, **task.facts},
+        task=facts_of(setting.task),
         samples=[{"arm": name, **row} for name, arm in arms.items() for row in arm.samples],
         finished=finished,
     )
 
 
-def _compare_unsplit(whole: Any, setting: RunContext, arm: Arm) -> None:
+def compare_unsplit(whole: Any, setting: RunContext, arm: Arm) -> None:
     """Train the unsplit model on the same batches: the losses must be the same, bit for bit."""
     if arm.numbers[
         "untied"
@@ -222,37 +204,3 @@ def _compare_unsplit(whole: Any, setting: RunContext, arm: Arm) -> None:
     pairs = zip(losses, arm.numbers["losses"], strict=True)
     arm.numbers["unsplit_losses_equal"] = losses == arm.numbers["losses"]
     arm.numbers["unsplit_losses_differ_by"] = max((abs(a - b) for a, b in pairs), default=0.0)
-
-
-def _scores(undefended: Arm, defended: Arm) -> dict[str, Any]:
-    """DCS for parity with VFLAIR-LLM, and its chance-normalised form, whose worst case ranks."""
-    best, main = (arm.numbers["main_performance"] for arm in (undefended, defended))
-    chance = undefended.numbers["chance"]
-    rows: list[dict[str, Any]] = []
-    for before, after in zip(undefended.grades, defended.grades, strict=True):
-        row: dict[str, Any] = {"attack": after.attack, "knowledge": shown(after.knowledge)}
-        row["target"] = after.target
-        row["dcs"] = dcs(after.attack_performance, main, best)
-        row["normalised"] = (
-            None  # an attack that fails a control or finds nothing undefended ranks nothing
-        )
-        if before.verdict == after.verdict == "ok":
-            attacks = (after.attack_performance, before.floor, before.attack_performance)
-            row["normalised"] = normalised_dcs(*attacks, main, chance, best)
-        rows.append(row)
-    ranked = [row for row in rows if row["normalised"] is not None]
-    return {
-        "per_attack": rows,
-        "mean": sum(row["dcs"] for row in ranked) / len(ranked) if ranked else None,
-        "normalised_worst": min(row["normalised"] for row in ranked) if ranked else None,
-    }
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "tokenizers", "peft", "vflair-core"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions

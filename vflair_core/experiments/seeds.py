@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vflair_core.attacks.knowledge import shown
 from vflair_core.experiments.grading.grades import Grade
-from vflair_core.experiments.grading.statistics import paired_interval
+from vflair_core.experiments.grading.pooling import paired_change, pooled_performance
 
 if TYPE_CHECKING:
     from vflair_core.experiments.arm import Arm
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def over_seeds(runs: Mapping[int, Mapping[str, Arm]]) -> dict[str, Any]:
     """Return means over seeds and, for each attack, the paired change from undefended to defended.
 
-    `runs` holds the arms of each seed. Intervals resample seeds, and sentences in each seed on both sides alike.
+    `runs` holds the arms of each seed. Intervals resample seeds, and victims, the same ones on both sides and, as seeds share
+    the task's texts, with every seed (`grading/pooling.py`).
     """
     arms = list(runs.values())
     names = list(arms[0])
@@ -33,10 +34,15 @@ def over_seeds(runs: Mapping[int, Mapping[str, Arm]]) -> dict[str, Any]:
         row["target"] = grade.target
         row |= {name: _mean([g.attack_performance for g in each[name]]) for name in names}
         row["floor"] = _mean([g.floor for g in each[names[-1]]])
+        same = len({len(g.hits) for grades in each.values() for g in grades}) == 1
+        found = {name: pooled_performance(each[name], same_victims=same) for name in names}
+        row["intervals"] = {name: list(estimate.interval) for name, estimate in found.items()}
+        row["design_effects"] = {name: estimate.design_effect for name, estimate in found.items()}
         if len(names) > 1:
-            pairs = [(a.hits, b.hits) for a, b in zip(*each.values(), strict=True)]
+            change = paired_change(*each.values(), same_victims=same)
             row["change"] = row[names[1]] - row[names[0]]
-            row["change_interval"] = list(paired_interval(pairs))
+            row["change_interval"] = list(change.interval)
+            row["change_design_effect"] = change.design_effect
         rows["attacks"].append(row)
     rows["adaptive"] = _against_blind([run[names[-1]].grades for run in arms])
     return rows
@@ -56,8 +62,9 @@ def _against_blind(grades: Sequence[Sequence[Grade]]) -> list[dict[str, Any]]:
                 continue
             if blind.adaptive or not knowing.adaptive:
                 continue
-            pairs = [(each[b].hits, each[k].hits) for each in grades]
-            rates = [_mean([each[n].attack_performance for each in grades]) for n in (b, k)]
+            pair = [[each[n] for each in grades] for n in (b, k)]
+            same = len({len(grade.hits) for side in pair for grade in side}) == 1
+            rates = [_mean([grade.attack_performance for grade in side]) for side in pair]
             rows.append(
                 {
                     "attack": blind.attack,
@@ -65,7 +72,7 @@ def _against_blind(grades: Sequence[Sequence[Grade]]) -> list[dict[str, Any]]:
                     "adaptive": shown(knowing.knowledge),
                     "attack_performance": rates,
                     "gain": rates[1] - rates[0],
-                    "gain_interval": list(paired_interval(pairs)),
+                    "gain_interval": list(paired_change(*pair, same_victims=same).interval),
                 }
             )
     return rows

@@ -62,6 +62,6 @@ def divide(model_party: ModelParty, blocks: int, *, wire: bool = False) -> Model
         plant(tree, name, model_party.model.get_submodule(name))
         parent, _, leaf = name.rpartition(".")
         delattr(model_party.model.get_submodule(parent), leaf)
-    other = ModelParty(tree, given, model_party.fingerprint, model_party.slices)
+    other = ModelParty(tree, given, model_party.fingerprint, model_party.slices, model_party.config)
     model_party.pass_on(first, LocalChannel(other.handle, wire=wire))
     return other

@@ -17,12 +17,14 @@ from attrs import frozen
 from torch import nn
 
 from vflair_core.communication.channel import Channel, Handler
+from vflair_core.communication.wire_dtype import WireDtype
 from vflair_core.errors import CheckpointError, PartitionError
 from vflair_core.parties.channels import open_channel
 from vflair_core.parties.checkpoint_source import Source, find_source
 from vflair_core.parties.data_party.party import DataParty
 from vflair_core.parties.load_adapter import load_half
 from vflair_core.parties.model_party.party import ModelParty
+from vflair_core.partition.adapters import check_peft
 from vflair_core.partition.block_discovery import locate_blocks
 from vflair_core.partition.fingerprint import fingerprint
 from vflair_core.partition.module_tree import (
@@ -58,6 +60,7 @@ def load_data_party(
     tokenizer: PreTrainedTokenizerBase | None = None,
     adapter: str | Path | None = None,
     wire: bool = False,
+    wire_dtype: WireDtype = "float32",
     seed: int | None = None,
     plugins: pluggy.PluginManager | None = None,
     **options: Any,
@@ -67,8 +70,8 @@ def load_data_party(
     Args:
         name: A folder, a model of the Hugging Face hub, or ``package:NAME/FOLDER`` (`locate_checkpoint`).
         partition: The cut; by default two blocks at either end.
-        channel: The way to the model party: its `handle` in one process, a `Channel`, or a URL that a
-            plugin opens.
+        channel: The way to the model party: its `handle` in one process, ``"grpc://HOST:PORT"`` (`connect`), a
+            `Channel`, or a URL that a plugin opens.
         auto: A class to load with, e.g. ``AutoModelForSequenceClassification``; by default the
             architecture that the config names.
         new: Modules that the checkpoint lacks and that start at random, e.g. ``["score"]``.
@@ -77,6 +80,8 @@ def load_data_party(
             there is one.
         adapter: A peft adapter of the whole model, whose half is loaded too (`load_adapter`).
         wire: With a `handle`, pass every message through the codec.
+        wire_dtype: Round hidden states and their gradients on their way, to ``bfloat16`` or ``int8``; with a `handle` it
+            needs `wire`.
         seed: Seed of the defenses' noise; None draws it from the operating system.
         plugins: Asked for blocks that cannot be found and for channels.
         options: Of `from_pretrained`: dtype, device_map, revision, attn_implementation, gguf_file, …, and of the
@@ -86,7 +91,11 @@ def load_data_party(
         CheckpointError: There is no such checkpoint, package or GGUF file, or it lacks weights of this half.
         PartitionError: The blocks cannot be found, or the cut leaves the legal range.
         ProtocolError: The model party holds another model, other weights or another cut.
+        ChannelError: The model party cannot be reached.
+        VflairError: `adapter` is given, and peft is not installed.
     """
+    if adapter is not None:
+        check_peft()
     plan = _plan(name, partition, auto, plugins, options)
     skeletons: dict[str, nn.Module] = {}
 
@@ -100,7 +109,7 @@ def load_data_party(
     data_party = DataParty(
         model,
         plan.partition,
-        open_channel(channel, plugins, wire=wire),
+        way := open_channel(channel, plugins, wire=wire, wire_dtype=wire_dtype),
         plan.cut,
         plan.fingerprint(model),
         skeletons,
@@ -112,9 +121,13 @@ def load_data_party(
         tokenizer=tokenizer or _tokenizer_beside(plan.source),
         seed=seed,
     )
-    if adapter is not None:
-        load_half(data_party.model, adapter, elsewhere=data_party.absent)
-    data_party.open()
+    try:
+        if adapter is not None:
+            load_half(data_party.model, adapter, elsewhere=data_party.absent)
+        data_party.open()
+    except BaseException:
+        way.close()
+        raise
     return data_party
 
 
@@ -151,7 +164,10 @@ def load_model_party(
     Raises:
         CheckpointError: There is no such checkpoint, package or GGUF file, or it lacks weights of this half.
         PartitionError: The blocks cannot be found, or the cut or the share leaves the legal range.
+        VflairError: `adapter` is given, and peft is not installed.
     """
+    if adapter is not None:
+        check_peft()
     plan = _plan(name, partition, auto, plugins, options)
     cut = plan.cut if share is None else _shared_out(plan.cut, *share, last=onward is None)
     ours = names_in(cut)
@@ -168,7 +184,7 @@ def load_model_party(
                 model, twin, nn.Module()
             )  # the tied weight has been read; it is ours alone now
     held, _ = take(model, ours, frozenset(plan.local))
-    model_party = ModelParty(held, cut, plan.fingerprint(model), plan.slices)
+    model_party = ModelParty(held, cut, plan.fingerprint(model), plan.slices, model.config)
     if adapter is not None:
         load_half(held, adapter, elsewhere=None)
     if onward is not None:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from vflair_core.errors import CheckpointError
 from vflair_core.parties.data_party.stubs import ModuleStub
-from vflair_core.partition.adapter_state import layers_of_adapters
-from vflair_core.partition.adapters import adapters_of, inject_adapter
+from vflair_core.partition.adapter_state import layers_of_adapters, made_by_peft
+from vflair_core.partition.adapters import adapters_of, check_peft, inject_adapter
 from vflair_core.partition.module_tree import on_meta
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def load_adapter(
     Raises:
         CheckpointError: There is no adapter, it is of another model, or of a sort that layers do not hold; or there
             is one of this name already. Nothing is changed.
+        VflairError: peft is not installed.
     """
     adapter = Adapter.read(folder)
     halves = [(owner.model, adapter.held_by(owner.model)) for owner in (data_party, model_party)]
@@ -100,7 +101,9 @@ class Adapter:
 
         Raises:
             CheckpointError: There is none, or it is not of a sort that layers hold.
+            VflairError: peft is not installed.
         """
+        check_peft()
         from peft import PeftConfig
         from peft.utils.save_and_load import load_peft_weights
 
@@ -244,15 +247,13 @@ class Adapter:
 
 def _module_of(key: str, model: nn.Module) -> str | None:
     """The module of `model` that a weight of an adapter belongs to; None if it is not held here."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     at, path = model, []
     for part in key.split("."):
-        if isinstance(at, (BaseTunerLayer, ModuleStub)) or part not in at._modules:
+        if isinstance(at, ModuleStub) or made_by_peft(at) or part not in at._modules:
             break
         at = at.get_submodule(part)
         path.append(part)
-    held = isinstance(at, BaseTunerLayer) or any(p is not None for p in at._parameters.values())
+    held = made_by_peft(at) or any(p is not None for p in at._parameters.values())
     return ".".join(path) if held and not isinstance(at, ModuleStub) else None
 
 

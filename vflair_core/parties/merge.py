@@ -23,6 +23,7 @@ from vflair_core.parties.joined_adapter import (
     plain_name,
     write_adapter,
 )
+from vflair_core.partition.adapters import check_peft
 from vflair_core.partition.checkpoint import TOKENIZER
 from vflair_core.partition.fingerprint import files_digest, sample_digest
 from vflair_core.partition.module_tree import names_by_weight
@@ -53,6 +54,7 @@ def merge(
 
     Raises:
         CheckpointError: The parts do not fit each other or the base; nothing is written.
+        VflairError: The parts hold adapters, and peft is not installed.
     """
     folders = [model_folder] if isinstance(model_folder, (str, Path)) else model_folder
     if not folders:
@@ -67,6 +69,8 @@ def merge(
         raise CheckpointError(
             "There is no adapter in these parts: they hold the weights themselves. Leave out the adapter option."
         )
+    if parts.adapters:
+        check_peft()
     unfinished = out.with_name(out.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

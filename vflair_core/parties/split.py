@@ -14,12 +14,14 @@ from attrs import frozen
 from torch import nn
 
 from vflair_core.communication.channel import Channel, LocalChannel
+from vflair_core.communication.wire_dtype import WireDtype
 from vflair_core.errors import PartitionError
 from vflair_core.parties.channels import open_channel
 from vflair_core.parties.data_party.party import DataParty
 from vflair_core.parties.model_party.party import ModelParty
 from vflair_core.partition.block_discovery import locate_blocks
-from vflair_core.partition.fingerprint import fingerprint, sample_digest, weights_in
+from vflair_core.partition.fingerprint import fingerprint as fingerprint_of
+from vflair_core.partition.fingerprint import sample_digest, weights_in
 from vflair_core.partition.module_tree import take
 from vflair_core.partition.partition import Partition, called_here
 from vflair_core.partition.slices import Slices
@@ -39,10 +41,12 @@ def split(
     *,
     defenses: Sequence[Defense] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
-    channel: str = "local:",
+    channel: Channel | str = "local:",
     wire: bool = False,
+    wire_dtype: WireDtype = "float32",
     devices: Sequence[str] = (),
     seed: int | None = None,
+    fingerprint: str | None = None,
     plugins: pluggy.PluginManager | None = None,
 ) -> tuple[DataParty, ModelParty]:
     """Cut `model` in two. Its weights move into the parties: do not use it afterwards.
@@ -52,25 +56,30 @@ def split(
         partition: The cut; by default two blocks at either end.
         defenses: Applied in this order on the way out, in reverse on the way back.
         tokenizer: Needed for `DataParty.encode` and `ask` only.
-        channel: Where messages go: ``"local:"``, or a URL that a plugin opens.
+        channel: Where messages go: ``"local:"``, ``"grpc://HOST:PORT"`` (`connect`), a URL that a plugin opens, or an open
+            channel. To a model party elsewhere: the one that is returned here only looks like it.
         wire: Pass every message through the codec, as a remote channel would.
+        wire_dtype: Round hidden states and their gradients on their way; ``bfloat16`` or ``int8`` need `wire` or a channel
+            between machines.
         devices: Where the model party computes; with more than one, a plugin places it.
         seed: Seed of the defenses' noise; None draws it from the operating system.
+        fingerprint: Of model and cut, where the model party elsewhere names its weights otherwise than by what they are.
         plugins: Asked for the blocks of a model whose blocks cannot be found.
 
     Raises:
         PartitionError: The blocks cannot be found, or the cut leaves the legal range.
-        ProtocolError: No plugin opens the channel.
+        ProtocolError: No plugin opens the channel, or the model party at its end holds another model.
+        ChannelError: The model party cannot be reached.
     """
     cut = _Cut.through(model, partition or Partition(), plugins)
-    agreed = cut.fingerprint(sample_digest(model))
+    agreed = fingerprint or cut.fingerprint(sample_digest(model))
     held, untied = take(model, names_in(cut.stages), frozenset(cut.local))
-    model_party = ModelParty(held, cut.stages, agreed, cut.slices)
+    model_party = ModelParty(held, cut.stages, agreed, cut.slices, model.config)
     _place(model_party, devices, plugins)
     data_party = cut.data_party(
         agreed,
         held,
-        open_channel(channel, plugins, wire=wire, handle=model_party.handle),
+        open_channel(channel, plugins, wire=wire, wire_dtype=wire_dtype, handle=model_party.handle),
         untied=untied,
         defenses=defenses,
         tokenizer=tokenizer,
@@ -162,7 +171,7 @@ class _Cut:
 
     def fingerprint(self, weights: str) -> str:
         model = self.model
-        return fingerprint(
+        return fingerprint_of(
             type(model).__name__, model.config, self.partition, weights, dtype=model.dtype
         )
 
@@ -182,7 +191,11 @@ class _Cut:
             slices=self.slices,
             **options,
         )
-        party.open()
+        try:
+            party.open()
+        except BaseException:
+            channel.close()
+            raise
         return party
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -59,8 +60,8 @@ def verify(config: Any, partition: Partition, *, task: TaskKind = "causal-lm") -
         whole = getattr(transformers, KINDS[task].auto).from_config(config)
         party, model_party = split(copy.deepcopy(whole), partition, wire=True)
         texts = [_batch(config, task) for _ in range(CONTENTS)]
-        forwards = [_compare(whole, party, model_party, batch) for batch in texts]
-        tokens = _tokens_equal(whole, party, texts[0]) if KINDS[task].generates else None
+        forwards = [compare(whole, party, model_party, batch) for batch in texts]
+        tokens = tokens_equal(whole, party, texts[0]) if KINDS[task].generates else None
     return Verification(
         config.model_type,
         partition,
@@ -84,9 +85,13 @@ def _batch(config: Any, task: str) -> dict[str, Tensor]:
             return {**batch, "labels": ids}
 
 
-def _compare(
-    whole: Any, party: Any, model_party: Any, batch: dict[str, Tensor]
+def compare(
+    whole: Any, party: Any, model_party: Any, batch: Mapping[str, Tensor]
 ) -> tuple[bool, bool, float]:
+    """Take one training pass of a model and of its two halves: are logits equal, is the loss, how far are gradients apart?
+
+    Gradients are compared by weight, relative to the largest entry of the weight's, or to 1 % of the model's largest.
+    """
     results = []
     for model in (whole, party.model):
         torch.manual_seed(1)
@@ -116,7 +121,8 @@ def _tied_twins(whole: Any) -> set[str]:
     return {name for group in names_by_weight(whole) if len(group) > 1 for name in group}
 
 
-def _tokens_equal(whole: Any, party: Any, batch: dict[str, Tensor]) -> bool:
+def tokens_equal(whole: Any, party: Any, batch: Mapping[str, Tensor]) -> bool:
+    """Let a model and its halves write six tokens to the prompts of a batch, and compare them."""
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     sequences = [model.eval().generate(**inputs, **options) for model in (whole, party.model)]

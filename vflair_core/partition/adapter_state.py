@@ -123,13 +123,15 @@ class AdapterStates:
 
 def layers_of_adapters(model: nn.Module) -> list[Any]:
     """The layers in `model` that peft made; where it only put modules in place of others (`modules_to_save`), these."""
-    tuners = sys.modules.get(
-        _TUNERS
-    )  # who never imported peft has none, and need not import it now
-    if tuners is None:
+    if sys.modules.get(_TUNERS) is None:
         return []
-    layers = [module for module in model.modules() if isinstance(module, tuners.BaseTunerLayer)]
-    return layers or _wrappers_in(model)
+    return [module for module in model.modules() if made_by_peft(module)] or _wrappers_in(model)
+
+
+def made_by_peft(module: nn.Module) -> bool:
+    """Whether peft made this layer. Who never imported peft has none, and needs no peft to know it."""
+    tuners = sys.modules.get(_TUNERS)
+    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
 
 
 def _wrappers_in(model: nn.Module) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,25 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from vflair_core.errors import CheckpointError, ExperimentError
+from vflair_core.errors import CheckpointError, ExperimentError, VflairError
+from vflair_core.partition.adapter_state import made_by_peft
 from vflair_core.randomness import adapter_seed
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+
+def check_peft() -> None:
+    """See that peft is there, before something is loaded or computed for adapters.
+
+    Raises:
+        VflairError: It is not installed.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise VflairError(
+            "Adapters, LoRA among them, need peft, which is not installed. Install the extra: "
+            "pip install 'vflair-core[lora]'."
+        )
 
 
 def adapters_of(model: nn.Module) -> dict[str, Any]:
@@ -24,11 +39,9 @@ def adapters_of(model: nn.Module) -> dict[str, Any]:
 
 def is_of_adapter(model: nn.Module, name: str) -> bool:
     """Whether a weight of this name belongs to an adapter."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
-        if isinstance(model.get_submodule(".".join(parts[:end])), BaseTunerLayer):
+        if made_by_peft(model.get_submodule(".".join(parts[:end]))):
             return parts[end] != "base_layer"
     return False
 
@@ -46,13 +59,11 @@ def adapter_facts(model: nn.Module) -> dict[str, Any] | None:
         raise CheckpointError(
             f"There are {len(configs)} adapters ({', '.join(configs)}), and a part holds one. Save with one."
         )
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     ((name, config),) = configs.items()
     adapted = {
         path: {key: getattr(module, key, {}).get(name) for key in ("r", "lora_alpha")}
         for path, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
+        if made_by_peft(module)
     }
     plain = {key: value for key, value in config.to_dict().items() if key != "runtime_config"}
     return {
@@ -68,9 +79,7 @@ def _plain(value: Any) -> Any:
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of `model` with its adapters merged, under the names it has without them."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    adapted = {name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    adapted = {name for name, module in model.named_modules() if made_by_peft(module)}
     state = {
         name: tensor
         for name, tensor in model.state_dict().items()

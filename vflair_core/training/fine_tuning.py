@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +14,11 @@ from torch import nn
 from vflair_core.communication.optimizers import make_optimizer, options_of
 from vflair_core.parties.data_party.party import DataParty
 from vflair_core.partition.slices import check_names
+from vflair_core.randomness import random_states, set_random_states
 from vflair_core.tasks.collation import Batch, loss_items
 from vflair_core.training.checkpoint import load_run, save_run
+from vflair_core.training.lasting_run import Batches, run_lasting
+from vflair_core.training.left_run import leave_run, take_up_run
 from vflair_core.training.tuning import EVERYTHING, Lora
 from vflair_core.training.two_phase_commit import agree, refuse_several_processes
 
@@ -104,7 +107,7 @@ class FineTuning:
         """Take one optimizer step over `batches` (gradient accumulation) and return the mean loss in nats.
 
         The step is that of all as one batch: each counts by what its loss is the mean of, tokens or rows. One from which
-        nothing is learnt does not cross.
+        nothing is learnt does not cross. A step that fails leaves nothing behind, at neither party, and may be taken again.
 
         `rate` is the learning rate of both parties, e.g. of a torch scheduler; by default the schedule's.
         """
@@ -116,6 +119,7 @@ class FineTuning:
         total = sum(items)
         if self._scaling is not None:
             self.party.loss_scale = self._scaling.scale
+        begin = Beginning.of(self.party)
         try:
             for batch, count in zip(batches, items, strict=True):
                 if not count and total:
@@ -124,22 +128,54 @@ class FineTuning:
                 (loss * self.party.loss_scale if self._scaling else loss).backward()
                 losses.append(loss.detach())
             self.commit(self.options.rate(self.party.step) if rate is None else rate)
+        except BaseException:
+            begin.restore(self.party)
+            if self.optimizer is not None:
+                self.optimizer.zero_grad(set_to_none=True)
+            raise
         finally:
             self.party.loss_scale = 1.0
         for defense in self.party.defenses.each:
             defense.after_step()
         return float(torch.stack(losses).sum())
 
-    def save(self, folder: str | Path) -> Path:
+    def run(
+        self, batches: Batches, folder: str | Path, *, every: int = 50, patience: float = 600.0
+    ) -> dict[int, float]:
+        """Take all steps, and go on by itself whenever the model party, the way there or this process breaks down.
+
+        Both parties save their part every few steps. A model party that is started anew is waited for and taken back to the
+        last step that both have; call it again with the same `folder` in a new process, and it goes on from there. Losses
+        are those of a run that never broke off.
+
+        Args:
+            batches: What a step learns from, by its number: one batch, or several to accumulate.
+            folder: Where the data party saves its part.
+            every: Steps between two checkpoints; the last two are kept.
+            patience: Seconds to wait for the model party.
+
+        Returns:
+            The mean loss of each step that was taken here, in nats, by the step's number.
+
+        Raises:
+            ChannelError: The model party was not reached for so long.
+            CheckpointError: The folder holds another run, or cannot be written.
+            ProtocolError: The model party keeps no checkpoints, or the run broke off several times at one step.
+        """
+        steps = self.options.steps
+        return run_lasting(self, batches, Path(folder), steps=steps, every=every, patience=patience)
+
+    def save(self, folder: str | Path, *, keep: int | None = None) -> Path:
         """Let both parties write all that the run needs to go on from this step, each in its own folder.
 
-        The model party writes to `model_party.checkpoints`, which its operator sets.
+        The model party writes to `model_party.checkpoints`, which its operator sets. Of each party's parts the last `keep`
+        stay, by default all.
 
         Raises:
             CheckpointError: The folder holds another run.
             ProtocolError: The model party keeps no checkpoints.
         """
-        return save_run(self.party, self.optimizer, Path(folder))
+        return save_run(self.party, self.optimizer, Path(folder), keep)
 
     def load(self, folder: str | Path) -> int:
         """Go on from the last step that both parties saved; return how many steps are done.
@@ -149,6 +185,26 @@ class FineTuning:
             ProtocolError: No step has the parts of both parties.
         """
         return load_run(self.party, self.optimizer, self.options.optimizer_spec(), Path(folder))
+
+    def leave(self, folder: str | Path) -> Path:
+        """Write what another process needs to go on with this run, while the model party keeps its session open.
+
+        Close the channel then, and not the data party. Nothing is asked of the model party, so data parties that share its
+        weights can do this each at its own time; where the model party may be started anew meanwhile, `save` instead.
+
+        Raises:
+            CheckpointError: The folder cannot be written.
+        """
+        return leave_run(self.party, self.optimizer, Path(folder))
+
+    def take_up(self, folder: str | Path) -> int:
+        """Go on with the run that was left in `folder`, as the same client; return how many steps are done.
+
+        Raises:
+            CheckpointError: No run was left there, or one of another model, cut or optimizer.
+            SessionLostError: The model party does not have its session at that point any more.
+        """
+        return take_up_run(self.party, self.optimizer, Path(folder))
 
     def commit(self, rate: float) -> None:
         """Decide scale and skip from all gradient norms, then let both parties step, or neither.
@@ -181,6 +237,31 @@ class FineTuning:
         )
         before = [{**group, "lr": rate} for group in self._built_with]
         return now if now != before else None
+
+
+@frozen(eq=False)
+class Beginning:
+    """Where a step began: what is drawn, and which exchange comes first."""
+
+    exchanges: int
+    states: Sequence[torch.Tensor]
+    noise: Sequence[torch.Tensor]  # of each defense
+
+    @classmethod
+    def of(cls, party: DataParty) -> Beginning:
+        """The present, before a step."""
+        noise = [party.defenses.generator_of(d).get_state() for d in party.defenses.each]
+        return cls(party.exchanges, random_states(party.model.device), noise)
+
+    def restore(self, party: DataParty) -> None:
+        """Begin the step anew: both parties drop its gradients, and draw what they drew."""
+        party.connection.abandon(self.exchanges)
+        party.begin_step()
+        for weight in party.parameters():
+            weight.grad = None
+        set_random_states(self.states)
+        for defense, state in zip(party.defenses.each, self.noise, strict=True):
+            party.defenses.generator_of(defense).set_state(state)
 
 
 class Scaling:

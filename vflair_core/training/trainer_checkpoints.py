@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from vflair_core.errors import CheckpointError, ProtocolError
 from vflair_core.partition.adapters import adapter_facts
-from vflair_core.partition.checkpoint import DATA_FILE, check_part, read_facts
-from vflair_core.training.checkpoint import resume_session, run_state, take_up_run
+from vflair_core.partition.checkpoint import DATA_FILE, read_facts
+from vflair_core.training.checkpoint import TakenUp, resume_session, run_state
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -131,10 +131,10 @@ class TrainerCheckpoints:
                 f"There is no {DATA_FILE} in {folder}: it was not written with SplitCallback in this output_dir, or "
                 "writing it was broken off. Go on from another checkpoint of this run."
             )
-        facts = read_facts(path)
-        check_part(facts, self.party.connection.fingerprint, optimizer, path)
+        taken_up = TakenUp.of(self.party, optimizer, path)
+        facts = taken_up.facts
         resume_session(self.party, spec, facts["session"], [facts["step"]])
-        take_up_run(self.party, path, facts)
+        taken_up.restore(self.party)
 
     def _folder(self, step: int) -> Path:
         return self.folder / f"checkpoint-{step}"

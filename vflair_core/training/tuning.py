@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from vflair_core.errors import ExperimentError, alternatives
-from vflair_core.partition.adapters import inject_adapter
+from vflair_core.partition.adapters import check_peft, inject_adapter
 from vflair_core.partition.slices import Slices, check_names
 
 if TYPE_CHECKING:
@@ -51,9 +51,14 @@ class Lora:
     full: tuple[str, ...] = field(default=(), converter=tuple, validator=_names_of_slices)
 
     def config(self) -> PeftConfig | None:
-        """Return the same as a config of peft; None without adapters."""
+        """Return the same as a config of peft; None without adapters.
+
+        Raises:
+            VflairError: peft is not installed.
+        """
         if not self.r:
             return None
+        check_peft()
         from peft import LoraConfig
 
         return LoraConfig(
@@ -96,6 +101,7 @@ def tune(
 
     Raises:
         ExperimentError: There is no such slice, or no layer of the chosen name in it.
+        VflairError: Adapters are asked for, and peft is not installed.
     """
     model = owner if isinstance(owner, nn.Module) else owner.model
     if slices is None:

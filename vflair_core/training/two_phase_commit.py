@@ -14,6 +14,7 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from vflair_core.errors import ProtocolError
+from vflair_core.events import events
 
 if TYPE_CHECKING:
     from vflair_core.parties.data_party.party import DataParty
@@ -55,6 +56,8 @@ def agree(
     norms = [norm * unscale for norm in joint_norms(party, weights)]
     total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
     skip = party.overflowed or not bool(total.isfinite())
+    if skip and unscale == 1.0:  # with a scaler, some steps are skipped as a rule
+        events(__name__).warning("step_skipped", step=party.step, norm=float(total))
     factor = float((clip / (total + 1e-6)).clamp(max=1.0)) if clip else None
     scales = [s for s in (None if unscale == 1.0 else unscale, factor) if s is not None]
     together = None

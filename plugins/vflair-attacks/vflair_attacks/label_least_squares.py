@@ -21,7 +21,9 @@ class LabelLeastSquares:
     none. Rows are the positions of all examples of an update, so it ends where they reach the rank of the states (LayerNorm
     takes one off the width).
 
-    The output layer is found by its name in the model; its input is what the tail computes from `returned`.
+    The output layer is found by its name in the model; its input is what the tail computes from `returned`. Where it is tied
+    to the input embeddings, an update holds the sum of both gradients. That of the inputs is left in and moves only the
+    rows of tokens that the text has: by little in a trained model, whose last states are long, by more in a random one.
     """
 
     def __call__(
@@ -39,24 +41,33 @@ class LabelLeastSquares:
         labels = torch.zeros(len(returned), dtype=torch.long)
         size = len(lengths) // len(updates)
         for update, several in zip(updates, torch.arange(len(lengths)).split(size), strict=True):
-            if f"{name}.weight" not in update:
-                raise AttackError(
-                    f"label-least-squares needs the gradient of {name}.weight, which is not among the updates: "
-                    "train the task head itself (train.trainable), not adapters elsewhere."
-                )
+            gradient = _gradient_of(name, layer, tail, update)
             # Of a text every token but the first is a label; of a class the last position knows all.
             rows = slice(-1) if task_kind == "causal-lm" else slice(-1, None)
             came = [returned[n : n + 1, : lengths[n]].to(tail.device) for n in several]
             each = [_around(layer, tail, states, rows) for states in came]
             states, scores = (torch.cat(parts) for parts in zip(*each, strict=True))
-            gradient = update[f"{name}.weight"].to(tail.device)
-            found = _solve(gradient, states, scores).argmax(-1)
+            found = _solve(gradient.to(tail.device), states, scores).argmax(-1)
             for n, part in zip(several, found.split([len(s) for s, _ in each]), strict=True):
                 if task_kind == "causal-lm":
                     tokens[n, 1 : lengths[n]] = part
                 else:
                     labels[n] = part[0]
         return Guess(tokens=tokens) if task_kind == "causal-lm" else Guess(labels=labels)
+
+
+def _gradient_of(
+    name: str, layer: torch.nn.Module, tail: Any, update: Mapping[str, Tensor]
+) -> Tensor:
+    """Return the gradient of the output layer, under its own name or that of a layer it shares its weight with."""
+    tied = [n for n, m in tail.named_modules() if getattr(m, "weight", None) is layer.weight]
+    for each in (name, *tied):
+        if f"{each}.weight" in update:
+            return update[f"{each}.weight"]
+    raise AttackError(
+        f"label-least-squares needs the gradient of {name}.weight, which is not among the updates: "
+        "train the task head itself (train.trainable), not adapters elsewhere."
+    )
 
 
 def _solve(gradient: Tensor, states: Tensor, scores: Tensor) -> Tensor:  # (V, D), (B, D), (B, V)

@@ -23,6 +23,7 @@ from vflair_defenses.learning import (
 )
 from vflair_defenses.rows import (
     classes_of,
+    gradients_of,
     public_ids,
     public_returned,
     public_rows,
@@ -270,8 +271,8 @@ class MappingMechanism(Mechanism):
 
     mapping: nn.Module
 
-    @torch.no_grad()
     def expected(self, hidden: Tensor) -> Tensor:
         mapping = self.mapping.to(hidden.device)  # where an attacker's head is
-        found: Tensor = hidden + mapping(hidden.float()).to(hidden.dtype)
+        with gradients_of(hidden):
+            found: Tensor = hidden + mapping(hidden.float()).to(hidden.dtype)
         return found

@@ -16,6 +16,7 @@ from vflair_core import Defense, DefenseError, Exchange, Mechanism
 from vflair_defenses.learning import parameters_of, read_state, seeded, state_of
 from vflair_defenses.rows import (
     drawing,
+    gradients_of,
     noise_like,
     public_returned,
     public_rows,
@@ -213,25 +214,25 @@ class MidMechanism(Mechanism):
         """The bottleneck, moved to where an attacker's head gave the hidden states."""
         return self.part.to(hidden.device)
 
-    @torch.no_grad()
     def expected(self, hidden: Tensor) -> Tensor:
         part = self._at(hidden)
-        return part.decoded(part.code(hidden.float())[0])
+        with gradients_of(hidden):
+            return part.decoded(part.code(hidden.float())[0])
 
-    @torch.no_grad()
     def sample(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
         part = self._at(hidden)
-        mean, sigma = part.code(hidden.float())
-        drawn = noise_like(mean, drawing(generator))
-        return part.decoded(mean + self.noise * sigma * drawn)
+        with gradients_of(hidden):
+            mean, sigma = part.code(hidden.float())
+            drawn = noise_like(mean, drawing(generator))
+            return part.decoded(mean + self.noise * sigma * drawn)
 
-    @torch.no_grad()
     def log_likelihood(self, observed: Tensor, hidden: Tensor) -> Tensor:
         part = self._at(hidden)
-        mean, sigma = part.code(hidden.float())
-        sigma = (self.noise * sigma).clamp_min(1e-6)
-        gap = (part.encoded(observed.float()) - mean) / sigma
-        return -0.5 * gap.square().sum(-1) - sigma.log().sum(-1)
+        with gradients_of(hidden):
+            mean, sigma = part.code(hidden.float())
+            sigma = (self.noise * sigma).clamp_min(1e-6)
+            gap = (part.encoded(observed.float()) - mean) / sigma
+            return -0.5 * gap.square().sum(-1) - sigma.log().sum(-1)
 
 
 def measured_divergence(

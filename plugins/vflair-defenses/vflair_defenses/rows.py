@@ -51,6 +51,14 @@ def public_rows(who: str, texts: Sequence[str], party: Party) -> Iterable[Tensor
         yield rows
 
 
+def gradients_of(hidden: Tensor) -> torch.autograd.grad_mode.set_grad_enabled:
+    """While this lasts, what is computed can be differentiated if `hidden` is, whatever else takes part.
+
+    An attacker who climbs along a learned map needs its gradient, and one who only tries should keep no graph.
+    """
+    return torch.set_grad_enabled(torch.is_grad_enabled() and hidden.requires_grad)
+
+
 @contextmanager
 def without_dropout(party: Party) -> Iterator[None]:
     """While this lasts, the model is in eval mode."""

@@ -61,10 +61,13 @@ def _chosen(rows: Tensor, k: int, alpha: float, generator: torch.Generator | Non
 
 @attrs.frozen
 class TopKMechanism(Mechanism):
-    """What is kept is exact, so a candidate is compared on the coordinates that were sent; drawn as in training."""
+    """What is kept is exact, so a candidate is compared on the coordinates that were sent."""
 
     k: int
     alpha: float
+
+    def inference(self) -> Mechanism:
+        return TopKMechanism(self.k, 0.0)
 
     def expected(self, hidden: Tensor) -> Tensor:
         return keep_largest(hidden, self.k) if self.k else hidden

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from vflair_core import AttackError, Guess
 from vflair_core.experiments.grading.grades import Reference, with_verdict
 from vflair_core.experiments.grading.labels import grade_labels
-from vflair_core.experiments.grading.scores import dcs, normalised_dcs
 from vflair_core.experiments.grading.statistics import auc, interval, rouge_l
 from vflair_core.experiments.grading.tokens import grade_tokens
 from vflair_core.experiments.grading.truth import Truth
@@ -218,24 +217,6 @@ def test_an_attack_that_cannot_read_bypassed_messages_fails_the_positive_control
 def test_a_guess_for_too_few_victims_is_refused():
     with pytest.raises(AttackError, match="guessed tokens for 3 of 8 victims"):
         graded(torch.zeros(3, 6, dtype=torch.long), truth())
-
-
-# -- anchors of the reference, number 10 ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("attack", "main", "best", "published"),
-    [(0.167, 0.510, 0.560, 0.890), (1.0, 0.56, 0.56, 0.586), (0.0, 0.0, 0.55, 0.720)],
-)
-def test_dcs_equals_the_published_arithmetic(attack, main, best, published):
-    assert dcs(attack, main, best) == pytest.approx(published, abs=1e-3)
-
-
-def test_the_normalised_score_is_one_for_a_perfect_defense_and_the_same_at_every_scale():
-    assert normalised_dcs(0.1, 0.1, 0.9, 0.4, 0.0, 0.4) == 1.0
-    assert normalised_dcs(0.9, 0.1, 0.9, 0.4, 0.0, 0.4) == pytest.approx(dcs(1.0, 1.0, 1.0))
-    small = normalised_dcs(0.5, 0.1, 0.9, 0.2, 0.0, 0.4)
-    assert small == pytest.approx(normalised_dcs(0.5, 0.1, 0.9, 0.4, 0.0, 0.8))
 
 
 def test_an_attack_that_found_nothing_undefended_says_nothing_about_a_defense():

@@ -13,8 +13,8 @@ from vflair_core.cli.terminal import show_result
 from vflair_core.errors import ExperimentError
 from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.grading.grades import Grade
+from vflair_core.experiments.grading.pooling import paired_over_cells
 from vflair_core.experiments.grading.ranking import evaluated, strongest
-from vflair_core.experiments.grading.statistics import paired_interval
 
 
 def grade(attack, knowledge, performance, *, development=None, **facts) -> Grade:
@@ -276,7 +276,7 @@ def test_fewer_than_five_seeds_are_refused():
 def test_a_paired_interval_is_narrower_than_the_spread_between_sentences():
     """Every sentence loses exactly one of ten tokens: the change is −0.1 however sentences differ."""
     seeds = [([(n % 8 + 1, 10) for n in range(20)], [(n % 8, 10) for n in range(20)])] * 5
-    assert paired_interval(seeds) == pytest.approx((-0.1, -0.1))
+    assert paired_over_cells(seeds).interval == pytest.approx((-0.1, -0.1))
 
 
 def test_a_paired_interval_covers_no_change_when_there_is_none():
@@ -287,13 +287,11 @@ def test_a_paired_interval_covers_no_change_when_there_is_none():
     for _ in range(100):
         rows = torch.bernoulli(torch.full((5, 2, 16), 0.5), generator=generator).long().tolist()
         pairs = [([(h, 1) for h in before], [(h, 1) for h in after]) for before, after in rows]
-        low, high = paired_interval(pairs)
+        low, high = paired_over_cells(pairs).interval
         covered += low <= 0 <= high
     assert covered >= 88  # 95 expected; binomial standard error 2.2
 
 
 def test_pairs_need_the_same_sentences_on_both_sides():
     with pytest.raises(AttackError, match="no pairs"):
-        paired_interval([([(1, 1)], [(1, 1), (0, 1)])] * 2)
-    with pytest.raises(AttackError, match="at least two seeds"):
-        paired_interval([([(1, 1)], [(1, 1)])])
+        paired_over_cells([([(1, 1)], [(1, 1), (0, 1)])] * 2)

@@ -169,10 +169,10 @@ def test_gradients_are_those_of_the_state_of_the_forward_also_when_it_is_compute
 def test_a_merged_half_is_the_same_model(pair):
     expected, _ = pair.logits()
     pair.peft_data.merge_adapter()
-    assert torch.allclose(pair.logits()[1], expected, atol=1e-4)
+    assert torch.allclose(pair.logits()[1], expected, atol=1e-3)
     with pair.peft_whole.disable_adapter(), pair.peft_data.disable_adapter():
         expected_off, found = pair.logits()
-        assert torch.allclose(found, expected_off, atol=1e-4)
+        assert torch.allclose(found, expected_off, atol=1e-3)
 
 
 def test_adapters_that_are_unloaded_are_off_at_both(pair):
@@ -191,7 +191,7 @@ def test_adapters_that_are_merged_and_unloaded_stay_on_at_both(pair):
     pair.peft_data.merge_and_unload()
     with torch.no_grad():
         found = pair.data_party.model(**pair.batch).logits
-    assert torch.allclose(found, expected, atol=1e-4)
+    assert torch.allclose(found, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("partition", CUTS, ids=lambda partition: partition.kind)

@@ -30,8 +30,17 @@ class Victim:
             key: value for key, value in (dict(message.meta) | changes).items() if key not in drop
         }
         tensors = message.tensors if tensors is None else tuple(tensors)
-        message = attrs.evolve(message, session=session, meta=meta, tensors=tensors)
-        return codec.decode(codec.encode(message))  # as the model party would get it
+        seq = changes.pop("seq", None) if "seq" in changes else self.next_seq(session, message.seq)
+        message = attrs.evolve(message, session=session, meta=meta, tensors=tensors, seq=seq)
+        try:
+            return codec.decode(codec.encode(message))  # as the model party would get it
+        except ProtocolError:  # it would get none of this; without a wire it does
+            return message
+
+    def next_seq(self, session, otherwise):
+        """The number that the next message of a session must have."""
+        known = self.model_party.sessions.get(session)
+        return otherwise if known is None or known.seq is None else known.seq + 1
 
     def refused(self, message, words=None):
         """Send a message that must be refused; the victim's next step goes on as if nothing had come."""

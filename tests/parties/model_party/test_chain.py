@@ -313,3 +313,25 @@ def test_states_that_blocks_share_cannot_lie_with_two_model_parties():
     )
     with pytest.raises(ProtocolError, match="cannot be in two places"):
         divide_program(program, "a".__eq__)
+
+
+def test_a_damaged_part_of_one_party_takes_none_of_a_chain_back(tmp_path):
+    whole = deep()
+    data_party, chain = chain_of_three(whole, 1)
+    for number, party in enumerate(chain):
+        party.checkpoints = tmp_path / f"model party {number}"
+    tuning = FineTuning(data_party, Train(steps=4, learning_rate=0.05))
+    batch = tiny_batch(whole, labels="tokens")
+    tuning.step(batch)
+    tuning.save(tmp_path / "data party")
+    tuning.step(batch)
+    (part,) = (tmp_path / "model party 0").rglob("*.safetensors")
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    before = [[weight.clone() for weight in party.parameters()] for party in chain]
+    with pytest.raises(CheckpointError):
+        tuning.load(tmp_path / "data party")
+    for party, weights in zip(chain, before, strict=True):
+        assert all(map(torch.equal, party.parameters(), weights))
+    tuning.step(batch)

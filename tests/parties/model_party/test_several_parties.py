@@ -272,3 +272,16 @@ def test_observers_hear_of_each_party_that_joins():
     _, model_party = split(tiny_model("llama"), Partition(1, 1), plugins=plugins)
     join(tiny_model("llama"), model_party, Partition(1, 1), plugins=plugins)
     assert heard == [(Partition(1, 1), True)] * 2
+
+
+def test_who_keeps_a_forward_cannot_commit_to_a_round_that_then_could_not_end(crowd):
+    crowd.model_party.sharing = "mean"
+    for party in crowd.parties:
+        party.open(SGD.optimizer_spec())
+    crowd.backward(1)
+    kept = crowd.parties[1].model(**crowd.batches[1], use_cache=False).loss
+    with pytest.raises(ProtocolError, match="still waits for its backward"):
+        crowd.parties[1].connection.commit(scale=None, rate=RATE, skip=False)
+    crowd.parties[0].close()
+    kept.backward()
+    crowd.parties[1].connection.commit(scale=None, rate=RATE, skip=False)

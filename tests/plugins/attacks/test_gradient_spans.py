@@ -131,6 +131,24 @@ def test_the_output_layers_gradient_gives_all_tokens_below_its_rank(kind):
         assert torch.equal(found[1 : len(row)], row[1:])
 
 
+def test_a_tied_output_layer_is_found_under_the_name_of_the_embeddings_and_read_all_but_exactly():
+    """GPT-2 as it is initialised: what the input embeddings add to the gradient is small."""
+    model, partition = (
+        sized("gpt2", tie_word_embeddings=True, initializer_range=0.02),
+        Partition(1, 2),
+    )
+    rows = words(12, 7, 11, 9)
+    updates, _, _, party = shared(model, partition, rows)
+    assert "lm_head.weight" not in updates[0]
+    _, tail = halves(sized("gpt2", tie_word_embeddings=True, initializer_range=0.02), partition)
+    lengths = torch.tensor([len(row) for row in rows])
+    guess = LabelLeastSquares()(
+        updates, returned_of(party, rows), lengths, partition, "causal-lm", tail
+    )
+    right = [found[1 : len(row)] == row[1:] for found, row in zip(guess.tokens, rows, strict=True)]
+    assert sum(int(each.sum()) for each in right) >= 34  # of 35
+
+
 @pytest.mark.parametrize("lengths", [(9, 6), (5, 9)])
 def test_the_rows_of_a_batch_are_solved_for_together(lengths):
     """Each text's states say which rows are its own: the order within the update is not lost."""

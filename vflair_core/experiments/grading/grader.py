@@ -114,7 +114,7 @@ def _graded(
     )  # fmt: skip
     if key.development:
         graded.development = performance(guess.of(key.apart), truth, key.apart)
-    graded.seconds = main.seconds
+    graded.seconds, graded.read = main.seconds, sorted(main.read)
     graded.course = _course(main, graded, key)
     bypassed = None
     if "bypassed" in facts["victims"]:

@@ -78,6 +78,7 @@ class Grade:
     by_chance: float = 1.0  # probability of as large an advantage over the floor if there were none
     informative: bool = True  # above its floor where nothing defends
     adaptive: bool = False  # it takes the defense into account
+    read: list[str] = field(factory=list)  # seams by which it learned something (`seams.py`)
     contract: dict[str, Any] | None = (
         None  # how it did behind a mapping that it was told of, and not
     )

@@ -7,7 +7,6 @@ from typing import Any
 
 from vflair_core.attacks.knowledge import PRESETS, granted, shown
 from vflair_core.experiments.grading.grades import Grade
-from vflair_core.experiments.grading.scores import above_floor
 
 NOT_EVALUATED = (
     "NOT EVALUATED: no attack of this run on them knows the defense or learned from what comes through it. A low AP "
@@ -68,6 +67,11 @@ def _beyond(grade: Grade) -> tuple[str, ...]:
 def _chosen_by(grade: Grade) -> float:
     reached = grade.attack_performance if grade.development is None else grade.development
     return above_floor(reached, grade.floor)
+
+
+def above_floor(attack: float, floor: float) -> float:
+    """Attack performance on a scale where 0 is its floor and 1 is everything; negative below the floor."""
+    return (attack - floor) / (1 - floor) if floor < 1 else 0.0
 
 
 def evaluated(

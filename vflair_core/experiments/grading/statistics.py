@@ -78,17 +78,17 @@ def interval(hits: Hits) -> tuple[float, float]:
     draws = torch.randint(
         sentences, (RESAMPLES, sentences), generator=torch.Generator().manual_seed(0)
     )
-    return _middle(_rates(hits, draws))
+    return middle(resampled_rates(hits, draws))
 
 
-def _rates(hits: Hits, drawn: Tensor) -> Tensor:
-    """The rate in each resample (R,) of the sentences `drawn` (R, N)."""
+def resampled_rates(hits: Hits, drawn: Tensor) -> Tensor:
+    """Return the rate in each resample (R,) of the sentences `drawn` (R, N)."""
     sums = torch.tensor(hits, dtype=torch.float64)[drawn].sum(1)  # (R, 2)
     return sums[:, 0] / sums[:, 1].clamp_min(1)
 
 
-def _middle(draws: Tensor) -> tuple[float, float]:
-    """The bounds between which 95 % of `draws` lie."""
+def middle(draws: Tensor) -> tuple[float, float]:
+    """Return the bounds between which 95 % of `draws` (R,) lie."""
     ranked, tail = draws.sort().values, (1 - LEVEL) / 2
     low, high = round(tail * RESAMPLES), round((1 - tail) * RESAMPLES) - 1
     return float(ranked[low]), float(ranked[high])
@@ -141,28 +141,3 @@ def auc_either(scores: Tensor, labels: Tensor, permutations: int = 1000) -> tupl
     ]
     null = torch.tensor([max(a, 1 - a) for a in drawn])
     return max(observed, 1 - observed), float(null.quantile(LEVEL))
-
-
-def paired_interval(seeds: Sequence[tuple[Hits, Hits]]) -> tuple[float, float]:
-    """Return the 95 % interval of the mean change of a rate: bootstrap over seeds and, in each, sentences.
-
-    `seeds` holds for each seed the hits before and after, sentence by sentence in the same order; a sentence that
-    is drawn is drawn on both sides.
-
-    Raises:
-        AttackError: There are fewer than two seeds, or the sentences of a pair do not match.
-    """
-    if len(seeds) < 2:
-        raise AttackError("A paired interval needs at least two seeds.")
-    generator = torch.Generator().manual_seed(0)
-    changes = []  # S times (resamples,)
-    for before, after in seeds:
-        if len(before) != len(after):
-            raise AttackError(
-                f"{len(before)} sentences before and {len(after)} after are no pairs."
-            )
-        drawn = torch.randint(len(before), (RESAMPLES, len(before)), generator=generator)
-        rates = [_rates(hits, drawn) for hits in (before, after)]
-        changes.append(rates[1] - rates[0])
-    drawn = torch.randint(len(seeds), (RESAMPLES, len(seeds)), generator=generator)
-    return _middle(torch.stack(changes, dim=1).gather(1, drawn).mean(1))

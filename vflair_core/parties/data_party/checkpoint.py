@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from vflair_core.errors import CheckpointError
 from vflair_core.partition.adapters import adapter_facts
 from vflair_core.partition.checkpoint import DATA_FILE, TOKENIZER, owned, write_part
 
@@ -43,9 +45,21 @@ def save_data_party(
 
 
 def save_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Write the tokenizer beside the parts, once."""
+    """Write the tokenizer beside the parts, once.
+
+    Raises:
+        CheckpointError: The disk is full, or refuses.
+    """
     if tokenizer is None or (folder / TOKENIZER).exists():
         return
     unfinished = folder / f"{TOKENIZER}.part"
-    tokenizer.save_pretrained(unfinished)
-    unfinished.rename(folder / TOKENIZER)
+    try:
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(folder / TOKENIZER)
+    except OSError as error:
+        raise CheckpointError(
+            f"The tokenizer could not be written to {folder}: {error.strerror}. Make room on the disk, or let this "
+            "process write there, and save again."
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -101,6 +101,8 @@ class ModelCalls:
         self.counts = ReleaseCounts()
         # Tensors that were sent, by role, and exchanges that were bypassed.
         self.crossed: Counter[str] = Counter()
+        # Of private text: what crossed in either direction by role and stack, every ``exchange``, and those with a ``cache``.
+        self.crossed_by_stack: Counter[tuple[str, int]] = Counter()
         self._asking = False
         self._dropping = True  # in train mode
         self._adapters, self._without_adapters = AdapterStates(model), False
@@ -294,10 +296,18 @@ class ModelCalls:
         exchange, self._begun = self._begun or self._begin(positions), None
         self._last = exchange
         self._done.append(exchange)
-        self.crossed.update(roles)
-        self.crossed["bypassed"] += self.defenses.bypassed
+        public = self.counts.public
+        if not public:
+            self.crossed.update(roles)
+            self.crossed["bypassed"] += self.defenses.bypassed
+        stack = next(n for n, s in enumerate(self.stages) if program.modules[0] in s.names)
+
+        def count(*roles: str) -> None:
+            self.crossed_by_stack.update((role, stack) for role in roles if not public)
+
+        count("exchange", *roles, *(() if cache is None else ("cache",)))
         with self._remote(cache, program, positions) as spec:
-            return round_trip(
+            returned = round_trip(
                 self.connection,
                 self.defenses,
                 self.counts,
@@ -306,10 +316,14 @@ class ModelCalls:
                 program,
                 leaves,
                 roles,
+                shapes,
                 cache=spec,
                 training=self.model.training and self._dropping,
                 adapters=OFF if self._without_adapters else self._adapters.now(),
+                count=count,
             )
+        count(*["returned"] * len(returned))
+        return returned
 
     @contextmanager
     def _remote(

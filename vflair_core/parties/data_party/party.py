@@ -126,8 +126,16 @@ class DataParty:
 
     @property
     def crossed(self) -> dict[str, int]:
-        """How many tensors were sent in each role, and in how many exchanges the defenses were ``bypassed``."""
+        """Of private text, how many tensors were sent in each role, and in how many exchanges defenses were ``bypassed``."""
         return {name: count for name, count in sorted(self.calls.crossed.items()) if count}
+
+    @property
+    def crossed_by_stack(self) -> Mapping[tuple[str, int], int]:
+        """Of private text, how many tensors crossed in either direction by role and stack of the model.
+
+        Every ``exchange`` is counted too, and those with a ``cache``.
+        """
+        return self.calls.crossed_by_stack
 
     @property
     def releases(self) -> Releases:

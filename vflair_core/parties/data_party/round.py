@@ -13,6 +13,7 @@ ends where trust ends: `communication/autograd.py` has the only function that to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -49,12 +50,18 @@ def round_trip(
     program: Program,
     leaves: list[Tensor],
     roles: tuple[Role, ...],
+    answer: list[Tensor],
     *,
     cache: dict[str, Any] | None,
     training: bool,
     adapters: AdapterState | None,
+    count: Callable[[str], None],
 ) -> list[Tensor]:
-    """Send what `program` takes, return what it gives: one exchange, on every one of them every defense."""
+    """Send what `program` takes, return what it gives: one exchange, on every one of them every defense.
+
+    `answer` has the form of what it gives, which a reply must have; `count` is told the role of each gradient that
+    crosses later.
+    """
     names = [name for name, _, _ in program.leaves]
     sent = [
         defenses.apply("on_smashed", leaf, exchange, name=name, role=role)
@@ -72,8 +79,9 @@ def round_trip(
         training=training,
         counterparts=not defenses.bypassed,
         inspect=partial(_account_for, defenses, counts, exchange, program),
-        guard=partial(_defended_gradient, defenses, counts, scale, exchange),
+        guard=partial(_defended_gradient, defenses, counts, scale, exchange, count),
         adapters=None if adapters is None else adapters.to_wire(),
+        answer=answer,
     )
     return [
         defenses.apply("on_returned", tensor, exchange, name="returned", role="returned")
@@ -100,10 +108,12 @@ def _defended_gradient(
     counts: ReleaseCounts,
     scale: LossScale,
     exchange: Exchange,
+    count: Callable[[str], None],
     name: Gradient,
     gradient: Tensor,
 ) -> Tensor:
     """Pass a gradient through the defenses without the factor by which a `GradScaler` scaled the loss."""
+    count(name)
     if name == "hidden_grad":
         defenses.check_gradient(exchange.account, torch._C._current_graph_task_id())
         if not exchange.account.bypassed:

@@ -16,6 +16,7 @@ from attrs import define, field
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from vflair_core.communication.autograd import UNKNOWN
 from vflair_core.communication.program import Tree
 from vflair_core.errors import PartitionError
 from vflair_core.parties.data_party.deferred import Deferred, form_of
@@ -64,7 +65,7 @@ class Shapes:
 
         def resized(tensor: Tensor, _path: Tree) -> Tensor:
             # What had the shape of the input has it again; of anything else the shape is not known now.
-            size = hidden.shape if tensor.shape == shape else (0,)
+            size = hidden.shape if tensor.shape == shape else UNKNOWN
             return torch.empty(size, dtype=tensor.dtype, device="meta")
 
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,54 +11,71 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vflair_core.communication import counterparts
 from vflair_core.communication.channel import Channel
 from vflair_core.communication.locks import Lock
-from vflair_core.communication.message import Crossing, Message, reply
-from vflair_core.communication.optimizers import check_options
-from vflair_core.errors import PartitionError, ProtocolError
-from vflair_core.parties.model_party import rounds
+from vflair_core.communication.message import Message, reply
+from vflair_core.errors import (
+    ChannelError,
+    PartitionError,
+    ProtocolError,
+    SessionLostError,
+    VflairError,
+    shown,
+)
+from vflair_core.events import events
+from vflair_core.parties.model_party import openings, rounds, steps
+from vflair_core.parties.model_party.cache import Offer
 from vflair_core.parties.model_party.caps import Caps
 from vflair_core.parties.model_party.checkpoint import (
+    check_saved,
     load_session,
     run_folder,
     save_model_party,
     save_session,
     saved_steps,
 )
+from vflair_core.parties.model_party.costs import Costs
 from vflair_core.parties.model_party.held_stage import HeldStage
 from vflair_core.parties.model_party.relay import Relay
-from vflair_core.parties.model_party.session import Session, StepOptions
-from vflair_core.parties.model_party.shared_weights import Rule, SharedWeights, norms_of
-from vflair_core.partition.fingerprint import differences
+from vflair_core.parties.model_party.session import Session
+from vflair_core.parties.model_party.shared_weights import Rule, SharedWeights
 from vflair_core.partition.slices import Slices
 from vflair_core.partition.stages import Stage
 
-_WRONG = (AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+NONCES = 64  # of openings of one session that are remembered
 
 
 class ModelParty:
     """Holds modules of `model`, under the names the whole model gives them.
 
     It runs only programs that call one of the `stages` (names in call order) from its first module to its
-    last, each output feeding the next call. Live graphs, caches and programs are capped per session; a
-    request over a cap is refused, nothing is dropped.
+    last, each output feeding the next call. What data parties may ask for is limited by `caps`; a request over a cap is
+    refused, nothing is dropped. A refused message changes nothing.
 
     Several data parties may have a session each. `sharing` says when the weights they share take a step.
     Set `checkpoints` to a folder to let data parties have their runs saved there and go on from it. Set `expiry` to the
-    seconds after which a data party that was not heard from is taken for gone, and forgotten when another one asks for
-    something; None waits for ever. `drop` forgets one by hand.
+    seconds after which a data party that was not heard from is taken for gone, a forward for one without a backward, and
+    a round of ``"mean"`` goes on without those it waits for; None waits for ever. What is over is forgotten with the next
+    message of anybody, or by `expire`. `drop` forgets a data party by hand.
     """
 
     def __init__(
-        self, model: nn.Module, stages: Sequence[Stage], fingerprint: str, slices: Slices
+        self,
+        model: nn.Module,
+        stages: Sequence[Stage],
+        fingerprint: str,
+        slices: Slices,
+        config: PreTrainedConfig
+        | None = None,  # of the whole model; None: blocks without caches of their own kinds
     ) -> None:
-        self.model, self.slices = model, slices
-        self.held = [HeldStage(model, names) for names in stages]
+        self.model, self.slices, self.config = model, slices, config
+        self._hold(stages)
         self.fingerprint = fingerprint
-        self.caps = Caps()
+        self.caps = Caps.fitted(self.device, config and config.get_text_config(decoder=True))
+        self._offer = Offer.of(config)
         self.sessions: dict[str, Session] = {}
         self.shared = SharedWeights(model, self.sessions)
         self._lock = Lock()
@@ -70,10 +86,14 @@ class ModelParty:
 
     def pass_on(self, stages: Sequence[Stage], onward: Channel) -> None:
         """Run only `stages` from now on, and let the party behind `onward` run what follows them."""
-        self.held = [HeldStage(self.model, stage) for stage in stages]
+        self._hold(stages)
         self.onward = onward
         for name, session in self.sessions.items():
-            self._open_onward(name, session, None, None)
+            self._open_onward(name, session, None, None, None)
+
+    def _hold(self, stages: Sequence[Stage]) -> None:
+        self.held = [HeldStage(self.model, stage) for stage in stages]
+        self._costs = Costs.of(self.model, self.config)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Weights by the names they have in the whole model."""
@@ -133,143 +153,214 @@ class ModelParty:
             session: As `sessions` and the errors name it.
 
         Raises:
-            ProtocolError: There is no such session, or the round cannot end yet.
+            ProtocolError: There is no such session.
         """
         with self._lock:
             if session not in self.sessions:
                 raise ProtocolError(
-                    f"There is no session {session!r}. There are: {', '.join(self.sessions) or 'none'}."
+                    f"There is no session {shown(session)}. There are: {', '.join(self.sessions) or 'none'}."
                 )
-            onward = self.sessions[session].onward
-            self.shared.leave(session)
-            if onward is not None:
-                onward.connection.request("close")
+            self._close(session)
 
-    def _drop_silent(self, asking: str) -> None:
-        """Forget who has not been heard from for too long, where a round that waits for them can end."""
+    def expire(self, asking: str | None = None) -> None:
+        """Forget what was not heard of for `expiry` seconds; nothing of who is `asking`."""
         if self.expiry is None:
             return
-        now = time.monotonic()
-        for name, session in list(self.sessions.items()):
-            late = name != asking and now - session.heard > self.expiry
-            if late and self.shared.may_leave(name):
-                self.drop(name)
+        with self._lock:
+            late = {id(session) for session in self.shared.late(self.expiry)}
+            now = time.monotonic()
+            for name, session in list(self.sessions.items()):
+                silent = name != asking and now - session.heard > self.expiry
+                if silent or id(session) in late:
+                    events(__name__).warning(
+                        "session_expired", session=name[:16], silent=round(now - session.heard)
+                    )
+                    self._close(name)
+                    continue
+                for number, graph in list(session.graphs.items()):
+                    if now - graph.made > self.expiry:
+                        del session.graphs[number]
+
+    def _close(self, name: str) -> None:
+        onward = self.sessions[name].onward
+        self.shared.leave(name)
+        if onward is not None:
+            try:
+                onward.connection.request("close")
+            except (
+                ChannelError,
+                ProtocolError,
+            ) as error:  # it has none of this session then, or expires it
+                events(__name__).warning("onward_not_closed", session=name[:16], why=str(error))
 
     def handle(self, message: Message) -> Message:
-        """Answer one message.
+        """Answer one message. The last one of a session may come again, and gets the same answer.
 
         Raises:
-            ProtocolError: The message breaks the protocol; the session is as it was before.
+            VflairError: The message breaks the protocol, or cannot be carried out; the session is as it was before.
         """
         try:
             with self._lock:
-                self._drop_silent(message.session)
-                return self._answer(message)
-        except _WRONG as error:
-            # Facts of the wrong sort, or sizes that do not fit: torch says so in many ways.
+                self.expire(message.session)
+                session = self.sessions.get(message.session)
+                if session is None:
+                    return self._begin(message)
+                if (answer := session.said_before(message)) is not None:
+                    return answer
+                return self._answer_in(session, message)
+        except VflairError:
+            raise
+        except Exception as error:
+            # Facts of the wrong sort, or sizes that do not fit: torch says so in many ways, with much that is nobody's
+            # business.
+            events(__name__).warning(
+                "message_failed", kind=message.kind, session=message.session[:16], exc_info=True
+            )
             raise ProtocolError(
-                f"The model party cannot carry out this {message.kind!r}: {type(error).__name__}: {error}"
+                f"The model party cannot carry out this {message.kind!r}: {_in_short(error)}"
             ) from error
 
-    def _answer(self, message: Message) -> Message:
+    def _begin(self, message: Message) -> Message:
+        if message.kind == "close":  # it is
+            return reply(message)
+        if message.kind != "open":
+            raise SessionLostError(
+                f"There is no session {shown(message.session)}: send 'open' first."
+            )
+        return self._opened(message)
+
+    def _opened(self, message: Message) -> Message:
+        answer = self._open(message)
+        return self._answered(self.sessions[message.session], message, answer)
+
+    def _answer_in(self, session: Session, message: Message) -> Message:
         if message.kind == "open":
-            return self._open(message)
-        if message.session not in self.sessions:
-            raise ProtocolError(f"There is no session {message.session!r}: send 'open' first.")
-        session = self.sessions[message.session]
+            return self._opened(message)
         session.heard = time.monotonic()
+        if message.kind == "close":
+            self._close(message.session)
+            return reply(message)
         if message.step != session.step:
             raise ProtocolError(
                 f"The data party is at step {message.step}, the model party at {session.step}. "
                 "Load checkpoints of the same step on both sides."
             )
-        session.forget(message.meta)
-        if message.kind in ("forward", "backward", "norms", "commit"):
+        room = self._ground.room_for_caches(session, self.caps)
+        with session.forgetting(message.meta, room):
+            answer = self._answer(session, message)
+        return self._answered(session, message, answer)
+
+    def _answered(self, session: Session, message: Message, answer: Message) -> Message:
+        others = sum(s.kept for s in self.sessions.values() if s is not session)
+        return session.answered(message, answer, self.caps.reply_bytes - others)
+
+    @property
+    def _ground(self) -> rounds.Ground:
+        return rounds.Ground(
+            self.model, self.held, self.device, self._costs, self.sessions.values()
+        )
+
+    def _answer(self, session: Session, message: Message) -> Message:
+        if message.kind in ("forward", "backward", "norms", "prepare", "commit"):
             self.shared.await_round(session)
         match message.kind:
             case "forward":
-                return rounds.forward(self.model, self.held, self.device, session, message)
+                if message.meta["grad"] and not message.once:
+                    self.shared.await_turn(session)
+                return rounds.forward(self._ground, session, message)
             case "backward":
                 return rounds.backward(self.model, self.shared, session, message)
             case "facts":
                 return self._facts(session, message)
             case "norms":
-                return self._norms(session, message)
+                return steps.norms(self.model, self.shared, session, message)
+            case "prepare":
+                steps.prepare(self.shared, session, message)
+                return reply(message)
             case "commit":
-                return self._commit(session, message)
+                steps.commit(self.shared, session, message)
+                self.steps[message.session] = session.step
+                return reply(message)
             case "save":
-                folder = run_folder(self.checkpoints, message.session)
-                what = (self.model, self.fingerprint, self.steps, self.shared.optimizer)
-                save_session(folder, session.step, *what, keep=message.meta.get("keep"))
-            case "close":
-                self.shared.leave(message.session)
+                self._save(session, message)
+            case "release":
+                self._abandon(session, message.meta)
             case _:
-                pass  # "release": what was let go of is forgotten by now
+                raise ProtocolError(f"There is no message of kind {shown(message.kind)}.")
         if session.onward is not None:
-            kept = {k: v for k, v in message.meta.items() if k == "keep"}
+            kept = {k: v for k, v in message.meta.items() if k in ("keep", "abandoned")}
             session.onward.connection.request(message.kind, meta=kept)
         return reply(message)
 
+    def _abandon(self, session: Session, meta: Mapping[str, Any]) -> None:
+        """Begin the session's step anew, if it says so: from the exchange on that it names, nothing waits for a backward."""
+        first = meta.get("abandoned")
+        if first is None:
+            return
+        if type(first) is not int:
+            raise ProtocolError(
+                f"'abandoned' must be the number of an exchange, not {shown(first)}."
+            )
+        for number in [number for number in session.graphs if number >= first]:
+            del session.graphs[number]
+        self.shared.abandon(session)
+        session.begin_step(anew=True)
+
+    def _save(self, session: Session, message: Message) -> None:
+        folder = run_folder(self.checkpoints, message.session)
+        what = (self.model, self.fingerprint, self.steps, self.shared.optimizer)
+        with session.drawing(self.device, own=not message.once):
+            save_session(folder, session.step, *what, keep=message.meta.get("keep"), caps=self.caps)
+
     def _open(self, message: Message) -> Message:
         meta, name = message.meta, message.session
-        if meta.get("fingerprint") != self.fingerprint:
-            raise ProtocolError(
-                "The parties do not hold two halves of the same model: the data party has "
-                f"{differences(meta.get('fingerprint'), self.fingerprint)} at the model party. Use the same model, "
-                "revision, dtype and partition on both sides."
-            )
-        session = Session(self.caps, step=message.step)
-        weights = {c.name: c.tensor for c in message.tensors if c.role == "counterpart"}
-        session.counterparts = [
-            counterparts.build(spec, f"{n}.", weights)
-            for n, spec in enumerate(meta.get("counterparts", ()))
-        ]
+        openings.check(message, self.fingerprint, self.caps, self.sessions)
+        nonces = self.sessions[name].nonces if name in self.sessions else ()
+        session = Session(
+            self.caps, self._offer, message.step, (*nonces[-NONCES:], meta.get("nonce"))
+        )
+        session.counterparts = openings.counterparts_of(message)
         before = self.sessions.get(name)
         if before is not None:
             self.shared.await_round(before)
-        steps = meta.get("resume")
-        if steps is not None:
-            self._check_resume(name)
+        back, spec = meta.get("resume"), meta.get("optimizer")
+        optimizer, wanted = self.shared.optimizer_for(before, spec) if spec else (None, {})
+        if back is not None:
+            openings.check_resume(name, back, self.sessions)
         if self.onward is not None:
-            both = (
-                None
-                if steps is None
-                else sorted(saved_steps(run_folder(self.checkpoints, name)) & set(steps))
-            )
-            steps = self._open_onward(name, session, meta.get("optimizer"), both)
-        if spec := meta.get("optimizer"):
-            self.shared.join(session, before, spec)
-        if before is not None:
-            self.shared.replace(before, session)
-        if steps is not None:
+            back = self._open_onward(name, session, spec, optimizer, back)
+        if back is not None:
             folder = run_folder(self.checkpoints, name)
-            what = (self.model, self.fingerprint, self.shared.optimizer)
-            session.step, taken = load_session(folder, steps, *what)
+            with session.drawing(self.device, own=not message.once):
+                what = (self.model, self.fingerprint, optimizer)
+                session.step, taken = load_session(folder, list(back), *what)
+            session.begin_step()
             self.steps.update(taken)
+        if spec:
+            self.shared.join(session, optimizer, wanted)
+        if before is not None:
+            self.shared.replace(before)
         self.sessions[name] = session
-        fresh = session.step == 0
+        fresh = session.step == 0 and any(weight.requires_grad for weight in self.parameters())
         moved = sum(steps for other, steps in self.steps.items() if fresh and other != name)
         return reply(message, meta={"step": session.step, "moved": moved})
 
     def _open_onward(
-        self, name: str, session: Session, optimizer: Any, resume: list[int] | None
+        self, name: str, session: Session, spec: Any, optimizer: Any, back: list[int] | None
     ) -> list[int] | None:
         """Open the session with the next party of a chain too; return the step it went back to, if it did."""
         assert self.onward is not None
+        both = None
+        if (
+            back is not None
+        ):  # what is here is seen to be whole before the next party goes back to it
+            folder = run_folder(self.checkpoints, name)
+            both = sorted(saved_steps(folder) & set(back))
+            check_saved(folder, both, self.model, self.fingerprint, optimizer)
         relay = Relay.to(self.onward, self.fingerprint, name, session.step, self.model)
-        step: int = relay.connection.open(optimizer=optimizer, resume=resume)["step"]
+        step: int = relay.connection.open(optimizer=spec, resume=both)["step"]
         session.onward, relay.connection.step = relay, step
-        return None if resume is None else [step]
-
-    def _check_resume(self, name: str) -> None:
-        if any(other.graphs for other in self.sessions.values()):
-            raise ProtocolError(
-                "A forward still waits for its backward: the weights it went through cannot be changed."
-            )
-        if any(s.trains and s.step for key, s in self.sessions.items() if key != name):
-            raise ProtocolError(
-                "Another data party trains these weights now. Go back to a checkpoint when it has closed."
-            )
+        return None if both is None else [step]
 
     def _facts(self, session: Session, message: Message) -> Message:
         trainable = [name for name, weight in self.named_parameters() if weight.requires_grad]
@@ -279,43 +370,9 @@ class ModelParty:
             trainable, keeps = trainable + further["trainable"], keeps and further["keeps"]
         return reply(message, meta={"trainable": trainable, "keeps": keeps})
 
-    def _norms(self, session: Session, message: Message) -> Message:
-        self.shared.show(session)
-        names, norms = norms_of(self.model)
-        if session.onward is not None:
-            theirs = session.onward.connection.request("norms")
-            names += theirs.meta["names"]
-            norms = torch.cat([norms, theirs.tensors[0].tensor])
-        return reply(message, (Crossing("norms", "norms", norms),), {"names": names})
 
-    def _commit(self, session: Session, message: Message) -> Message:
-        skip, scale, rate = (message.meta[key] for key in ("skip", "scale", "lr"))
-        if not session.trains:
-            raise ProtocolError(
-                "This session was opened without an optimizer; there is no step to commit."
-            )
-        numbers = [rate] if scale is None else [rate, scale]
-        fit = all(isinstance(n, float | int) and 0 <= n < math.inf for n in numbers)
-        if not fit or not isinstance(skip, bool):
-            raise ProtocolError(
-                "A commit needs 'skip' (true or false), a 'scale' (None or a number >= 0) and a learning rate 'lr'."
-            )
-        groups = message.meta.get("groups")
-        if groups is not None:
-            check_options(self.shared.optimizer, groups)
-        rule = message.meta.get("sharing", self.sharing)
-        if rule != self.sharing:
-            raise ProtocolError(
-                f"The party before shares weights by {rule!r} and this one by {self.sharing!r}: set the same "
-                "`sharing` at all model parties of a chain."
-            )
-        step = StepOptions(rate, groups)
-        self.shared.check(session, step)
-        if session.onward is not None:  # it goes first: if it refuses, nothing has changed here
-            session.onward.connection.commit(
-                scale=scale, rate=rate, skip=skip, groups=groups, sharing=self.sharing
-            )
-        self.shared.commit(session, scale=scale, options=step, skip=skip)
-        session.step += 1
-        self.steps[message.session] = session.step
-        return reply(message)
+def _in_short(error: Exception) -> str:
+    """The first line of an error, without where things lie on this machine."""
+    line = next(iter(str(error).splitlines()), "")
+    words = [word if word.count("/") < 2 else "…" for word in line.split(" ")]
+    return f"{type(error).__name__}: {' '.join(words)[:300]}"

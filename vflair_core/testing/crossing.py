@@ -1,132 +1,40 @@
-"""Small random models and batches for tests, ours and those of plugin authors: no download, no file.
+"""What an attack is granted of rows that cross, without an experiment around it.
 
 model = tiny_model("llama")
-batch = tiny_batch(model, padding="left", labels="tokens")
+batch = tiny_batch(model)
 knowledge = crossed(model, Partition(1, 1), list(batch["input_ids"]), knowledge="K4")
 """
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig
 
-from vflair_core.errors import alternatives
-from vflair_core.parties.config_fields import check_class, check_model_type
 from vflair_core.tasks.kinds import KINDS as TASK_KINDS
+from vflair_core.testing.models import (
+    FIRST_WORD,
+    numbers_as_texts,
+    tiny_batch,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from vflair_core.attacks.evidence import Evidence
     from vflair_core.communication.transcript import Record
     from vflair_core.defenses.defense import Defense
     from vflair_core.parties.data_party.party import DataParty
+    from vflair_core.parties.model_party.party import ModelParty
     from vflair_core.partition.partition import Partition
-
-AUTOS: dict[str, str] = {kind: facts.auto for kind, facts in TASK_KINDS.items()}
-AUTOS["masked-lm"] = "AutoModelForMaskedLM"  # no task of vflair, and a common form of encoders
-PAD, BOS, EOS, FIRST_WORD = 0, 1, 2, 3
-# The wide initialisation makes logits differ enough for greedy and beam search to have clear winners.
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "pad_token_id": PAD,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
-}
-KINDS: dict[str, dict[str, Any]] = {
-    "gpt2": {},
-    "llama": {"intermediate_size": 32, "num_key_value_heads": 1},
-    "qwen2": {"intermediate_size": 32, "num_key_value_heads": 1},
-    "bert": {"intermediate_size": 32},
-    "roberta": {"intermediate_size": 32},
-}
-
-
-def tiny_model(
-    kind: str, task: str = "causal-lm", *, seed: int = 0, **overrides: Any
-) -> PreTrainedModel:
-    """Build a random model of four blocks of width 16, in evaluation mode as `from_pretrained` returns it.
-
-    Args:
-        kind: gpt2, llama, qwen2, bert or roberta; any other model type of transformers may work too.
-        task: A kind of task, or ``masked-lm``.
-        seed: Seed of the weights; the global random state stays as it was.
-        overrides: Options of the config, e.g. ``num_hidden_layers=2`` or ``num_labels=3``.
-    """
-    if task not in AUTOS:
-        raise ValueError(f"There is no task {task!r}.{alternatives(task, AUTOS)}")
-    if wrong := check_model_type(kind) or check_class(transformers.CONFIG_MAPPING[kind], overrides):
-        raise ValueError(wrong)
-    config = AutoConfig.for_model(kind, **{**SIZES, **KINDS.get(kind, {}), **overrides})
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        model: PreTrainedModel = getattr(transformers, AUTOS[task]).from_config(config)
-    return model.eval()
-
-
-def tiny_batch(
-    model: PreTrainedModel,
-    *,
-    rows: int = 3,
-    length: int = 7,
-    padding: Literal["left", "right"] | None = None,
-    labels: Literal["tokens", "classes"] | None = None,
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """Build a batch of random words, without special tokens, that fits `model`.
-
-    Args:
-        model: Gives the size of the vocabulary and the number of classes.
-        rows: Number of examples.
-        length: Number of positions.
-        padding: Shorten the n-th row by n positions on this side, and say so in `attention_mask`.
-        labels: The tokens themselves (-100 on padding), one class for each row, or none.
-        seed: Seed of the words and classes; the global random state stays as it was.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(FIRST_WORD, vocabulary, (rows, length), generator=generator)  # (B, T)
-    mask = torch.ones_like(ids)
-    if padding:
-        for row in range(1, rows):
-            gap = min(row, length - 1)
-            mask[row, slice(gap) if padding == "left" else slice(-gap, None)] = 0
-    batch = {"input_ids": torch.where(mask == 1, ids, PAD), "attention_mask": mask}
-    if labels == "tokens":
-        batch["labels"] = torch.where(mask == 1, ids, -100)
-    elif labels == "classes":
-        batch["labels"] = torch.randint(
-            int(model.config.num_labels or 2), (rows,), generator=generator
-        )
-    return batch
-
-
-def tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
-    """Build a tokenizer whose words are the numbers of its tokens, for texts as `numbers_as_texts` writes them."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<pad>": PAD} | {str(number): number for number in range(1, vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))  # noqa: S106 - a word, not a password
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")  # noqa: S106
-
-
-def numbers_as_texts(rows: Sequence[Tensor] | Tensor) -> list[str]:
-    """Write each row of token ids as a text that `tiny_tokenizer` reads back."""
-    return [" ".join(map(str, row.tolist())) for row in rows]
 
 
 def crossed(
@@ -168,32 +76,99 @@ def crossed(
     Raises:
         AttackError: A name is not in the vocabulary, or a defense cannot be told.
     """
+    if knowledge:
+        from vflair_core.attacks.grants import knowledge_of
+
+        evidence = evidence_of(
+            model, partition, rows, labels=labels, defenses=defenses, current=current, tokenizer=tokenizer,
+            public_texts=public_texts, known=known, adversary_state=adversary_state,
+        )  # fmt: skip
+        return knowledge_of(evidence, knowledge)
+    from vflair_core.attacks.halves import halves
+    from vflair_core.attacks.observables import Observables
+
+    party, model_party = _parties(current or model, partition, defenses, tokenizer)
+    seen, _ = _sent(party, rows, labels)
+    head, tail = halves(model, partition)
+    told: dict[str, Any] = {
+        **Observables(seen, is_ht=partition.kind == "HT", victims=len(rows)),
+        "partition": partition,
+        "body": model_party.model,
+        "head": head,
+        "generator": torch.Generator().manual_seed(0),
+    }
+    return told if tail is None else {**told, "tail": tail}
+
+
+def everything(
+    model: PreTrainedModel | None = None,
+    partition: Partition | None = None,
+    rows: Sequence[Tensor] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Every name of the vocabulary, as an attack would be granted it of rows that cross in training, and the ``"rows"``.
+
+    Args:
+        model: Left out, a llama of four blocks and 64 words.
+        partition: Left out, one block in front and one behind.
+        rows: Left out, three rows of seven words.
+        options: Of `crossed`; without `adversary_state` there is none, and `knowledge` grants less.
+    """
+    from vflair_core.attacks.knowledge import VOCABULARY
+
+    model, partition, rows, labels = of_training(model, partition, rows)
+    options = {"labels": labels, **options}
+    names = set(VOCABULARY) - (set() if options.get("adversary_state") else {"adversary_state"})
+    return {**crossed(model, partition, rows, **{"knowledge": names, **options}), "rows": rows}
+
+
+def of_training(
+    model: PreTrainedModel | None = None,
+    partition: Partition | None = None,
+    rows: Sequence[Tensor] | None = None,
+) -> tuple[PreTrainedModel, Partition, list[Tensor], list[Tensor]]:
+    """A model, a cut, rows and their labels; small ones for what is left out."""
+    from vflair_core.partition.partition import Partition as Cut
+
+    model = model if model is not None else tiny_model("llama")
+    if model.config.is_encoder_decoder or kind_of(model) not in (
+        "causal-lm",
+        "classification",
+        "regression",
+    ):
+        raise ValueError(
+            f"Rows of tokens cross models of one stack that write or classify, not {type(model).__name__}."
+        )
+    classes = kind_of(model) == "classification"
+    batch = tiny_batch(model, labels="classes" if classes else "tokens")
+    each = list(rows) if rows is not None else list(batch["input_ids"])
+    if rows is None or classes:
+        labels = [batch["labels"][n % len(batch["labels"])] for n in range(len(each))]
+    else:
+        labels = [row.clone() for row in each]
+    return model, partition or Cut(1, 1), each, labels
+
+
+def evidence_of(
+    model: PreTrainedModel,
+    partition: Partition,
+    rows: Sequence[Tensor],
+    *,
+    labels: Sequence[Tensor] | None = None,
+    defenses: Sequence[Defense] = (),
+    current: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    public_texts: Sequence[str] | None = None,
+    known: int = 1,
+    adversary_state: Mapping[str, Tensor] | None = None,
+) -> Evidence:
+    """All that an attacker could hold of rows that cross; arguments as `crossed` takes them."""
     from vflair_core.attacks.evidence import Evidence
-    from vflair_core.attacks.grants import knowledge_of
-    from vflair_core.attacks.observables import Capture, Observables
+    from vflair_core.attacks.observables import Capture
     from vflair_core.communication.transcript import Transcript
-    from vflair_core.parties.split import split
 
-    if tokenizer is None and (knowledge or defenses):
-        tokenizer = tiny_tokenizer(model.config.get_text_config().vocab_size)
-    party, model_party = split(
-        copy.deepcopy(current or model), partition, defenses=defenses, seed=0, tokenizer=tokenizer
-    )
-    party.model.eval()
-    if not knowledge:
-        from vflair_core.attacks.halves import halves
-
-        seen, _ = _sent(party, rows, labels)
-        head, tail = halves(model, partition)
-        told: dict[str, Any] = {
-            **Observables(seen, is_ht=partition.kind == "HT", victims=len(rows)),
-            "partition": partition,
-            "body": model_party.model,
-            "head": head,
-            "generator": torch.Generator().manual_seed(0),
-        }
-        return told if tail is None else {**told, "tail": tail}
-
+    tokenizer = tokenizer or tiny_tokenizer(model.config.get_text_config().vocab_size)
+    party, model_party = _parties(current or model, partition, defenses, tokenizer)
     texts = [_decoded(tokenizer, row) for row in rows]
     others = numbers_as_texts(_words(model, 2 * len(rows) + 16, max(map(len, rows))))
     public = list(public_texts) if public_texts is not None else others[-16:]
@@ -202,22 +177,36 @@ def crossed(
     with party.public_text():
         queried, _ = _sent(party, _encoded(tokenizer, public), None)
     seen, updates = _sent(party, rows, labels)
-    queries = {"main": Capture(Transcript(queried), [], [])}
-    main = Capture(Transcript(seen), [], [], updates)
-    evidence = Evidence(
+    return Evidence(
         party=party,
         model_party=model_party,
         pretrained={name: value.clone() for name, value in model.state_dict().items()},
-        main=main,
+        main=Capture(Transcript(seen), [], [], updates),
         bypassed=None,
         releases=1,
         victims={"main": len(rows)},
-        task_kind=_kind_of(model),
+        task_kind=kind_of(model),
         auxiliary=auxiliary,
-        queries=queries,
+        queries={"main": Capture(Transcript(queried), [], [])},
         adversary=adversary_state,
     )
-    return knowledge_of(evidence, knowledge)
+
+
+def _parties(
+    model: PreTrainedModel,
+    partition: Partition,
+    defenses: Sequence[Defense],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[DataParty, ModelParty]:
+    from vflair_core.parties.split import split
+
+    if tokenizer is None and defenses:
+        tokenizer = tiny_tokenizer(model.config.get_text_config().vocab_size)
+    party, model_party = split(
+        copy.deepcopy(model), partition, defenses=defenses, seed=0, tokenizer=tokenizer
+    )
+    party.model.eval()
+    return party, model_party
 
 
 def _sent(
@@ -281,7 +270,7 @@ def _auxiliary(
     return auxiliary
 
 
-def _kind_of(model: Any) -> str:
+def kind_of(model: Any) -> str:
     """The kind of task that a model is for."""
     for kind, facts in TASK_KINDS.items():
         if type(model) in getattr(transformers, facts.auto)._model_mapping.values():  # noqa: SLF001 - no public way

@@ -1,0 +1,84 @@
+"""What a reader must see first: controls that failed, and seams that no attack read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from attrs import frozen
+
+from vflair_core.attacks.knowledge import shown
+from vflair_core.experiments.reports.leakage import failed_control
+from vflair_core.experiments.reports.settings import Group, Setting, arms_of, grades_of
+from vflair_core.experiments.studies.cell import Cell
+
+
+@frozen
+class FailedControl:
+    """A control of one attack that failed in one arm of one cell."""
+
+    group: Group
+    setting: Setting
+    cell: Cell
+    arm: str
+    attack: str
+    verdict: str
+
+
+@frozen
+class UnreadSeam:
+    """Something that crossed in a setting and that none of its attacks read."""
+
+    group: Group
+    setting: Setting
+    arm: str
+    seam: str
+    covered_by: tuple[str, ...]  # defenses
+
+
+def failed_controls(groups: Iterable[Group]) -> list[FailedControl]:
+    """All controls that failed, in the order of the cells; an undefended arm that cells share is named once."""
+    found, seen = list[FailedControl](), set[tuple[Any, ...]]()
+    for group in groups:
+        for setting in group.settings:
+            for cell in setting.cells:
+                for arm in arms_of(cell):
+                    for grade in filter(failed_control, grades_of(cell, arm)):
+                        attack = f"{grade.attack} ({shown(grade.knowledge)})"
+                        shared = setting.base if arm.endswith("undefended") else setting.key
+                        place = (shared, cell.experiment.seed, arm, attack, grade.verdict)
+                        if place not in seen:
+                            seen.add(place)
+                            found.append(
+                                FailedControl(group, setting, cell, arm, attack, grade.verdict)
+                            )
+    return found
+
+
+def unread_seams(groups: Iterable[Group]) -> list[UnreadSeam] | None:
+    """All seams that something crossed and no attack read; None where no result says which seams there are."""
+    found, known = list[UnreadSeam](), False
+    for group in groups:
+        for setting in group.settings:
+            for arm in ("undefended", "defended") if setting.defended else ("undefended",):
+                seams = _seams(setting, arm)
+                known = known or bool(seams)
+                found += [
+                    UnreadSeam(group, setting, arm, name, tuple(row["covered_by"]))
+                    for name, row in seams.items()
+                    if row["crossed"] and not row["read"]
+                ]
+    return found if known else None
+
+
+def _seams(setting: Setting, arm: str) -> Mapping[str, Mapping[str, Any]]:
+    """The seams of an arm by name; one that any cell's attacks read was read."""
+    together: dict[str, dict[str, Any]] = {}
+    for cell in setting.cells:
+        assert cell.result is not None  # of a setting
+        for row in cell.result.numbers.get(arm, {}).get("seams", ()):
+            of = together.setdefault(row["seam"], {"crossed": 0, "covered_by": {}, "read": False})
+            of["crossed"] += row["crossed"]
+            of["covered_by"] |= dict.fromkeys(each["defense"] for each in row["covered_by"])
+            of["read"] = of["read"] or bool(row["read_by"])
+    return together

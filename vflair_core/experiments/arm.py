@@ -34,7 +34,8 @@ from vflair_core.experiments.model_party_elsewhere import (
 )
 from vflair_core.experiments.output import closed
 from vflair_core.experiments.seams import seams
-from vflair_core.experiments.training_phase import fine_tune, steps_per_epoch
+from vflair_core.experiments.shared_training import fine_tune_once
+from vflair_core.experiments.training_phase import steps_per_epoch
 from vflair_core.experiments.victims import auxiliary_of
 from vflair_core.parties.split import split
 from vflair_core.partition.slices import Slices
@@ -115,7 +116,7 @@ def _run_arm(
             )
         with _watched(name, party, setting):
             with meter("fine-tuning"):
-                losses, evaluations, chance = fine_tune(name, party, setting, meter)
+                course = fine_tune_once(name, party, model_party, reading, setting, meter)
             if e.save:
                 _save(name, party, model_party, setting)
             with meter("victims"), setting.phase(f"{name}: victims"):
@@ -130,19 +131,19 @@ def _run_arm(
     # Before defenses measure themselves, which may cross.
     cost = cost_of(meter, grades, e, trained)
     cost["convergence"] = convergence(
-        losses,
-        evaluations,
+        course.losses,
+        course.evaluations,
         meter.each_step,
         steps_per_epoch(setting),
         evaluated=bool(e.train.evaluate_every),
     )
-    metric, performance = next(iter(evaluations[-1]["metrics"].items()))
+    metric, performance = next(iter(course.evaluations[-1]["metrics"].items()))
     numbers = {
         "main_performance": performance,
         "metric": metric,
-        "chance": chance,
-        "losses": losses,
-        "evaluations": evaluations,
+        "chance": course.chance,
+        "losses": course.losses,
+        "evaluations": course.evaluations,
         "attacks": [grade.numbers() for grade in grades],
         "seams": seams(
             party.crossed_by_stack,

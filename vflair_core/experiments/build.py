@@ -45,6 +45,7 @@ def build_run(
     keep: bool = False,
     collecting: bool = False,
     cache: Path | None = None,
+    trained: Path | None = None,
     clock: Clock | None = None,
 ) -> tuple[RunContext, Any]:
     """Build the task and the attacks and run the public phase; return what all arms share, and the model.
@@ -87,6 +88,7 @@ def build_run(
         keep=keep or collecting,
         collecting=collecting,
         cache=cache,
+        trained=trained,
     )
     return setting, model
 

@@ -68,6 +68,7 @@ class RunContext:
     prior: Tensor | None
     private_seed: int  # of attacks and candidates; nobody finds the experiment's by it
     cache: Path | None = None  # of what defenses prepare
+    trained: Path | None = None  # of weights that several depths of the cut share
     keep: bool = False  # the evidence of each arm, to attack it again
     collecting: bool = False  # evidence only: attacks come later
 

@@ -24,6 +24,7 @@ from vflair_core.tasks.task import public_examples
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vflair_core.communication.channel import Channel
     from vflair_core.experiments.context import RunContext
     from vflair_core.experiments.experiment import Experiment
     from vflair_core.experiments.grading.grades import Grade
@@ -82,20 +83,24 @@ class Meter:
     phases: dict[str, Spent] = field(factory=dict)
     each_step: list[float] = field(factory=list)  # seconds
     tokens: int = 0
+    taken: Mapping[str, Any] = field(
+        factory=dict
+    )  # what was spent elsewhere on what this arm took over
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Count what is spent while this lasts to a phase; steps lie within one."""
-        start = self._now()
+        start = self.now()
         try:
             yield
         finally:
-            spent = self._now() - start
+            spent = self.now() - start
             self.phases[phase] = self.phases.get(phase, Spent()) + spent
             if phase == STEPS:
                 self.each_step.append(spent.seconds)
 
-    def _now(self) -> Spent:
+    def now(self) -> Spent:
+        """What was spent until now."""
         channel = self.party.channel
         _synchronise()
         return Spent(time.perf_counter(), channel.seconds, channel.handled, self.tokens)
@@ -148,18 +153,11 @@ def cost_of(
     meter: Meter, grades: Sequence[Grade], e: Experiment, trained: Mapping[str, int]
 ) -> dict[str, Any]:
     """What the arm cost: seconds by phase and party, what crossed by role and direction, memory, and where attacks ran."""
-    channel, phases = meter.party.channel, meter.phases
-    named = {f"{role} {way}": t for (role, way), t in channel.traffic.items()}
+    phases = meter.phases
     asked = [weight for d in meter.party.defenses.each for weight in d.parameters()]
     spent = {"fine-tuning": phases.get(STEPS, Spent()), "victims": phases["victims"]}
-    return {
-        "messages": channel.messages,
-        "messages_by_kind": dict(channel.by_kind),
-        "messages_by_role": {f"{role} {way}": n for (role, way), n in channel.carried.items()},
-        "bytes": {name: t.bytes for name, t in named.items()},
-        "rows": {name: t.rows for name, t in named.items()},
-        "total_bytes": sum(t.bytes for t in named.values()),
-        "channel_seconds": channel.seconds,
+    own = {
+        **_crossed(meter.party.channel),
         "seconds": {name: phase.seconds for name, phase in phases.items() if name != STEPS},
         "party_seconds": {
             name: phase.by_party for name, phase in phases.items() if name != "attacks"
@@ -173,6 +171,51 @@ def cost_of(
         },
         **cost_of_attacks(e, grades),
     }
+    return _together(own, meter.taken)
+
+
+def _crossed(channel: Channel) -> dict[str, Any]:
+    named = {f"{role} {way}": t for (role, way), t in channel.traffic.items()}
+    return {
+        "messages": channel.messages,
+        "messages_by_kind": dict(channel.by_kind),
+        "messages_by_role": {f"{role} {way}": n for (role, way), n in channel.carried.items()},
+        "bytes": {name: t.bytes for name, t in named.items()},
+        "rows": {name: t.rows for name, t in named.items()},
+        "total_bytes": sum(t.bytes for t in named.values()),
+        "channel_seconds": channel.seconds,
+    }
+
+
+def spent_so_far(meter: Meter) -> dict[str, Any]:
+    """What an arm has cost before its fine-tuning, in the form of `cost_of`."""
+    now, steps = meter.now(), meter.phases.get(STEPS, Spent())
+    return {
+        **_crossed(meter.party.channel),
+        "seconds": {"fine-tuning": now.seconds},
+        "party_seconds": {"fine-tuning": now.by_party},
+        "tokens": {"fine-tuning": steps.tokens},
+    }
+
+
+def since(before: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+    """What the fine-tuning of an arm cost that began with `spent_so_far`."""
+    rate = _rate(meter.phases.get(STEPS, Spent()))
+    spent = _together(spent_so_far(meter), before, sign=-1)
+    return {**spent, "tokens_per_second": {"fine-tuning": rate}}
+
+
+def _together(one: Mapping[str, Any], other: Mapping[str, Any], sign: int = 1) -> dict[str, Any]:
+    """The sum of two costs, or what is left of the first; what one of them does not know is the other's."""
+    both = dict(one)
+    for name, value in other.items():
+        if isinstance(value, Mapping):
+            both[name] = _together(both.get(name, {}), value, sign)
+        elif both.get(name) is None:
+            both[name] = value
+        elif value is not None:
+            both[name] += sign * value
+    return both
 
 
 def cost_of_attacks(e: Experiment, grades: Sequence[Grade]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ from vflair_core.experiments.attack_phase import REFERENCES
 from vflair_core.experiments.experiment import Experiment
 from vflair_core.experiments.output import aside, check_free, prove, remove_empty, remove_run
 from vflair_core.experiments.result import Result
-from vflair_core.experiments.run import run
+from vflair_core.experiments.run import run_sharing
+from vflair_core.plugins import plugin_manager
 
 if TYPE_CHECKING:
     import pluggy
@@ -53,7 +55,8 @@ def run_cuts(
 ) -> list[Recovery]:
     """Run `experiment` once for each number of head blocks, and write ``cuts.json`` and ``cuts.svg`` to `out`.
 
-    Each run is an ordinary one, with all its files, in ``out/head-N``.
+    Each run is an ordinary one, with all its files, in ``out/head-N``. An undefended fine-tuning that is equal at every
+    depth is done at the first cut, and the others take over what it came to.
 
     Args:
         experiment: All but the cut.
@@ -79,22 +82,27 @@ def run_cuts(
         raise ExperimentError(
             "The plot needs matplotlib: pip install 'vflair-core[report]'. Nothing was run."
         )
+    manager = plugins if plugins is not None else plugin_manager()
     cuts = [attrs.evolve(experiment.partition, head=head) for head in heads]
     made, rows = _place(Path(out), heads, overwrite=overwrite), list[Recovery]()
     try:
-        for cut in cuts:
+        with tempfile.TemporaryDirectory() as trained:
+            for cut in cuts:
 
-            def report_progress(phase: str, done: int, total: int, head: int = cut.head) -> None:
-                report(f"head {head}, {phase}", done, total)
+                def report_progress(
+                    phase: str, done: int, total: int, head: int = cut.head
+                ) -> None:
+                    report(f"head {head}, {phase}", done, total)
 
-            result = run(
-                attrs.evolve(experiment, partition=cut),
-                plugins=plugins,
-                report=report_progress,
-                out=Path(out) / f"head-{cut.head}",
-                **options,
-            )
-            rows += recoveries(result, cut.head)
+                result = run_sharing(
+                    Path(trained) if len(cuts) > 1 else None,
+                    attrs.evolve(experiment, partition=cut),
+                    plugins=manager,
+                    report=report_progress,
+                    out=Path(out) / f"head-{cut.head}",
+                    **options,
+                )
+                rows += recoveries(result, cut.head)
     except BaseException as error:
         remove_empty(made)
         done = dict.fromkeys(f"head-{row.head}" for row in rows)

@@ -57,7 +57,35 @@ def run(
     Raises:
         VflairError: Something in the experiment does not exist or does not fit, or `out` cannot be written to.
     """
-    plugins = plugins if plugins is not None else plugin_manager()
+    return run_sharing(
+        None,
+        experiment,
+        plugins=plugins if plugins is not None else plugin_manager(),
+        report=report,
+        out=out,
+        overwrite=overwrite,
+        strict=strict,
+        keep_evidence=keep_evidence,
+        cache=cache,
+    )
+
+
+def run_sharing(
+    trained: Path | None,
+    experiment: Experiment,
+    *,
+    plugins: pluggy.PluginManager,
+    out: str | Path | None,
+    overwrite: bool = False,
+    strict: bool = False,
+    keep_evidence: bool = False,
+    cache: str | Path | None = None,
+    report: Reporter = lambda *_: None,
+) -> Result:
+    """Do what `run` does; undefended fine-tunings that are equal at several depths of the cut share the folder `trained`.
+
+    Only who knows that nothing but the cut differs may give one: no version and no plugin is compared.
+    """
     folder = None
     if out is not None:
         folder = RunFolder.claim(out, experiment, overwrite=overwrite)
@@ -75,6 +103,7 @@ def run(
                 strict=strict,
                 keep=keep_evidence,
                 cache=Path(cache) if cache is not None else None,
+                trained=trained,
             )
     except BaseException as error:
         if folder is not None and (rest := folder.give_up()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from attrs import frozen
 
 from vflair_core.events import events
 from vflair_core.experiments.context import RunContext
@@ -19,10 +20,17 @@ if TYPE_CHECKING:
 log = events(__name__)
 
 
-def fine_tune(
-    name: str, party: DataParty, setting: RunContext, meter: Meter
-) -> tuple[list[float], list[dict[str, Any]], float]:
-    """Return the loss of each step, all evaluations, and the MP of chance."""
+@frozen
+class Course:
+    """How a fine-tuning went: the loss of each step, all evaluations, and the MP of chance."""
+
+    losses: list[float]
+    evaluations: list[dict[str, Any]]
+    chance: float
+
+
+def fine_tune(name: str, party: DataParty, setting: RunContext, meter: Meter) -> Course:
+    """Fine-tune an arm, and evaluate it before, on the way and after."""
     e, total = setting.experiment, setting.experiment.train.steps
     setting.report(f"{name}: fine-tuning", 0, total)
     rounds = FineTuning(party, e.train)
@@ -46,7 +54,7 @@ def fine_tune(
             evaluations.append(_as_row(party, _evaluate(name, party, setting)))
         setting.report(f"{name}: fine-tuning, loss {losses[-1]:.3f}", number, total)
     evaluations.append(_as_row(party, _evaluate(name, party, setting)))
-    return losses, evaluations, before.chance
+    return Course(losses, evaluations, before.chance)
 
 
 def steps_per_epoch(setting: RunContext) -> int:

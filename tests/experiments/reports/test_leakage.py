@@ -9,6 +9,7 @@ from support.made_cells import STRONG, WEAK, cell, defended, grade
 from vflair_core.errors import AttackError
 from vflair_core.experiments.grading.pooling import pooled_performance
 from vflair_core.experiments.grading.statistics import interval
+from vflair_core.experiments.reports.concerns import without_baseline
 from vflair_core.experiments.reports.grouping import groups_of
 from vflair_core.experiments.reports.intervals import change_over_seeds, interval_over_seeds
 from vflair_core.experiments.reports.leakage import knowledge_of, leak_of
@@ -120,3 +121,33 @@ def test_knowledge_is_named_where_it_lets_another_set_of_attacks_in():
     assert knowledge_of(each) == ("K0", "K1", "K4", "K1 + queries", "K4 + queries")
     with pytest.raises(AttackError):
         knowledge_of([grade(WEAK, "a", ["everything"])])
+
+
+def linear(hits, **other):
+    return defended(hits, attack="linear-inverter", knowledge=("K1", "queries"), **other)
+
+
+def with_baseline(seed, *rates):
+    """A cell with searches at K4, beside linear maps that recover these rates."""
+    maps = [linear([(rate, 10)] * 4) for rate in rates]
+    before = [grade(STRONG), *(grade(STRONG, "linear-inverter", ("K1", "queries")) for _ in maps)]
+    return cell(seed=seed, before=before, after=[defended(STRONG), *maps])
+
+
+def test_the_linear_map_stands_beside_whatever_is_stronger():
+    found = leak([with_baseline(0, 2, 4), with_baseline(1, 6)])
+    assert found.attacks == ("vocabulary-search (K4)",)
+    assert found.baseline == pytest.approx((0.4 + 0.6) / 2)
+
+
+def test_a_seed_without_the_linear_map_leaves_no_baseline_and_is_named():
+    cells = [with_baseline(0, 4), with_baseline(1)]
+    assert leak(cells).baseline is None
+    assert [s.experiment.seed for s in without_baseline(groups_of(cells))] == [0]
+    assert without_baseline(groups_of(cells[:1])) == []
+
+
+def test_who_reads_labels_only_owes_no_linear_map():
+    labels = [grade(STRONG, target="labels")]
+    told = cell(before=labels, after=[defended(WEAK, target="labels")])
+    assert without_baseline(groups_of([told])) == []

@@ -15,7 +15,7 @@ from html.parser import HTMLParser
 import attrs
 import pytest
 
-from support.made_cells import STRONG, cell, failed, grade, not_run, study
+from support.made_cells import STRONG, WEAK, cell, defended, failed, grade, not_run, study
 from vflair_core.errors import ExperimentError
 from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.reports import page as pages
@@ -261,3 +261,13 @@ def test_words_and_points_stand_out_from_the_paper(scheme):
             assert contrast(words, paper) >= 4.5, (words, paper)
     for number in range(8):
         assert contrast(f"c{number}", "paper") >= 3
+
+
+def test_it_says_where_nobody_knows_what_a_linear_map_reads(tmp_path):
+    text = write_report([cell()], tmp_path / "without.html").read_text("utf-8")
+    assert "linear-inverter</code> was not run in gaussian-noise" in text
+    both = [grade(STRONG), grade(STRONG, "linear-inverter", ("K2",))]
+    whole = cell(before=both, after=[defended(STRONG), defended(WEAK, attack="linear-inverter", knowledge=("K2",))])  # fmt: skip
+    text = write_report([whole], tmp_path / "with.html").read_text("utf-8")
+    assert 'id="baseline"' not in text
+    assert "<td>0.150</td>" in text.replace(' class="number"', "")

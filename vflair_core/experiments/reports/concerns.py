@@ -1,4 +1,4 @@
-"""What a reader must see first: controls that failed, and seams that no attack read."""
+"""What a reader must see first: controls that failed, seams that no attack read, and texts without a baseline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from attrs import frozen
 
 from vflair_core.attacks.knowledge import shown
-from vflair_core.experiments.reports.leakage import failed_control
+from vflair_core.experiments.reports.leakage import failed_control, is_baseline
 from vflair_core.experiments.reports.settings import Group, Setting, arms_of, grades_of
 from vflair_core.experiments.studies.cell import Cell
 
@@ -69,6 +69,20 @@ def unread_seams(groups: Iterable[Group]) -> list[UnreadSeam] | None:
                     if row["crossed"] and not row["read"]
                 ]
     return found if known else None
+
+
+def without_baseline(groups: Iterable[Group]) -> list[Setting]:
+    """Settings in which attacks read texts and the linear map did not, or not with every seed."""
+    found = []
+    for setting in (setting for group in groups for setting in group.settings):
+        each = [
+            [grade for grade in trial.grades[arm] if grade.target == "tokens"]
+            for trial in setting.trials
+            for arm in trial.arms
+        ]
+        if any(grades and not any(map(is_baseline, grades)) for grades in each):
+            found.append(setting)
+    return found
 
 
 def _seams(setting: Setting, arm: str) -> Mapping[str, Mapping[str, Any]]:

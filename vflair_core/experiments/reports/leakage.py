@@ -14,6 +14,7 @@ from vflair_core.experiments.reports.settings import Setting, Trial
 
 UTILITY_UNKNOWN = "utility unknown"
 CONTROL_FAILED, NOT_EVALUATED, UNINFORMATIVE = "control failed", "not evaluated", "uninformative"
+BASELINE = "linear-inverter"  # what a linear map reads, in seconds and at any cut
 
 
 @frozen
@@ -22,6 +23,8 @@ class Leak:
 
     `mark` is "", or why the number does not say what it seems to: an attack that is stronger, here or without a defense,
     failed a control, no attack took the defense into account, or nothing is found even without a defense.
+
+    `baseline` is what the linear map recovers there, whatever it was granted; None where it was not run with every seed.
     """
 
     attack_performance: float
@@ -30,6 +33,7 @@ class Leak:
     attacks: tuple[str, ...]  # with their knowledge; several where seeds differ
     adaptive: bool
     mark: str = ""
+    baseline: float | None = None
 
 
 def knowledge_of(grades: Iterable[Grade]) -> tuple[str, ...]:
@@ -83,7 +87,22 @@ def leak_of(setting: Setting, arm: str, knowledge: str, target: str) -> Leak | N
         attacks=tuple(dict.fromkeys(f"{g.attack} ({shown(g.knowledge)})" for g in grades)),
         adaptive=all(g.adaptive for g in grades),
         mark=mark,
+        baseline=_baseline(setting, arm, target),
     )
+
+
+def _baseline(setting: Setting, arm: str, target: str) -> float | None:
+    """What the linear map recovers, as the mean over seeds; of several, the one that recovers most."""
+    linear = [
+        [_reached(g) for g in trial.grades.get(arm, ()) if is_baseline(g) and g.target == target]
+        for trial in setting.trials
+    ]
+    return sum(map(max, linear)) / len(linear) if all(linear) else None
+
+
+def is_baseline(grade: Grade) -> bool:
+    """Whether a grade is the linear map's."""
+    return grade.attack == BASELINE
 
 
 def _in_trial(trial: Trial, arm: str, knowledge: str, target: str) -> tuple[Grade, str] | None:

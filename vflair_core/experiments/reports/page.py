@@ -17,9 +17,14 @@ from vflair_core.experiments.config import to_toml
 from vflair_core.experiments.output import aside
 from vflair_core.experiments.reports import drawing
 from vflair_core.experiments.reports.charts import charts_of, drawn_settings, leaks_of
-from vflair_core.experiments.reports.concerns import failed_controls, unread_seams
+from vflair_core.experiments.reports.concerns import (
+    failed_controls,
+    unread_seams,
+    without_baseline,
+)
 from vflair_core.experiments.reports.drawing import Drawing, draw
 from vflair_core.experiments.reports.grouping import groups_of, text_of, why_unread
+from vflair_core.experiments.reports.leakage import BASELINE
 from vflair_core.experiments.reports.settings import Group, arms_of, grades_of
 from vflair_core.experiments.reports.standings import Standing, Unranked, standings_of
 from vflair_core.experiments.reports.tables import Table, leakage_table
@@ -91,6 +96,8 @@ def _page(cells: Sequence[Cell], title: str, written: date) -> str:
             not_run=not_run,
             controls=failed_controls(groups),
             seams=unread_seams(groups),
+            no_baseline=without_baseline(groups),
+            baseline=BASELINE,
             ran=_ran(cells),
             groups=[_figures(group) for group in groups],
             legends=[_legend(group) for group in groups],

@@ -10,6 +10,7 @@ from attrs import frozen
 from vflair_core.experiments.output import aside
 from vflair_core.experiments.reports.charts import Leaks, cost_of_setting, drawn_settings, leaks_of
 from vflair_core.experiments.reports.grouping import groups_of
+from vflair_core.experiments.reports.leakage import BASELINE
 from vflair_core.experiments.reports.settings import Group, Setting
 from vflair_core.experiments.reports.standings import Standing, Unranked, standings_of
 from vflair_core.experiments.studies.cell import Cell
@@ -80,17 +81,19 @@ def leakage_table(group: Group, leaks: Leaks) -> Table:
             low, high = leak.interval
             row = (
                 each.letter, setting.name, target, knowledge, f"{kept:.1%}", f"{leak.attack_performance:.3f}",
-                f"{low:.3f} – {high:.3f}", f"{leak.floor:.3f}", " or ".join(leak.attacks), leak.mark,
+                f"{low:.3f} – {high:.3f}", f"{leak.floor:.3f}",
+                "–" if leak.baseline is None else f"{leak.baseline:.3f}", " or ".join(leak.attacks), leak.mark,
             )  # fmt: skip
             rows.append((setting.key, row))
     columns = ("in figures", "setting", "target", "attacker knows", "utility kept", "AP", "95 %", "floor",
-               "strongest attack", "remark")  # fmt: skip
+               "linear map", "strongest attack", "remark")  # fmt: skip
     return Table(
         f"leakage-{group.key}",
-        f"What the strongest attack recovers: {group.name}. AP is the mean over seeds, its interval over seeds and victims.",
+        f"What the strongest attack recovers: {group.name}. AP is the mean over seeds, its interval over seeds and victims; "
+        f"the linear map is {BASELINE}, the baseline, with whatever it was granted.",
         columns,
         tuple(rows),
-        frozenset({"utility kept", "AP", "95 %", "floor"}),
+        frozenset({"utility kept", "AP", "95 %", "floor", "linear map"}),
         linked=1,
     )
 

@@ -15,6 +15,7 @@ from attrs import frozen
 from vflair_core.attacks.knowledge import names_of
 from vflair_core.experiments.attack_phase import REFERENCES
 from vflair_core.experiments.experiment import AttackSpec, Experiment
+from vflair_core.experiments.shared_training import at_any_depth
 from vflair_core.experiments.studies.environment import Environment, behind, hashed, of_arm
 
 Kind = Literal["public", "arm", "grades"]
@@ -33,6 +34,7 @@ class Piece:
         reads: The arm that the grades are of.
         needs: Keys of pieces that must be done before.
         reference: Of grades of a defended arm: the grades of the same attack without a defense.
+        trained: Of an arm whose fine-tuning is the same at every depth of the cut: hash of all that decides it.
     """
 
     kind: Kind
@@ -43,6 +45,7 @@ class Piece:
     reads: str = ""
     needs: tuple[str, ...] = ()
     reference: str = ""
+    trained: str = ""
 
     @property
     def about(self) -> dict[str, Any]:
@@ -70,7 +73,8 @@ def pieces_of(e: Experiment, environment: Environment) -> list[Piece]:
     for arm in arms_of(e):
         part = _only_arm(e, arm)
         arms[arm] = _key("arm", part, environment, arm=arm)
-        pieces.append(Piece("arm", arms[arm], part, arm, needs=before))
+        trained = _trained_key(part, environment) if arm == "undefended" else ""
+        pieces.append(Piece("arm", arms[arm], part, arm, needs=before, trained=trained))
     for arm, number, attack, _ in launched(e):
         reference = graded.get((REFERENCES[arm], number), "")
         key = _graded_key(e, arms[arm], attack, reference, environment)
@@ -129,8 +133,15 @@ def _only_arm(e: Experiment, arm: str) -> Experiment:
     return attrs.evolve(e, **own)
 
 
-def _key(kind: Kind, e: Experiment, environment: Environment, **more: str) -> str:
+def _key(
+    kind: Kind | Literal["trained"], e: Experiment, environment: Environment, **more: str
+) -> str:
     return hashed([kind, e.to_dict(), behind(environment, of_arm(e)), more])
+
+
+def _trained_key(e: Experiment, environment: Environment) -> str:
+    same = at_any_depth(e)
+    return _key("trained", same, environment) if same is not None else ""
 
 
 def _graded_key(

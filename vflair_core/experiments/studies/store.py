@@ -74,6 +74,10 @@ class Store:
         """The folder of an arm."""
         return self.folder / "arms" / key
 
+    def trained(self, key: str) -> Path:
+        """Where the weights of a training lie that several arms share, while one is left that needs them."""
+        return self.folder / "trained" / key
+
     # -- pieces -------------------------------------------------------------------------------------------
 
     def found(self, key: str) -> dict[str, Any] | None:

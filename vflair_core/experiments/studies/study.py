@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -85,7 +85,8 @@ def study(
         rows = list(zip(keys, plans, environments, strict=True))
         store.set_cells((k, dict(p.labels), plan_to_dict(p), e) for k, p, e in rows)
         before = [assembled(key, plan, environment, store) for key, plan, environment in rows]
-        _run_all(_Run(plans, environments, store, files, report), parallel)
+        shared = _shared_training(plans, environments)
+        _run_all(_Run(plans, environments, store, files, report, shared=shared), parallel)
         found = [assembled(key, plan, environment, store) for key, plan, environment in rows]
     observers = plugin_manager(files)
     for cell, earlier in zip(found, before, strict=True):
@@ -145,11 +146,15 @@ class _Run:
     report: Reporter
     stopping: bool = False
     finished: int = 0
+    shared: Mapping[str, frozenset[str]] = field(factory=dict)  # arms by a training that they share
     suspects: dict[str, Piece] = field(factory=dict)  # at work when a process died
     mended: set[str] = field(factory=set)  # arms of which files were missing
 
     def wave(self) -> list[Piece]:
-        """The pieces that are not done, did not fail, and need nothing that is missing, each once."""
+        """The pieces that are not done, did not fail, and need nothing that is missing, each once.
+
+        Of arms that share a training which nobody has done yet, the first; the others take over what it leaves.
+        """
         ready: dict[str, Piece] = {}
         for plan, environment in zip(self.plans, self.environments, strict=True):
             for piece in open_pieces(plan, environment, self.store):
@@ -157,12 +162,21 @@ class _Run:
                 there = not piece.reads or self.store.arm(piece.reads).is_dir()
                 if able and there and not self.store.error(piece.key):
                     ready[piece.key] = piece
-        return list(ready.values())
+        training = {
+            piece.trained: piece.key
+            for piece in reversed(ready.values())
+            if piece.trained in self.shared and not self.store.trained(piece.trained).is_dir()
+        }
+        return [
+            piece for piece in ready.values() if training.get(piece.trained, piece.key) == piece.key
+        ]
 
     def task(self, piece: Piece) -> tuple[Any, ...]:
         """What `do` is called with."""
         reference = self.store.found(piece.reference) if piece.reference else None
         grades = reference["grades"] if reference is not None else []
+        if piece.trained not in self.shared:
+            piece = attrs.evolve(piece, trained="")
         return (piece, self.store.folder, self.plugins, grades)
 
     def write(self, piece: Piece, outcome: Outcome, total: int) -> None:
@@ -180,6 +194,18 @@ class _Run:
         self.report("pieces", self.finished, total)
 
 
+def _shared_training(
+    plans: Sequence[Plan], environments: Sequence[dict[str, Any]]
+) -> dict[str, frozenset[str]]:
+    """Undefended trainings that are the same at several depths of the cut, each with its arms."""
+    arms: dict[str, set[str]] = {}
+    for plan, environment in zip(plans, environments, strict=True):
+        for piece in pieces_of(plan.experiment, environment):
+            if piece.trained:
+                arms.setdefault(piece.trained, set()).add(piece.key)
+    return {key: frozenset(each) for key, each in arms.items() if len(each) > 1}
+
+
 def _run_all(run: _Run, parallel: Parallel) -> None:
     """Run wave after wave until nothing is left that can be run."""
     with _draining(run):
@@ -189,6 +215,7 @@ def _run_all(run: _Run, parallel: Parallel) -> None:
             suspects = [piece for piece in wave if piece.key in run.suspects][:1]
             _run_wave(run, suspects or wave, parallel, total)
             _drop_trials(run)
+            _drop_trained(run)
     if run.stopping:
         stop = KeyboardInterrupt()
         stop.add_note(
@@ -235,6 +262,13 @@ def _drop_trials(run: _Run) -> None:
     for key in tried - wanted:
         shutil.rmtree(run.store.arm(key), ignore_errors=True)
     drop_blobs(run.store.folder)
+
+
+def _drop_trained(run: _Run) -> None:
+    """Remove weights that no arm is left to take over."""
+    for key, arms in run.shared.items():
+        if all(run.store.found(arm) is not None or run.store.error(arm) for arm in arms):
+            shutil.rmtree(run.store.trained(key), ignore_errors=True)
 
 
 @contextmanager

@@ -96,7 +96,8 @@ def _arm(piece: Piece, folder: Path, plugins: Sequence[str], _: Any) -> dict[str
     )  # one that was killed may still be at work
     part.mkdir(parents=True, mode=0o700)
     try:
-        found = _run_arm(piece.experiment, piece.arm, part, plugins, folder / "public")
+        trained = folder / "trained" / piece.trained if piece.trained else None
+        found = _run_arm(piece.experiment, piece.arm, part, plugins, folder / "public", trained)
         share_files(part, folder / "blobs")
         list_files(part)
         shutil.rmtree(place, ignore_errors=True)
@@ -107,11 +108,17 @@ def _arm(piece: Piece, folder: Path, plugins: Sequence[str], _: Any) -> dict[str
 
 
 def _run_arm(
-    e: Experiment, name: str, out: Path, plugins: Sequence[str], cache: Path
+    e: Experiment, name: str, out: Path, plugins: Sequence[str], cache: Path, trained: Path | None
 ) -> dict[str, Any]:
     clock = Clock()
     setting, model = build_run(
-        e, plugin_manager(plugins), out=out, collecting=True, cache=cache, clock=clock
+        e,
+        plugin_manager(plugins),
+        out=out,
+        collecting=True,
+        cache=cache,
+        trained=trained,
+        clock=clock,
     )
     whole = copy.deepcopy(model) if e.check_unsplit and name == "undefended" else None
     defenses = make_defenses(e, setting.plugins)

@@ -227,6 +227,26 @@ def version(session: nox.Session) -> None:
         file.write_text(text)
 
 
+@nox.session(python=False)
+def home(session: nox.Session) -> None:
+    """Give every distribution the addresses of the project, as in ``nox -s home -- https://host/owner/vflair https://docs.host``."""
+    repository, site = (address.rstrip("/") for address in session.posargs)
+    table = f"""[project.urls]
+Homepage = "{repository}"
+Documentation = "{site}"
+Changelog = "{site}/changelog.html"
+Issues = "{repository}/issues"
+
+"""
+    for file in (Path("pyproject.toml"), *Path("plugins").glob("*/pyproject.toml")):
+        text = re.sub(r"\[project\.urls\]\n(?:.+\n)+\n", "", file.read_text())
+        file.write_text(
+            text.replace(
+                "[tool.hatch.build.targets.wheel]", f"{table}[tool.hatch.build.targets.wheel]"
+            )
+        )
+
+
 @nox.session
 def sweep(session: nox.Session) -> None:
     """Split every model type of transformers' auto classes; fail if fewer are exact than committed."""

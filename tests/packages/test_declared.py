@@ -50,6 +50,15 @@ def test_bounds_among_them_agree_with_the_version(distribution):
         assert str(requirement.specifier) == wanted, requirement
 
 
+@each
+def test_addresses_are_those_of_the_project_or_there_are_none(distribution):
+    """`nox -s home` writes them into every distribution at once."""
+    core = BY_NAME["vflair-core"].project.get("urls", {})
+    assert distribution.project.get("urls", {}) == core
+    assert not core or {"Homepage", "Documentation", "Changelog", "Issues"} == set(core)
+    assert all(address.startswith("https://") for address in core.values())
+
+
 def test_the_changelog_begins_with_the_version():
     (first,) = re.findall(r"^## (\S+?),? ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[:1]
     assert first == vflair_core.__version__

@@ -32,7 +32,9 @@ from vflair_flower.node_records import Rows, batch_of, read_texts
 from vflair_flower.options import NodeOptions, RunOptions, read_node_options, read_run_options
 
 log = logging.getLogger(__name__)
-GRACE = 30.0  # seconds more than others wait for a silent node: so long a node waits for them
+# Seconds more than others wait for a silent node: so long a node waits for them. It is longer than Flower itself needs to
+# notice that a node is gone, two heartbeats of 30 seconds.
+GRACE = 90.0
 
 
 @frozen

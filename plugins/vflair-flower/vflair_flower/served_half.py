@@ -99,8 +99,12 @@ class ServedHalf:
     def note(self, served: Served) -> None:
         """Remember whose session this is, and when it was heard."""
         with self._lock:
-            self._sessions.setdefault(served.client, set()).add(served.session)
-            left = served.kind in ("release", "close")  # the last that a node says in a stage
+            sessions = self._sessions.setdefault(served.client, set())
+            sessions.add(served.session)
+            if served.kind == "close":
+                sessions.discard(served.session)
+            # The last that a node says in a stage; who takes a run up closes the session that it opened to ask for it.
+            left = served.kind == "release" or not sessions
             self._heard[served.client] = (time.monotonic(), left)
 
     def silent(self, node: int, since: float) -> float | None:

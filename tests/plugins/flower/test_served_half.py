@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 
 import attrs
 import pytest
@@ -141,3 +142,23 @@ def test_who_is_silent_in_the_middle_of_its_work_is_told_from_who_left_it(option
         time.sleep(0.05)
         assert half.silent(1, began) == 0.0
         assert half.silent(1, time.monotonic()) is None  # in the next stage it has not begun
+
+
+def test_who_dies_when_it_has_just_taken_its_run_up_has_not_left_it(options, premises):
+    """Taking up closes the session that was opened to ask for the old one; that is no farewell."""
+    with served(options) as half:
+        handover = half.admit(1)
+        for stage in ("left", "taken up"):
+            with handover.channel(20) as channel:
+                party = load_data_party(options.model, options.cut(), channel=channel)
+                tune(party, adapters=options.lora())
+                tuning = FineTuning(party, Train(steps=1))
+                if stage == "left":
+                    tuning.leave(premises.folder / "left")
+                    began = time.monotonic()
+                else:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")
+                        tuning.take_up(premises.folder / "left")
+        time.sleep(0.05)
+        assert half.silent(1, began) >= 0.05

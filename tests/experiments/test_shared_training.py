@@ -5,7 +5,8 @@ from __future__ import annotations
 import attrs
 import pytest
 
-from support.paths import SAMPLE_PLUGIN
+from support.paths import SAMPLE_PLUGIN, TASK_KINDS
+from support.small_models import ZAMBA2
 from vflair_core import plugin_manager, run
 from vflair_core.experiments.config import experiment_from
 from vflair_core.experiments.cut_sweep import run_cuts
@@ -66,7 +67,37 @@ VARIED = {
     "asked": {"victims": {**BASE["victims"], "phase": "inference"}},
     "classes": {"task": CLASSES, "model": {"config": BERT, "vocab_size": 300}},
 }
+T5 = {
+    "model_type": "t5", "d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 4, "num_decoder_layers": 4, "num_heads": 2,
+}  # fmt: skip
+DEBERTA = {
+    **BERT, "model_type": "deberta-v2", "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8,
+    "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0,
+}  # fmt: skip
+ZAMBA = {
+    **ZAMBA2,
+    "model_type": "zamba2",
+    "num_hidden_layers": 6,
+    "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba", "mamba"],
+}
+COHERE = {
+    **LLAMA, "model_type": "cohere2", "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+}  # fmt: skip
+LONG = {**BASE["train"], "max_length": 48}
 APART = {
+    "an encoder that all blocks of the decoder read": {
+        "task": {"name": "reversed"},
+        "model": {"config": T5, "vocab_size": 300},
+        "train": LONG,
+        "victims": {**BASE["victims"], "max_length": 48},
+    },
+    "positions that all blocks read": {
+        "task": CLASSES,
+        "model": {"config": DEBERTA, "vocab_size": 300},
+    },
+    "blocks of several kinds that share weights": {"model": {"config": ZAMBA, "vocab_size": 300}},
+    "windows in some blocks": {"model": {"config": COHERE, "vocab_size": 300}},
     "a block that changes sides": {
         "train": {**BASE["train"], "trainable": ["blocks.1", "task_head"]}
     },
@@ -86,7 +117,7 @@ class Steps:
 
 
 def watched():
-    manager, steps = plugin_manager([SAMPLE_PLUGIN]), Steps()
+    manager, steps = plugin_manager([SAMPLE_PLUGIN, TASK_KINDS]), Steps()
     manager.register(steps)
     return manager, steps
 
@@ -222,6 +253,20 @@ def test_a_study_trains_once_for_all_depths_and_leaves_no_weights(tmp_path, back
     assert sorted(taken.values()) == [False, True]
     assert not list((tmp_path / "s.files" / "trained").rglob("*.safetensors"))
     assert outlook(grid_from(GRID), db, plugins=[SAMPLE_PLUGIN]).left == {}
+
+
+def test_a_file_that_is_damaged_is_trained_anew_and_one_that_nobody_wants_goes(tmp_path):
+    manager, steps = watched()
+    run_sharing(tmp_path, at(1), plugins=manager, out=None)
+    (kept,) = tmp_path.glob("*.safetensors")
+    kept.write_bytes(kept.read_bytes()[:500])
+    shared = run_sharing(tmp_path, at(2), plugins=manager, out=None)
+    assert len(steps.arms) == 8
+    assert shared.numbers_hash == run(at(2), plugins=manager).numbers_hash
+    db = tmp_path / "s.db"
+    (tmp_path / "s.files" / "trained" / "old").mkdir(parents=True)
+    study(grid_from(GRID), db, plugins=[SAMPLE_PLUGIN], backend="sequential")
+    assert not list((tmp_path / "s.files" / "trained").glob("*"))
 
 
 def test_where_the_first_fails_the_next_trains(tmp_path):

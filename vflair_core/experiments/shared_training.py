@@ -1,13 +1,16 @@
 """Fine-tuning that is the same at every depth of the cut: done at one, and taken over at the others.
 
-Without defenses a model that is cut trains as the whole one does, bit for bit, so where it was cut makes no difference
-to what comes of it. What crosses afterwards does depend on the cut, and is sent anew at each.
+Without defenses a decoder or encoder of equal blocks, through which one tensor passes, trains as the whole one does, bit
+for bit, so where it was cut makes no difference to what comes of it. Where blocks on both sides read the same tensor or
+weight, gradients are summed in another order at each cut, and each trains for itself. What crosses afterwards does depend
+on the cut, and is sent anew at each.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vflair_core.communication.transcript import Transcript
+from vflair_core.events import events
 from vflair_core.experiments.context import RunContext
 from vflair_core.experiments.costs import Meter, since, spent_so_far
 from vflair_core.experiments.experiment import Experiment, Victims
@@ -36,6 +40,8 @@ if TYPE_CHECKING:
     from vflair_core.tasks.tokenization import InputFormat
 
 OF_THE_CUT = {"head", "body", "tail", *EVERYTHING}  # slices that another cut fills differently
+log = events(__name__)
+
 RANDOM, RELEASES = "random state", "releases "
 
 
@@ -74,20 +80,20 @@ def fine_tune_once(
 ) -> Course:
     """Fine-tune an arm, or take over what the same training came to at another depth of the cut.
 
-    Where `setting.trained` names a folder, an undefended training leaves its weights there for the others. Blocks of other
-    kinds may need other tensors beside the hidden states (masks, positions); then each depth trains for itself, because
-    what crossed in training is part of what an arm finds.
+    Where `setting.trained` names a folder, an undefended training leaves its weights there for the others. Blocks of several
+    kinds need other tensors beside the hidden states (masks, positions) at each depth; then each trains for itself, because what
+    crossed in training is part of what an arm finds.
     """
     same = at_any_depth(setting.experiment) if name == "undefended" else None
     if setting.trained is None or same is None:
         return fine_tune(name, party, setting, meter)
     weights = list(_weights(party, model_party))
     held = Counter(name for name, _ in weights)
-    if any(count > 1 for count in held.values()):  # gradients of both are summed in another order
+    if max(held.values(), default=0) > 1 or not _blocks_are_alike(party, model_party):
         return fine_tune(name, party, setting, meter)
     form = [*_crossing_of_public_text(party, setting), *sorted(_trained(party, model_party))]
     path = setting.trained / f"{same.digest}-{_digest(form)}.safetensors"
-    if path.exists():
+    if _is_readable(path, held):
         FineTuning(party, setting.experiment.train)  # victims cross in rounds of training
         facts = _take(path, weights, party)
         reading.tally.examples, reading.tally.truncated = facts["read"]
@@ -96,10 +102,9 @@ def fine_tune_once(
         return Course(**facts["course"])
     before, buffers = spent_so_far(meter), _buffers(party, model_party)
     course = fine_tune(name, party, setting, meter)
-    if any(
-        not torch.equal(*pair) for pair in zip(buffers, _buffers(party, model_party), strict=True)
-    ):
-        return course  # running statistics, which are nobody's weights
+    statistics = zip(buffers, _buffers(party, model_party), strict=True)
+    if not _one_tensor_passed(party) or any(not torch.equal(*pair) for pair in statistics):
+        return course
     facts = {
         "course": attrs.asdict(course),
         "read": [reading.tally.examples, reading.tally.truncated],
@@ -110,6 +115,45 @@ def fine_tune_once(
     }
     _keep(path, weights, facts, party)
     return course
+
+
+def _blocks_are_alike(party: DataParty, model_party: ModelParty) -> bool:
+    """Whether the model is one stack of blocks that have the same weights, and are of one kind by its config."""
+    if len(party.stages) > 1 or party.model.config.is_encoder_decoder:
+        return False
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    for owner in (party, model_party):
+        for name, weight in owner.model.named_parameters(remove_duplicate=False):
+            if "lora_" not in name:
+                for block in (each for each in owner.slices.of(name) if each.startswith("blocks.")):
+                    shapes.setdefault(block, []).append(tuple(weight.shape))
+    kinds = {str(sorted(each)) for each in shapes.values()}
+    of_blocks = (
+        value
+        for value in vars(party.model.config.get_text_config()).values()
+        if isinstance(value, (list, tuple)) and len(value) == len(shapes)
+    )
+    return len(kinds) == 1 and all(len({str(each) for each in value}) == 1 for value in of_blocks)
+
+
+def _one_tensor_passed(party: DataParty) -> bool:
+    """Whether in each exchange one hidden state was sent, and at most one gradient came back for each that was sent."""
+    crossed = party.crossed_by_stack
+    once = crossed["smashed", 0] == crossed["exchange", 0] and not crossed["weight", 0]
+    return once and crossed["smashed_grad", 0] <= crossed["hidden_grad", 0]
+
+
+def _is_readable(path: Path, names: Iterable[str]) -> bool:
+    """Whether another training has left these weights, whole."""
+    if not path.exists():
+        return False
+    try:
+        with safe_open(path, "pt") as kept:
+            there = set(kept.keys())
+    except SafetensorError as error:
+        log.warning("training_unreadable", path=str(path), error=str(error))
+        return False
+    return there >= set(names)
 
 
 def _digest(form: list[str]) -> str:
@@ -173,8 +217,10 @@ def _keep(
     tensors = {name: weight.detach().to("cpu", copy=True).contiguous() for name, weight in weights}
     tensors |= {f"{RELEASES}{name}": count for name, count in party.calls.counts.state().items()}
     tensors[RANDOM] = torch.get_rng_state()
-    with aside(path) as part:
+    own = path.with_name(f"{path.name}.{os.getpid()}")  # another process may be writing the same
+    with aside(own) as part:
         save_file(tensors, part, {"facts": json.dumps(facts)})
+    own.replace(path)
 
 
 def _take(path: Path, weights: Iterable[tuple[str, Tensor]], party: DataParty) -> dict[str, Any]:

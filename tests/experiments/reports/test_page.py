@@ -265,7 +265,7 @@ def test_words_and_points_stand_out_from_the_paper(scheme):
 
 def test_it_says_where_nobody_knows_what_a_linear_map_reads(tmp_path):
     text = write_report([cell()], tmp_path / "without.html").read_text("utf-8")
-    assert "linear-inverter</code> was not run in gaussian-noise" in text
+    assert "linear-inverter</code> was not run with every seed in llama" in text
     both = [grade(STRONG), grade(STRONG, "linear-inverter", ("K2",))]
     whole = cell(before=both, after=[defended(STRONG), defended(WEAK, attack="linear-inverter", knowledge=("K2",))])  # fmt: skip
     text = write_report([whole], tmp_path / "with.html").read_text("utf-8")

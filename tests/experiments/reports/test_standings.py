@@ -165,3 +165,13 @@ def test_attacks_whose_grades_are_missing_are_read_from_the_numbers():
     ((a,), _), ((b,), _) = standings(whole), standings(kept)
     assert (a.score, a.defended, a.interval) == (b.score, b.defended, b.interval)
     assert NOISE["name"] in a.setting.name
+
+
+def test_an_attack_that_one_seed_lacks_ranks_nothing_and_the_others_do():
+    both = cell(before=[grade(STRONG, "a"), grade(STRONG, "b")],
+                after=[defended(WEAK, attack="a"), defended(WEAK, attack="b")])  # fmt: skip
+    one = cell(seed=1, before=[grade(STRONG, "b")], after=[defended(WEAK, attack="b")])
+    ranked, unranked = standings_of(groups_of([both, one]))
+    assert not unranked or all("every seed" in row.reason for row in unranked)
+    assert [row.attack for row in ranked] in (["b (K4)"], [])
+    assert ranked or unranked

@@ -71,18 +71,23 @@ def unread_seams(groups: Iterable[Group]) -> list[UnreadSeam] | None:
     return found if known else None
 
 
-def without_baseline(groups: Iterable[Group]) -> list[Setting]:
-    """Settings in which attacks read texts and the linear map did not, or not with every seed."""
+def without_baseline(groups: Iterable[Group]) -> list[tuple[str, list[str]]]:
+    """Groups, each with those settings in which attacks read texts and the linear map did not, or not with every seed."""
     found = []
-    for setting in (setting for group in groups for setting in group.settings):
-        each = [
-            [grade for grade in trial.grades[arm] if grade.target == "tokens"]
-            for trial in setting.trials
-            for arm in trial.arms
-        ]
-        if any(grades and not any(map(is_baseline, grades)) for grades in each):
-            found.append(setting)
+    for group in groups:
+        names = [setting.name for setting in group.settings if _lacks_baseline(setting)]
+        if names:
+            found.append((group.name, names))
     return found
+
+
+def _lacks_baseline(setting: Setting) -> bool:
+    each = [
+        [grade for grade in trial.grades[arm] if grade.target == "tokens"]
+        for trial in setting.trials
+        for arm in trial.arms
+    ]
+    return any(grades and not any(map(is_baseline, grades)) for grades in each)
 
 
 def _seams(setting: Setting, arm: str) -> Mapping[str, Mapping[str, Any]]:

@@ -92,9 +92,13 @@ def leak_of(setting: Setting, arm: str, knowledge: str, target: str) -> Leak | N
 
 
 def _baseline(setting: Setting, arm: str, target: str) -> float | None:
-    """What the linear map recovers, as the mean over seeds; of several, the one that recovers most."""
+    """What the linear map recovers, as the mean over seeds; of several with sound controls, the one that recovers most."""
     linear = [
-        [_reached(g) for g in trial.grades.get(arm, ()) if is_baseline(g) and g.target == target]
+        [
+            _reached(grade)
+            for grade in trial.grades.get(arm, ())
+            if is_baseline(grade) and grade.target == target and not failed_control(grade)
+        ]
         for trial in setting.trials
     ]
     return sum(map(max, linear)) / len(linear) if all(linear) else None

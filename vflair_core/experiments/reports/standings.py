@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import attrs
 from attrs import frozen
@@ -64,6 +66,7 @@ class _Against:
     before: tuple[Grade, ...]
     after: tuple[Grade, ...]
     scores: tuple[float | None, ...]
+    lacking: int = 0  # seeds with which it was not run
 
     @property
     def name(self) -> str:
@@ -71,6 +74,8 @@ class _Against:
 
     def why_not(self) -> str:
         """Why this attack ranks nothing, or ""."""
+        if self.lacking:
+            return f"{self.name} was not run with every seed"
         for grade in (*self.before, *self.after):
             if grade.negative_control is None:
                 return f"{self.name} has no negative control"
@@ -176,12 +181,17 @@ def _marks(setting: Setting, able: Sequence[_Against], worst: _Against) -> tuple
 
 def _against(setting: Setting) -> list[_Against]:
     """The attacks on a setting, each with its grades in both arms and its score, seed by seed."""
-    before, after, scores = (
-        list(zip(*each, strict=True))
-        for each in (
-            [trial.grades["undefended"] for trial in setting.trials],
-            [trial.grades["defended"] for trial in setting.trials],
-            [trial.scores for trial in setting.trials],
-        )
-    )
-    return [_Against(*each) for each in zip(before, after, scores, strict=True)]
+    found: dict[tuple[Any, ...], list[tuple[Grade, Grade, float | None]]] = {}
+    for trial in setting.trials:
+        arms = (trial.grades["undefended"], trial.grades["defended"], trial.scores)
+        seen = Counter[tuple[Any, ...]]()
+        for before, after, score in zip(*arms, strict=True):
+            which = (after.attack, after.knowledge, after.target)
+            found.setdefault((*which, seen[which]), []).append((before, after, score))
+            seen[which] += 1
+    against = []
+    for rows in found.values():
+        before, after = tuple(row[0] for row in rows), tuple(row[1] for row in rows)
+        scores = tuple(score for *_, score in rows)
+        against.append(_Against(before, after, scores, len(setting.trials) - len(rows)))
+    return against

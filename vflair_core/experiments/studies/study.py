@@ -165,7 +165,8 @@ class _Run:
         training = {
             piece.trained: piece.key
             for piece in reversed(ready.values())
-            if piece.trained in self.shared and not self.store.trained(piece.trained).is_dir()
+            if piece.trained in self.shared
+            and not any(self.store.found(arm) for arm in self.shared[piece.trained])
         }
         return [
             piece for piece in ready.values() if training.get(piece.trained, piece.key) == piece.key
@@ -216,6 +217,7 @@ def _run_all(run: _Run, parallel: Parallel) -> None:
             _run_wave(run, suspects or wave, parallel, total)
             _drop_trials(run)
             _drop_trained(run)
+        _drop_trained(run)
     if run.stopping:
         stop = KeyboardInterrupt()
         stop.add_note(
@@ -266,9 +268,14 @@ def _drop_trials(run: _Run) -> None:
 
 def _drop_trained(run: _Run) -> None:
     """Remove weights that no arm is left to take over."""
-    for key, arms in run.shared.items():
-        if all(run.store.found(arm) is not None or run.store.error(arm) for arm in arms):
-            shutil.rmtree(run.store.trained(key), ignore_errors=True)
+    open_arms = {
+        key
+        for key, arms in run.shared.items()
+        if any(run.store.found(arm) is None and not run.store.error(arm) for arm in arms)
+    }
+    for folder in run.store.trained("").glob("*"):
+        if folder.name not in open_arms:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -191,7 +191,7 @@ def _against(setting: Setting) -> list[_Against]:
             seen[which] += 1
     against = []
     for rows in found.values():
-        before, after = tuple(row[0] for row in rows), tuple(row[1] for row in rows)
-        scores = tuple(score for *_, score in rows)
-        against.append(_Against(before, after, scores, len(setting.trials) - len(rows)))
+        plain, defended = tuple(row[0] for row in rows), tuple(row[1] for row in rows)
+        scores = tuple(row[2] for row in rows)
+        against.append(_Against(plain, defended, scores, len(setting.trials) - len(rows)))
     return against

@@ -313,3 +313,16 @@ def test_reading_of_a_model_knows_its_stacks_and_token_types():
 def test_an_answer_outside_a_window_is_the_first_position():
     (row, *_) = qa(36).rows
     assert window_target(row, 0) == (0, 0)
+
+
+def test_a_stand_in_answer_of_public_text_loses_its_end_where_a_private_one_is_refused():
+    reading = InputFormat("seq2seq", two_stacks=True)
+    long = Example(PASSAGE, answer=PASSAGE)
+    with pytest.raises(TaskError, match=r"has \d+ tokens and max_length is 12"):
+        Preprocessor(TOKENIZER, reading, 12).batch([long])
+    public = reading.of_public_text()
+    (row,) = Preprocessor(TOKENIZER, public, 12).batch([long]).rows
+    (whole,) = Preprocessor(TOKENIZER, public, 200).batch([long]).rows
+    assert len(row.target) == 12
+    assert row.target == [*whole.target[:11], TOKENIZER.eos_token_id]
+    assert reading.tally.examples == 0

@@ -18,7 +18,7 @@ from vflair_core.experiments.victims import companions_of, crosses_again
 from vflair_core.parties.data_party.party import DataParty
 from vflair_core.tasks.collation import Batch
 from vflair_core.tasks.task import Example, public_examples
-from vflair_core.tasks.token_rows import Tally, TokenRow
+from vflair_core.tasks.token_rows import TokenRow
 
 
 def capture_victims(
@@ -109,8 +109,7 @@ def record_victims(
     others = companions or [()] * len(examples)
     gradients_of_weights: list[dict[str, Tensor]] = []
     if not in_prompt:  # public texts are not among the examples that were read
-        reading = attrs.evolve(reader.reading, render=None, tally=Tally())
-        reader = attrs.evolve(reader, reading=reading)
+        reader = attrs.evolve(reader, reading=reader.reading.of_public_text())
     with (
         _for_the_record(party, bypass=bypass, training=gradients, dropout=dropout),
         nullcontext() if in_prompt else party.public_text(),

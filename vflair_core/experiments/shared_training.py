@@ -30,7 +30,6 @@ from vflair_core.experiments.experiment import Experiment, Victims
 from vflair_core.experiments.output import aside
 from vflair_core.experiments.training_phase import Course, fine_tune
 from vflair_core.tasks.task import public_examples
-from vflair_core.tasks.token_rows import Tally
 from vflair_core.training.fine_tuning import FineTuning
 from vflair_core.training.tuning import EVERYTHING
 
@@ -165,7 +164,7 @@ def _crossing_of_public_text(party: DataParty, setting: RunContext) -> list[str]
     if not setting.task.public:
         return []
     reader = party.preprocessor(setting.experiment.train.max_length)
-    reader = attrs.evolve(reader, reading=attrs.evolve(reader.reading, render=None, tally=Tally()))
+    reader = attrs.evolve(reader, reading=reader.reading.of_public_text())
     batch = reader.batch(public_examples(setting.task, 2), first_only=True).batch
     training = party.model.training
     party.model.eval()

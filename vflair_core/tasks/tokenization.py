@@ -35,6 +35,7 @@ class InputFormat:
         processor: Turns pictures and text into inputs, for ``image-text``.
         packing: Training puts several texts into one row.
         tally: Counts what is read.
+        cuts_answers: Answers of two stacks that do not fit lose their end; else they are refused.
     """
 
     kind: TaskKind = "causal-lm"
@@ -45,6 +46,11 @@ class InputFormat:
     processor: Any = None
     packing: bool = False
     tally: Tally = field(factory=Tally)
+    cuts_answers: bool = False
+
+    def of_public_text(self) -> InputFormat:
+        """Return how public text is read: in no prompt, counted as nobody's, with as much of its stand-in answer as fits."""
+        return attrs.evolve(self, render=None, tally=Tally(), cuts_answers=True)
 
     @property
     def continues(self) -> bool:
@@ -86,7 +92,7 @@ def tokenize(
     else:
         rows = [_row(tokenizer, example, max_length)]
         if reading.kind == "seq2seq" and example.answer is not None:
-            target = _target(tokenizer, example.answer, max_length)
+            target = _target(tokenizer, example.answer, max_length, cut=reading.cuts_answers)
             ending = int(target[-1:] == [tokenizer.eos_token_id])
             rows = [attrs.evolve(rows[0], target=target, ending=ending)]
     reading.tally.count(rows)
@@ -146,10 +152,14 @@ def _windows(
     return [attrs.evolve(row, example=example) for row in rows]
 
 
-def _target(tokenizer: PreTrainedTokenizerBase, answer: str, max_length: int) -> list[int]:
+def _target(
+    tokenizer: PreTrainedTokenizerBase, answer: str, max_length: int, *, cut: bool
+) -> list[int]:
     ids: list[int] = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
-    end = tokenizer.eos_token_id
-    target = ids if end is None else [*ids, end]
+    ending = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    target = [*ids, *ending]
+    if cut and len(target) > max_length:
+        return [*ids[: max_length - len(ending)], *ending]
     if len(target) > max_length:
         raise TaskError(
             f"The answer {answer[:40]!r} has {len(target)} tokens and max_length is {max_length}: set "

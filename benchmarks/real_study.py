@@ -74,8 +74,7 @@ FORWARDS = 12_000  # candidates a victim, in the mean of a group
 class Knob:
     """The main option of a defense from weak to strong; `through` makes its value of a number between the two.
 
-    `blind` is how who does not know the mechanism compares a candidate with what crossed; None where only a linear map tries (rows in
-    an unknown order leave nothing to propose tokens by, and all of them a position are minutes a prompt).
+    `blind` is how who does not know the mechanism compares a candidate with what crossed.
     """
 
     option: str
@@ -83,7 +82,7 @@ class Knob:
     strong: float
     fixed: dict[str, Any] = field(factory=dict)
     through: Callable[[float], Any] = float
-    blind: Matching | None = "likelihood"
+    blind: Matching = "likelihood"
 
     def options(self, strength: float) -> dict[str, Any]:
         """The options at a strength in [0, 1], even steps of the logarithm."""
@@ -107,7 +106,7 @@ KNOBS = {
     "sparsification": Knob("rate", 0.9, 0.01, through=lambda kept: 1 - kept, blind="support"),
     "top-k": Knob("k", 576, 1, through=round, blind="support"),
     "quantisation": Knob("bits", 12, 1, through=round),
-    "permutation": Knob("", 1, 1, blind=None),
+    "permutation": Knob("", 1, 1, blind="sorted"),
 }
 
 
@@ -237,14 +236,12 @@ def attacked(setting: Setting, arm: Arm, knob: Knob) -> list[dict[str, Any]]:
     return grades
 
 
-def searched(
-    setting: Setting, seen: Any, mechanism: Any, matching: Matching | None, *, sure: bool
-) -> Any:
+def searched(setting: Setting, seen: Any, mechanism: Any, matching: Matching, *, sure: bool) -> Any:
     """Read by a linear map through the head and, if it is known, the defense; then search with it.
 
     Where a threshold tells the token, the search may go far down the proposals; else it takes the best of the first.
     """
-    plan = VocabularySearch(matching or "likelihood", "prior+linear", beam=2, forwards=FORWARDS)
+    plan = VocabularySearch(matching, "prior+linear", beam=2, forwards=FORWARDS)
     measure, generator = measure_of(plan.matching, mechanism), torch.Generator().manual_seed(0)
     start = time.process_time()
     proposals = None if mechanism else setting.blind.get(plan.matching)
@@ -255,8 +252,6 @@ def searched(
     if mechanism is None:
         setting.blind[plan.matching] = proposals
     yield "linear-inverter", _read(proposals.linear, seen), time.process_time() - start
-    if matching is None:
-        return
     most = 0 if sure and proposals.accept else UNSURE
     proposals = attrs.evolve(proposals, most=most, accept=proposals.accept if sure else 0.0)
     guess = search(

@@ -17,11 +17,12 @@ class Measure:
     """A score (R × observations, candidates) → higher is better, and the noise it is a log-likelihood of.
 
     `noise` is known for one in nats as it is; gaussian for minus a sum of squares and laplace for minus a sum of
-    magnitudes, whose scale must still be estimated.
+    magnitudes, whose scale must still be estimated. `in_any_order` if it is the same whatever the order of the coordinates.
     """
 
     score: Callable[[Tensor, Tensor], Tensor]
     noise: Literal["known", "gaussian", "laplace"]
+    in_any_order: bool = False
 
     def in_nats(self, scores: Tensor, size: int, smallest: Tensor) -> Tensor:
         """Turn scores (N, W, V) of `size` numbers into log-likelihoods, for each example by what its best one leaves.
@@ -55,12 +56,22 @@ def measure_of(matching: Matching, known: Any) -> Measure:
     """
     expected = (lambda hidden: hidden) if known is None else known.expected
     if matching == "sorted":
-        return Measure(lambda seen, hidden: _sorted_l1(seen, expected(hidden)), "laplace")
+        return Measure(
+            lambda seen, hidden: _sorted_l1(seen, expected(hidden)), "laplace", in_any_order=True
+        )
     if matching == "support":
         return Measure(lambda seen, hidden: _on_support(seen, expected(hidden)), "gaussian")
     if known is None:
         return Measure(_squared, "gaussian")
     return Measure(known.log_likelihood, "known" if known.in_nats else "gaussian")
+
+
+def order_told_by(observed: Tensor, hidden: Tensor) -> Tensor:  # (..., D), (..., D) -> (..., D)
+    """Return which coordinate of `observed` each one of `hidden` became: the one of the same rank.
+
+    One row that was found tells the order of all rows: `observed.gather(-1, order)` is `hidden` again.
+    """
+    return observed.argsort(-1).gather(-1, hidden.argsort(-1).argsort(-1))
 
 
 NEAREST_L1 = Measure(lambda seen, hidden: -(seen - hidden).abs().sum(-1), "laplace")

@@ -47,7 +47,7 @@ class Proposals:
 
     def scored(
         self, observed: Tensor, said: Tensor | None, live: Tensor, head: Head, prefix: Any, measure: Measure,
-        budget: Budget,
+        budget: Budget, order: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Score candidates in order, for each example until one is near: (N, W, V), −∞ where none was tried.
 
@@ -59,20 +59,25 @@ class Proposals:
             prefix: The hypotheses as the head has read them, N·W of them.
             measure: Compares.
             budget: Is told how many were tried.
+            order: In which order of the coordinates (N, D) the map reads what was observed; None for that of the head, or
+                if the measure holds in any order: not known, and the map has no say.
         """
         (count, width), vocabulary, device = live.shape, len(head.embeddings), observed.device
-        order = self.order(observed.mean(0), said, vocabulary, prefix.length)
+        states: Tensor | None = observed.mean(0)
+        if measure.in_any_order:
+            states = None if order is None else observed.mean(0).gather(-1, order)
+        first = self.first(states, said, vocabulary, prefix.length).to(device)
         # Where nothing is read yet, what is tried for one example holds for all.
-        alike = not prefix.length and order.shape[0] == 1
-        order = order.expand(count, width, -1).flatten(0, 1)
+        alike = not prefix.length and first.shape[0] == 1
+        first = first.expand(count, width, -1).flatten(0, 1)
         scores = torch.full((count * width, vocabulary), -torch.inf, device=device)
         rows = live.flatten().nonzero().flatten()
-        if len(rows) < len(order):
+        if len(rows) < len(first):
             prefix = prefix.of(rows)
         done, most, spent = 0, self.most or vocabulary, 0
         while len(rows) and done < most:
             more = min(max(done, FEWEST), self.chunk, most - done)
-            tried = order[rows, done : done + more]  # (rows, C)
+            tried = first[rows, done : done + more]  # (rows, C)
             hidden = head.try_tokens(tried[:1] if alike else tried, prefix)
             seen = observed[:, rows // width, None]  # (R, rows, 1, D)
             found = torch.stack([measure.score(each, hidden) for each in seen]).sum(0)
@@ -86,17 +91,17 @@ class Proposals:
         budget.spend_unevenly(spent, count)
         return scores.unflatten(0, (count, width))
 
-    def order(
-        self, observed: Tensor, said: Tensor | None, vocabulary: int, position: int
+    def first(
+        self, states: Tensor | None, said: Tensor | None, vocabulary: int, position: int
     ) -> Tensor:
-        """Order all tokens for each observation (N, D), with log p (N, W, V) if a model said it: (N, W, V) or less."""
+        """Order all tokens for each row (N, D), with log p (N, W, V) if a model said it: (N, W, V) or less."""
         scores = said if self.prior else None
-        if self.linear is not None:
-            place = torch.full((len(observed),), position, device=observed.device)
-            cosines = NATS * self.linear.cosines(observed, place)[:, None]
+        if self.linear is not None and states is not None:
+            place = torch.full((len(states),), position, device=states.device)
+            cosines = NATS * self.linear.cosines(states, place)[:, None]
             scores = cosines if scores is None else scores + cosines
         if scores is None:
-            return torch.arange(vocabulary, device=observed.device)[None, None]
+            return torch.arange(vocabulary)[None, None]
         return scores.argsort(dim=-1, descending=True)
 
 
@@ -173,11 +178,11 @@ def calibrated(
     texts = [row[:LENGTH] for row in sorted(rows, key=len, reverse=True)[:TEXTS]]
     ids, real = (part.to(head.device) for part in padded(texts))
     seen, _ = through_head(head, texts, known, generator)(torch.arange(len(texts)))
-    prefix, order = head.cache(), Proposals(linear)
+    prefix, proposals = head.cache(), Proposals(linear)
     farthest, nearest = torch.finfo(seen.dtype).eps, float("inf")
     for position in range(ids.shape[1]):
         true, observed = ids[:, position : position + 1].clamp_min(0), seen[:, position]
-        first = order.order(observed, None, len(head.embeddings), position)[:, 0, :FEWEST]
+        first = proposals.first(observed, None, len(head.embeddings), position)[:, 0, :FEWEST]
         first = first.expand(len(true), -1)
         tried = torch.cat([true, first], dim=1)  # (B, 1 + FEWEST)
         hidden = head.try_tokens(tried, prefix)

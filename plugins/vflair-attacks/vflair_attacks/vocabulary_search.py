@@ -16,7 +16,14 @@ from attrs import define, field, frozen, validators
 from torch import Tensor
 
 from vflair_attacks.descent import Budget
-from vflair_attacks.matching import MATCHINGS, NEAREST_L1, Matching, Measure, measure_of
+from vflair_attacks.matching import (
+    MATCHINGS,
+    NEAREST_L1,
+    Matching,
+    Measure,
+    measure_of,
+    order_told_by,
+)
 from vflair_attacks.priors import ModelPrior, Prior
 from vflair_attacks.proposals import SOURCES, Proposals, Source, proposals_of
 from vflair_core import AttackError, Guess
@@ -37,7 +44,8 @@ class VocabularySearch:
     come from a linear map, not from a language model alone.
 
     Attributes:
-        matching: likelihood of the known noise; sorted for permuted hidden dimensions; support for sparsified rows.
+        matching: likelihood of the known noise; sorted for permuted hidden dimensions, where a linear map goes by the order that the
+            first token tells; support for sparsified rows.
         proposals: Order of candidates: all tries every token; prior, linear and prior+linear try 64, 128, … at a time the
             tokens that the pretrained model, a linear map (linear-inverter) or the sum of both puts first, until one is near.
         candidates: Most of the proposals tried at a position; 0 for no limit. Where noise leaves no candidate near enough to be
@@ -207,6 +215,7 @@ class _Beam:
         self.scores = torch.zeros(count, 1, device=device)
         self.cache = self.head.cache()
         self.found: dict[int, Tensor] = {}
+        self.order: Tensor | None = None  # of the coordinates, (N, D) of all examples
         spread = [self.observed[:, n, :length].var() for n, length in enumerate(self.lengths)]
         self.scale = (torch.stack(spread) * ROUNDING).clamp_min(1e-30)  # (N,)
 
@@ -222,7 +231,8 @@ class _Beam:
             scores = self._all_tried(observed)
         else:
             scores = self.proposals.scored(
-                observed, said, self.scores.isfinite(), self.head, self.cache, self.measure, self.budget
+                observed, said, self.scores.isfinite(), self.head, self.cache, self.measure, self.budget,
+                None if self.order is None else self.order[self.alive],
             )  # fmt: skip
         size = len(observed) * observed.shape[-1]
         gain = self.measure.in_nats(scores, size, self.scale[self.alive])  # (N, W, V)
@@ -237,6 +247,9 @@ class _Beam:
         starts = torch.arange(count, device=parents.device)[:, None] * width
         rows = (starts + parents).flatten()
         self._select(rows)
+        if self.measure.in_any_order and self.order is None:
+            best = self.head.try_tokens(chosen.reshape(-1, 1), self.cache).unflatten(0, (count, -1))
+            self.order = order_told_by(observed.mean(0), best[:, 0, 0])
         self.head.append(chosen.reshape(-1, 1), self.cache)
         earlier = self.tokens.gather(1, parents[..., None].expand(-1, -1, self.tokens.shape[2]))
         self.tokens = torch.cat([earlier, chosen[..., None]], dim=2)

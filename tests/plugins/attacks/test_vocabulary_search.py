@@ -255,6 +255,27 @@ def test_heads_that_cannot_read_candidates_in_one_sequence_are_searched_too(kind
     assert torch.equal(launch(VocabularySearch(proposals="linear"), knowledge).tokens, ids)
 
 
+@pytest.mark.parametrize("orders", ["of all", "of a text"])
+def test_the_first_token_tells_the_order_of_the_coordinates_in_which_a_map_reads_the_rest(orders):
+    ids, knowledge = proposing()
+    order = torch.stack([torch.randperm(32) for _ in ids])
+    order = order[:1].expand_as(order) if orders == "of all" else order
+    seen = knowledge["releases"].gather(-1, order[None, :, None].expand(1, -1, 8, -1))
+    knowledge["releases"] = seen + 1e-6 * torch.randn_like(seen)  # what other hardware rounds
+    guess = launch(VocabularySearch("sorted", proposals="linear"), knowledge)
+    assert torch.equal(guess.tokens, ids)
+    assert guess.budget["forwards"] < VOCABULARY + 0.1 * 7 * len(ids) * VOCABULARY
+
+
+def test_where_each_row_has_an_order_of_its_own_the_map_is_of_no_use_and_the_text_is_read_all_the_same():
+    ids, knowledge = proposing(texts=2)
+    rows = [row[torch.randperm(32)] for row in knowledge["releases"].view(-1, 32)]
+    knowledge["releases"] = torch.stack(rows).view_as(knowledge["releases"])
+    guess = launch(VocabularySearch("sorted", proposals="linear"), knowledge)
+    assert torch.equal(guess.tokens, ids)
+    assert guess.budget["forwards"] > 0.2 * 7 * len(ids) * VOCABULARY
+
+
 def test_where_nothing_is_near_all_tokens_are_tried_as_without_proposals():
     ids, knowledge = proposing()
     knowledge["releases"][:, 0] += 0.5 * knowledge["releases"].std() * torch.randn(1, 8, 32)
@@ -320,7 +341,7 @@ def test_candidates_are_ordered_by_cosine_and_log_probability():
     linear = LinearMap(
         torch.zeros(2, 4), torch.ones(4), torch.eye(4), torch.zeros(2, 4), normalize(table, dim=-1)
     )
-    both = Proposals(linear, prior=True).order(states, said, 9, position=1)
+    both = Proposals(linear, prior=True).first(states, said, 9, position=1)
     for n in range(2):
         for w in range(3):
             worth = [
@@ -329,9 +350,9 @@ def test_candidates_are_ordered_by_cosine_and_log_probability():
             ]
             assert both[n, w].tolist() == sorted(range(9), key=lambda v: -worth[v])
     assert torch.equal(
-        Proposals(None, prior=True).order(states, said, 9, 1), said.argsort(-1, True)
+        Proposals(None, prior=True).first(states, said, 9, 1), said.argsort(-1, True)
     )
-    assert Proposals(None, prior=True).order(states, None, 9, 0).tolist() == [[list(range(9))]]
+    assert Proposals(None, prior=True).first(states, None, 9, 0).tolist() == [[list(range(9))]]
 
 
 class Rounded(Mechanism):

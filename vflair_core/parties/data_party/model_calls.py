@@ -47,6 +47,7 @@ from vflair_core.parties.data_party.interception import (
     token_tables,
 )
 from vflair_core.parties.data_party.loss_gate import through_gates
+from vflair_core.parties.data_party.recorded_outputs import check_recorded, recorded_elsewhere
 from vflair_core.parties.data_party.recorder import Recorder
 from vflair_core.parties.data_party.releases import ReleaseCounts
 from vflair_core.parties.data_party.roles import Call
@@ -112,6 +113,7 @@ class ModelCalls:
         )
         hand_over_parts(model, names_in(stages), self.run_part)
         self.recorder = Recorder(self.exchange, stages, picks=partition.only_scored)
+        self._recorded = recorded_elsewhere(model, absent.values())
         stubs = put_stubs(model, absent, local, self.recorder.call, self.recorder.calls)
         self.recorder.absent.update(stubs)
         self.dry_runs = DryRuns(model, self.recorder, stages, partition.disclosing)
@@ -209,6 +211,7 @@ class ModelCalls:
     def _begin_account(self, called: str, inputs: dict[str, Any]) -> Account:
         owners = repeated(self.counts.owners_of(inputs), rows_of(inputs))
         self._account = Account(called, owners, bypassed=self.defenses.bypassed)
+        check_recorded(inputs, self._recorded)
         self._check(inputs)
         self._account.acted |= {"on_text", "on_tokens"}
         return self._account

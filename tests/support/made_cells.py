@@ -33,10 +33,12 @@ def grade(
     negative: float | None = 0.02,
     adaptive: bool = False,
     target: str = "tokens",
+    unanswered: float = 0.0,
 ) -> Grade:
     """The grade of an attack that got `hits` right."""
+    details = {"unanswered": unanswered} if unanswered else {}
     return Grade(
-        attack, tuple(knowledge), target, pooled(hits), interval(hits), floor, {"constant": floor}, {},
+        attack, tuple(knowledge), target, pooled(hits), interval(hits), floor, {"constant": floor}, details,
         positive_control=positive, negative_control=negative, verdict=verdict, adaptive=adaptive, hits=list(hits),
     )  # fmt: skip
 

@@ -24,6 +24,7 @@ from vflair_core.experiments.seams import UNREAD, uncovered, unread
 WARNING = (
     "failed",
     "NOT EVALUATED",
+    "NO GUESS",
     "MECHANISM DOES NOT MATCH",
     "ACTS OTHERWISE ON A TEXT ALONE",
 )  # words of remarks that nobody should miss
@@ -188,6 +189,11 @@ def _remarks(result: Result, arms: list[str]) -> Iterator[str]:
         for grade in result.numbers[arm]["attacks"]:
             if grade["verdict"] != "ok":
                 yield f"{arm}, {_named(grade)}: {grade['verdict']}."
+            if unanswered := grade["details"].get("unanswered"):
+                yield (
+                    f"{arm}, {_named(grade)}: NO GUESS at {unanswered:.1%} of the private positions, which count as wrong: "
+                    "what it read is the least that it could."
+                )
             if grade["course"]:
                 yield f"{arm}, {_named(grade)}: AP {_course(grade['course'])}."
 

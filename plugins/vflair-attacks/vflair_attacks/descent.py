@@ -47,6 +47,17 @@ class Budget:
         self._each += -(-total // victims)
         self.forwards += total
 
+    def allowance(self, position: int, positions: int, fewest: float) -> float:
+        """Forwards that each victim may spend on one of so many positions.
+
+        Half of the budget is for all alike, or `fewest` for each if that is more; the rest is for whoever needs it first.
+        """
+        if not self.most_forwards:
+            return math.inf
+        left, later = max(self.most_forwards - self._each, 0), positions - position - 1
+        kept = max(fewest, self.most_forwards / (2 * positions))
+        return left - later * min(kept, left / (later + 1))
+
     @property
     def spent(self) -> bool:
         """Whether a limit is reached."""

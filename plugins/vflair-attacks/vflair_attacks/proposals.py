@@ -47,9 +47,11 @@ class Proposals:
 
     def scored(
         self, observed: Tensor, said: Tensor | None, live: Tensor, head: Head, prefix: Any, measure: Measure,
-        budget: Budget, order: Tensor | None = None,
+        budget: Budget, positions: int, order: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Score candidates in order, for each example until one is near: (N, W, V), −∞ where none was tried.
+
+        A budget is for all `positions` of the text: each tries some, and the best is taken where none is near.
 
         Args:
             observed: (R, N, D).
@@ -58,7 +60,8 @@ class Proposals:
             head: Gives what candidates give.
             prefix: The hypotheses as the head has read them, N·W of them.
             measure: Compares.
-            budget: Is told how many were tried.
+            budget: Says how many may be tried, and is told how many were.
+            positions: Of the longest example.
             order: In which order of the coordinates (N, D) the map reads what was observed; None for that of the head, or
                 if the measure holds in any order: not known, and the map has no say.
         """
@@ -75,8 +78,14 @@ class Proposals:
         if len(rows) < len(first):
             prefix = prefix.of(rows)
         done, most, spent = 0, self.most or vocabulary, 0
+        fewest = FEWEST * len(rows) / count
+        purse = count * budget.allowance(prefix.length, positions, fewest)
         while len(rows) and done < most:
-            more = min(max(done, FEWEST), self.chunk, most - done)
+            cost = 1 if alike else len(rows)
+            more = min(max(done, FEWEST), self.chunk, most - done, max(purse - spent, 0) // cost)
+            if more <= 0 and done:
+                break
+            more = int(max(more, 1))
             tried = first[rows, done : done + more]  # (rows, C)
             hidden = head.try_tokens(tried[:1] if alike else tried, prefix)
             seen = observed[:, rows // width, None]  # (R, rows, 1, D)

@@ -58,7 +58,8 @@ class VocabularySearch:
         margin: A hypothesis this many nats behind the best is dropped.
         chunk: Most candidates tried in one pass.
         group: Examples searched together.
-        forwards: Most candidates tried for each victim (with proposals, on average over a group); 0 for no limit.
+        forwards: Most candidates tried for each victim; 0 for no limit. With proposals it is for the whole text and on average over a
+            group: each position tries some, and takes the best. Without, positions that are not reached have no guess.
         seconds: Most seconds for each victim; 0 for no limit. Positions not reached have no guess.
     """
 
@@ -232,6 +233,7 @@ class _Beam:
         else:
             scores = self.proposals.scored(
                 observed, said, self.scores.isfinite(), self.head, self.cache, self.measure, self.budget,
+                int(self.lengths.max()),
                 None if self.order is None else self.order[self.alive],
             )  # fmt: skip
         size = len(observed) * observed.shape[-1]

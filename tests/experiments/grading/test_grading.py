@@ -51,6 +51,13 @@ def test_no_measure_looks_at_what_is_not_private():
     assert graded(right_elsewhere, there).details == dict.fromkeys(ones, 0.0)
 
 
+def test_positions_without_a_guess_are_counted_where_they_are_private_and_said_only_if_there_are_any():
+    there = Truth([torch.tensor([5, 6, 7, 8])] * 2, [torch.tensor([False, True, True, True])] * 2)
+    stopped = torch.tensor([[-1, 6, 7, -1], [-1, 6, 7, 8]])
+    assert graded(stopped, there).details["unanswered"] == 1 / 6
+    assert "unanswered" not in graded(torch.tensor([[-1, 6, 7, 0]] * 2), there).details
+
+
 def test_a_text_of_which_nothing_private_was_sent_gives_nothing_to_find():
     there = Truth([torch.tensor([5, 6])] * 2, [torch.zeros(2).bool()] * 2)
     grade = graded(torch.tensor([[5, 6], [5, 6]]), there)

@@ -9,7 +9,7 @@ from support.made_cells import STRONG, WEAK, cell, defended, grade
 from vflair_core.errors import AttackError
 from vflair_core.experiments.grading.pooling import pooled_performance
 from vflair_core.experiments.grading.statistics import interval
-from vflair_core.experiments.reports.concerns import without_baseline
+from vflair_core.experiments.reports.concerns import unanswered, without_baseline
 from vflair_core.experiments.reports.grouping import groups_of
 from vflair_core.experiments.reports.intervals import change_over_seeds, interval_over_seeds
 from vflair_core.experiments.reports.leakage import knowledge_of, leak_of
@@ -153,3 +153,13 @@ def test_who_reads_labels_only_owes_no_linear_map():
     labels = [grade(STRONG, target="labels")]
     told = cell(before=labels, after=[defended(WEAK, target="labels")])
     assert without_baseline(groups_of([told])) == []
+
+
+def test_an_attack_whose_budget_ended_is_named_in_every_arm_and_a_shared_arm_once():
+    stopped = grade(WEAK, unanswered=0.8)
+    cells = [cell(before=[stopped], after=[defended(WEAK, unanswered=0.5)]) for _ in range(2)]
+    found = unanswered(groups_of([*cells, cell(seed=1)]))
+    assert [(each.arm, each.attack, each.share) for each in found] == [
+        ("undefended", "vocabulary-search (K4)", 0.8),
+        ("defended", "vocabulary-search (K4)", 0.5),
+    ]

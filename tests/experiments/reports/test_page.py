@@ -271,3 +271,11 @@ def test_it_says_where_nobody_knows_what_a_linear_map_reads(tmp_path):
     text = write_report([whole], tmp_path / "with.html").read_text("utf-8")
     assert 'id="baseline"' not in text
     assert "<td>0.150</td>" in text.replace(' class="number"', "")
+
+
+def test_it_says_which_attacks_had_no_guess_at_some_positions(tmp_path):
+    assert 'id="unanswered"' not in write_report([cell()], tmp_path / "all.html").read_text("utf-8")
+    stopped = cell(after=[defended(WEAK, unanswered=0.8125)])
+    text = write_report([stopped], tmp_path / "some.html").read_text("utf-8")
+    assert "had no guess at some positions: 1" in text
+    assert "<td>81.2%</td>" in text

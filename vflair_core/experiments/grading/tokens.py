@@ -186,7 +186,7 @@ def mismatched(tokens: Sequence[Tensor], truth: Truth) -> list[Hits]:
 
 
 def _token_details(tokens: list[Tensor], truth: Truth, decode: Any) -> dict[str, float]:
-    """Of the private text: exact sequences, ROUGE-L, VFLAIR-LLM's bag measures.
+    """Of the private text: exact sequences, ROUGE-L, VFLAIR-LLM's bag measures, and how much had no guess, if any.
 
     Over all: planted strings found.
     """
@@ -202,6 +202,8 @@ def _token_details(tokens: list[Tensor], truth: Truth, decode: Any) -> dict[str,
         "bag_recall": sum(r for r, _ in bags) / count,
         "bag_precision": sum(p for _, p in bags) / count,
     }
+    if without := sum(int((g < 0).sum()) for g, _ in pairs):
+        details["unanswered"] = without / sum(len(g) for g, _ in pairs)
     planted = [
         (g, secret) for g, secrets in zip(tokens, truth.secrets, strict=False) for secret in secrets
     ]

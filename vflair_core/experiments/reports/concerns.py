@@ -1,13 +1,14 @@
-"""What a reader must see first: controls that failed, seams that no attack read, and texts without a baseline."""
+"""What a reader must see first: controls that failed, attacks that ended early, seams that no attack read, and texts without a baseline."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from attrs import frozen
 
 from vflair_core.attacks.knowledge import shown
+from vflair_core.experiments.grading.grades import Grade
 from vflair_core.experiments.reports.leakage import failed_control, is_baseline
 from vflair_core.experiments.reports.settings import Group, Setting, arms_of, grades_of
 from vflair_core.experiments.studies.cell import Cell
@@ -26,6 +27,17 @@ class FailedControl:
 
 
 @frozen
+class Unanswered:
+    """An attack that had no guess at some of the private positions, in one arm of one cell."""
+
+    setting: Setting
+    cell: Cell
+    arm: str
+    attack: str
+    share: float  # of the private positions
+
+
+@frozen
 class UnreadSeam:
     """Something that crossed in a setting and that none of its attacks read."""
 
@@ -38,21 +50,40 @@ class UnreadSeam:
 
 def failed_controls(groups: Iterable[Group]) -> list[FailedControl]:
     """All controls that failed, in the order of the cells; an undefended arm that cells share is named once."""
-    found, seen = list[FailedControl](), set[tuple[Any, ...]]()
+    return [
+        FailedControl(group, setting, cell, arm, _named(grade), grade.verdict)
+        for group, setting, cell, arm, grade in _grades(groups)
+        if failed_control(grade)
+    ]
+
+
+def unanswered(groups: Iterable[Group]) -> list[Unanswered]:
+    """All attacks that had no guess at some positions, as one whose budget ended: what they read is the least they could."""
+    return [
+        Unanswered(setting, cell, arm, _named(grade), grade.details["unanswered"])
+        for _, setting, cell, arm, grade in _grades(groups)
+        if grade.details.get("unanswered")
+    ]
+
+
+def _grades(groups: Iterable[Group]) -> Iterator[tuple[Group, Setting, Cell, str, Grade]]:
+    """Every grade with where it stands; those of an undefended arm that cells share once."""
+    seen = set[tuple[Any, ...]]()
     for group in groups:
         for setting in group.settings:
             for cell in setting.cells:
                 for arm in arms_of(cell):
-                    for grade in filter(failed_control, grades_of(cell, arm)):
-                        attack = f"{grade.attack} ({shown(grade.knowledge)})"
+                    for grade in grades_of(cell, arm):
                         shared = setting.base if arm.endswith("undefended") else setting.key
-                        place = (shared, cell.experiment.seed, arm, attack, grade.verdict)
+                        told = (_named(grade), grade.verdict, grade.attack_performance)
+                        place = (shared, cell.experiment.seed, arm, *told)
                         if place not in seen:
                             seen.add(place)
-                            found.append(
-                                FailedControl(group, setting, cell, arm, attack, grade.verdict)
-                            )
-    return found
+                            yield group, setting, cell, arm, grade
+
+
+def _named(grade: Grade) -> str:
+    return f"{grade.attack} ({shown(grade.knowledge)})"
 
 
 def unread_seams(groups: Iterable[Group]) -> list[UnreadSeam] | None:

@@ -19,6 +19,7 @@ from vflair_core.experiments.reports import drawing
 from vflair_core.experiments.reports.charts import charts_of, drawn_settings, leaks_of
 from vflair_core.experiments.reports.concerns import (
     failed_controls,
+    unanswered,
     unread_seams,
     without_baseline,
 )
@@ -95,6 +96,7 @@ def _page(cells: Sequence[Cell], title: str, written: date) -> str:
             apart=apart,
             not_run=not_run,
             controls=failed_controls(groups),
+            unanswered=unanswered(groups),
             seams=unread_seams(groups),
             no_baseline=without_baseline(groups),
             baseline=BASELINE,

@@ -25,8 +25,12 @@ EXPERIMENT = {
     "model": {"config": LLAMA, "vocab_size": 300},
     "partition": {"head": 1, "tail": 1},
     "train": {"steps": 2, "batch_size": 4, "max_length": 16},
-    "victims": {"count": 5, "max_length": 12, "bypass": 2, "queries": 2},
-    "attacks": [{"name": "nearest-embedding", "knowledge": "K1"}],
+    "victims": {"count": 5, "max_length": 12, "bypass": 2, "queries": 8},
+    "attacks": [
+        {"name": "nearest-embedding", "knowledge": "K1"},
+        {"name": "linear-inverter", "knowledge": ["K1", "queries"]},
+        {"name": "vocabulary-search", "knowledge": "K4"},
+    ],
 }
 GRID = {
     "experiment": EXPERIMENT,
@@ -160,6 +164,7 @@ def grade(content):
         (lambda c: c["cells"][2]["numbers"]["dcs"].update(normalised_worst=0.123), "scores are not those of its grades"),
         (lambda c: c["cells"][0]["numbers"]["undefended"]["strongest"].append({}), "strongest attacks are not those"),
         (lambda c: c["cells"].clear(), "no cell with a result"),
+        (lambda c: c["cells"][2]["numbers"]["defended"]["evaluated"].update(tokens=False), "no attack on tokens took the defense into account"),
         (lambda c: c["cells"][2]["numbers"]["defended"]["attacks"][0].update(positive_control=None), "no positive control"),
         (lambda c: c["cells"][0]["numbers"]["undefended"]["attacks"][0].update(negative_control=None), "no negative control"),
         (lambda c: [e["hits"].update(undefended=[[]]) for e in c["cells"]], "0 graded victims"),
@@ -225,3 +230,34 @@ def test_the_leaderboard_is_made_of_the_files(submitted, monkeypatch):
         assert f"{sum(main) / 2:.3f}" in row
         assert "(leaderboard/shift.json)" in row
     assert "reference" in rows[0]
+    # Who was granted answered queries is not shown as if K1 had been enough.
+    heads = [cell.strip() for cell in text.splitlines()[-len(rows) - 2].split("|")]
+    asked = [
+        row["attack_performance"]
+        for e in content["cells"][:2]
+        for row in e["numbers"]["undefended"]["strongest"]
+        if row["knowledge"] == "K1 + queries"
+    ]
+    cells = [cell.strip() for cell in rows[0].split("|")]
+    assert cells[heads.index("read by K1 + queries")].startswith(f"{sum(asked) / 2:.3f} ")
+    assert "read by K2 + queries" not in heads
+    plain = cells[heads.index("read by K1")] if "read by K1" in heads else "–"
+    assert "linear-inverter" not in plain
+
+
+def test_what_was_attacked_otherwise_stands_in_a_table_of_its_own(submitted, monkeypatch):
+    from vflair_core.experiments.studies import leaderboard as page
+
+    content = read_submission(submitted, FEW)
+    other = copy.deepcopy(content)
+    for entry in other["cells"]:
+        entry["experiment"]["attacks"].pop(0)
+    each = {"a.json": content, "b.json": other}
+    for name in each:
+        (submitted.parent / name).write_text("{}")
+    submitted.unlink()
+    monkeypatch.setattr(page, "read_submission", lambda path: each[path.name])
+    text = leaderboard(submitted.parent)
+    assert text.count("\n## words") + text.count("\n## llama") == 2
+    assert text.count("Attacked by `linear-inverter` (K1 + queries)") == 1
+    assert text.count("Attacked by `nearest-embedding` (K1)") == 1

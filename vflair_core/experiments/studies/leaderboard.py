@@ -11,7 +11,7 @@ from attrs import frozen
 
 from vflair_core.attacks.knowledge import PRESETS
 from vflair_core.errors import ExperimentError
-from vflair_core.experiments.studies.rules import Entry, place_of, setting_of
+from vflair_core.experiments.studies.rules import Entry, attacks_of, place_of, setting_of
 from vflair_core.experiments.studies.submission import read_submission
 
 HEAD = """# Leaderboard
@@ -25,9 +25,10 @@ vflair leaderboard docs/leaderboard --out docs/leaderboard.md
 ```
 
 **Utility** is main performance, and how much of what the undefended model does better than chance is left. **Read by** is the
-strongest attack of each preset of knowledge, mean over seeds, with the rate of who sees no message (the floor) beside it. **Worst case** is
-the least, over seeds, of the score that ranks: 1 loses neither text nor utility, .5 both. A row whose attack failed a control in some
-seed says so and is not ranked.
+strongest attack of those who know so much, mean over seeds, with the rate reached without any message (the floor) beside it; who was granted
+something beyond the presets, as answered queries, has a column of their own. **Worst case** is the least, over seeds, of the score that
+ranks: 1 if nothing is lost, .586 if all of the text is or all of the utility, .5 if both are. A row whose attack failed a control in some
+seed says so and is not ranked. Rows are compared within a table only, where all were attacked alike.
 
 ## How to enter
 
@@ -38,8 +39,8 @@ the same attacks for every defense, then
 vflair submit runs/study/study.db --title "What it shows" --by "Who made it" --out docs/leaderboard/NAME.json
 ```
 
-which names everything that the rules lack: cells that are not done, controls that are missing, attacks in this process, budgets that differ,
-plugins without a version. The code of a plugin in one file goes into the file (`--plugin FILE`); one that is published is named by its
+which names everything that the rules lack: cells that are not done, controls that are missing, defenses that no attack took into account,
+attacks in this process, budgets that differ, plugins without a version. The code of a plugin in one file goes into the file (`--plugin FILE`); one that is published is named by its
 version. Who reviews it runs `vflair verify-result`.
 """
 
@@ -53,7 +54,7 @@ class Row:
     seeds: int
     main: float
     kept: float | None  # None of the undefended row
-    read: dict[str, tuple[float, float, str]]  # by preset: rate, floor, attack
+    read: dict[str, tuple[float, float, str]]  # by knowledge: rate, floor, attack
     worst: float | None
     remark: str
     file: str
@@ -67,10 +68,10 @@ def leaderboard(folder: str | Path) -> str:
     """
     if not Path(folder).is_dir():
         raise ExperimentError(f"There is no folder {folder} with submissions.")
-    places: dict[str, list[tuple[Entry, str]]] = defaultdict(list)
+    places: dict[tuple[str, str], list[tuple[Entry, str]]] = defaultdict(list)
     for path in sorted(Path(folder).glob("*.json")):
         for entry in read_submission(path)["cells"]:
-            places[place_of(entry)].append((entry, path.name))
+            places[place_of(entry), attacks_of(entry)].append((entry, path.name))
     parts, named = [HEAD], list[str]()
     for _, entries in sorted(places.items()):
         title, told = _heading(entries[0][0])
@@ -97,7 +98,15 @@ def _heading(entry: Entry) -> tuple[str, str]:
         if train["steps"]
         else ", of a model that is not fine-tuned."
     )
-    return title, told
+    attacks = "; ".join(_attack(each) for each in e["attacks"])
+    return title, f"{told} Attacked by {attacks}."
+
+
+def _attack(attack: Mapping[str, Any]) -> str:
+    known = attack["knowledge"]
+    words = [known if isinstance(known, str) else " + ".join(known)]
+    words += [f"{name} {value}" for name, value in attack["options"].items()]
+    return f"`{attack['name']}` ({', '.join(words)})"
 
 
 def _rows(entries: Sequence[tuple[Entry, str]]) -> list[Row]:
@@ -163,24 +172,34 @@ def _kept(entry: Entry) -> float:
 
 
 def _read(group: Sequence[Entry], arm: str) -> dict[str, tuple[float, float, str]]:
-    """What the strongest attack of each preset reads, mean over seeds; the attack is the one of most seeds."""
+    """What the strongest attack of each knowledge reads, mean over seeds; the attack is the one of most seeds."""
     found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for entry in group:
         best: dict[str, Mapping[str, Any]] = {}
         for row in entry["numbers"][arm]["strongest"]:
-            preset = row["knowledge"].partition(" ")[0]
-            if preset not in best or row["attack_performance"] > best[preset]["attack_performance"]:
-                best[preset] = row
-        for preset, row in best.items():
-            found[preset].append(row)
+            known = row["knowledge"]
+            if known not in best or row["attack_performance"] > best[known]["attack_performance"]:
+                best[known] = row
+        for known, row in best.items():
+            found[known].append(row)
     result = {}
-    for preset, rows in found.items():
+    for known, rows in found.items():
         names = [row["attack"] for row in rows]
         rates = [_mean([row[key] for row in rows]) for key in ("attack_performance", "floor")]
         attack = max(sorted(set(names)), key=names.count)
         seeds = f", {len(rows)} of {len(group)} seeds" if len(rows) < len(group) else ""
-        result[preset] = (rates[0], rates[1], attack + seeds)
+        result[known] = (rates[0], rates[1], attack + seeds)
     return result
+
+
+def _knowledge(rows: Sequence[Row]) -> list[str]:
+    """All presets that attacks read by, then what they were granted beyond, each with the least preset that it stands beside."""
+    shown = {known for row in rows for known in row.read}
+    plain = [preset for preset in PRESETS if preset in shown]
+    least: dict[str, str] = {}
+    for known in sorted(shown - set(plain)):
+        least.setdefault(known.partition(" + ")[2], known)
+    return plain + sorted(least.values(), key=lambda known: (len(known.split()), known))
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -188,11 +207,11 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    presets = [preset for preset in PRESETS if any(preset in row.read for row in rows)]
+    knowledge = _knowledge(rows)
     columns = [
         "defense",
         "utility",
-        *(f"read by {preset}" for preset in presets),
+        *(f"read by {known}" for known in knowledge),
         "worst case",
         "seeds",
         "file",
@@ -200,7 +219,7 @@ def _table(rows: Sequence[Row]) -> str:
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row in rows:
         kept = "" if row.kept is None else f" ({row.kept:.0%} kept)"
-        read = [_cell(row.read.get(preset)) for preset in presets]
+        read = [_cell(row.read.get(known)) for known in knowledge]
         worst = "" if row.worst is None else f"**{row.worst:.3f}**"
         cells = [
             f"`{row.defense}`" + (f", {row.option}" if row.option else ""),

@@ -107,6 +107,11 @@ def _of_cell(entry: Entry, plugins: Mapping[str, str]) -> Iterator[str]:
     for arm in arms_of(e):
         for each in _of_arm(e, arm, numbers[arm], entry["hits"][arm]):
             yield f"{arm}: {each}"
+    ignored = [
+        t for t, read in numbers.get("defended", {}).get("evaluated", {}).items() if not read
+    ]
+    if ignored:
+        yield f"no attack on {' or '.join(ignored)} took the defense into account: add one that knows it (K4) or asked through it."
     yield from _derived(numbers)
 
 
@@ -204,8 +209,7 @@ def _together(entries: Sequence[Entry], rules: Rules) -> Iterator[str]:
         if graded < rules.victims:
             yield f"{name}: {graded} graded victims over all seeds, and {rules.victims} are needed."
     for group in places.values():
-        attacks = {json.dumps(entry["experiment"]["attacks"], sort_keys=True) for entry in group}
-        if len(attacks) > 1:
+        if len(set(map(attacks_of, group))) > 1:
             yield f"{_named(group[0])} and others like it are attacked by different attacks or with different budgets."
         trials = sorted({entry["tuned"]["budget"] for entry in group if entry["tuned"]})
         if len(trials) > 1:
@@ -230,6 +234,11 @@ def place_of(entry: Entry) -> str:
     options = {k: v for k, v in e["task"]["options"].items() if k != "seed"}
     e["task"] = {**e["task"], "options": options}
     return json.dumps(e, sort_keys=True, default=list)
+
+
+def attacks_of(entry: Entry) -> str:
+    """By what a cell is attacked, with which knowledge and budgets: what cells must share to be compared."""
+    return json.dumps(entry["experiment"]["attacks"], sort_keys=True, default=list)
 
 
 def _named(entry: Entry) -> str:

@@ -80,7 +80,7 @@ def asked(model: Any, tokenizer: Any, task: Any, defense: GaussianNoise | None) 
         "answer_equals_unsplit": torch.equal(tokens, model.generate(**prompt, **options)),
         "read": float((guess == ids).double().mean()),
         "read_as": tokenizer.decode(guess[guess >= 0]),
-        "epsilon": promised(defense, data_party.releases) if defense else None,
+        "epsilon": data_party.guarantees()[0].epsilon if defense else None,
         "perplexity": perplexity(data_party.model, tokenizer, task),
     }
 
@@ -99,12 +99,6 @@ def read(crossed: Any, model: Any, tokenizer: Any, task: Any, defense: Any) -> t
     # Without noise the right token is near, and found at once; with noise the likeliest of 256 is taken.
     options = {"beam": 2, "candidates": 256} if defense else {"beam": 1}
     return launch(VocabularySearch(proposals="prior+linear", **options), knowledge).tokens[0]
-
-
-def promised(defense: GaussianNoise, releases: Any) -> float | None:
-    """The ε of what crossed for the prompt and its answer."""
-    counts = (releases.rows, releases.messages, releases.gradients)
-    return defense.guarantee(*counts).epsilon
 
 
 def perplexity(model: Any, tokenizer: Any, task: Any) -> float:

@@ -239,12 +239,16 @@ class Defense:
         """Measure on public text, after training, what the defense can say of itself; a result shows it."""
         return {}
 
-    def guarantee(self, releases: int, messages: int = 0, gradients: int = 0) -> Guarantee:
-        """State what is promised of one example.
+    def guarantee(
+        self, releases: int, messages: int = 0, gradients: int | None = None
+    ) -> Guarantee:
+        """State what is promised of one example; `DataParty.guarantees` does so of what has crossed.
+
+        What is not known is taken for the most that it can be, so that no promise is better than what crossed allows.
 
         Args:
             releases: Its rows of smashed data that have crossed.
-            messages: The messages that they came in; 0 if that is not known: no more than rows, then.
-            gradients: The messages of its gradient.
+            messages: The messages that they came in; 0 if that is not known: as many as rows, then.
+            gradients: The messages of its gradient; None if that is not known: as many as rows, then.
         """
         return EMPIRICAL

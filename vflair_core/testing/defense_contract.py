@@ -236,6 +236,12 @@ def _see_that_its_promise_counts(tried: Tried, call: Call, *, composes: bool) ->
             f"{name} promises {one.epsilon} for one row, {longer.epsilon} for eight in one message, {more.epsilon} for 64 in "
             "64: what crosses more often is not protected better."
         )
+    unsaid, most = defense.guarantee(8), defense.guarantee(8, 8, 8)
+    if (unsaid.epsilon or 0) < (most.epsilon or 0):
+        raise AssertionError(
+            f"{name} promises {unsaid.epsilon} for eight rows when nothing is said of messages and gradients, and {most.epsilon} "
+            "for eight of each: what is not known counts as the most that it can be."
+        )
     grows = (more.epsilon or 0) > one.epsilon
     if composes and "labels" not in defense.covers and 0 < one.epsilon < math.inf and not grows:
         raise AssertionError(

@@ -110,7 +110,9 @@ class CusText(Defense):
         kept = STOP_WORDS if self.stop_words else frozenset[str]()
         return WithinSets(vocabulary.words, vocabulary, sets, self.epsilon, kept)
 
-    def guarantee(self, releases: int, messages: int = 0, gradients: int = 0) -> Guarantee:
+    def guarantee(
+        self, releases: int, messages: int = 0, gradients: int | None = None
+    ) -> Guarantee:
         """ε between words of one set, infinite between sets: nothing for a text as a whole."""
         if math.isinf(self.epsilon) or self.spacing or self.stop_words:
             return Guarantee()

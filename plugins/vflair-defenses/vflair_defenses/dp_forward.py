@@ -80,7 +80,9 @@ class DpForward(Defense):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self._bound = float(state["bound"])
 
-    def guarantee(self, releases: int, messages: int = 0, gradients: int = 0) -> Guarantee:
+    def guarantee(
+        self, releases: int, messages: int = 0, gradients: int | None = None
+    ) -> Guarantee:
         """One message is one release with Δ = 2C; without their number, each row counts as one."""
         bound, count = self._ready(), messages or releases
         if math.isinf(bound) or not self.ratio:

@@ -59,7 +59,9 @@ class DxNoise(Defense):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self._median, self._largest = state["spread"].tolist()
 
-    def guarantee(self, releases: int, messages: int = 0, gradients: int = 0) -> Guarantee:
+    def guarantee(
+        self, releases: int, messages: int = 0, gradients: int | None = None
+    ) -> Guarantee:
         """One embedding of one token is one release and costs η times its distance to the other."""
         if not self._largest:
             raise DefenseError(

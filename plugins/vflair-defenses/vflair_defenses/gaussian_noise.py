@@ -110,7 +110,9 @@ class GaussianNoise(Defense):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self._bound = float(state["bound"])
 
-    def guarantee(self, releases: int, messages: int = 0, gradients: int = 0) -> Guarantee:
+    def guarantee(
+        self, releases: int, messages: int = 0, gradients: int | None = None
+    ) -> Guarantee:
         """One row is one release with Δ₂ = 2C and so is one gradient of an example; all of them compose."""
         bound = self._ready()
         if math.isinf(bound) or not self.ratio:
@@ -119,6 +121,7 @@ class GaussianNoise(Defense):
         squares = releases * mu**2
         outside = "what training on an example changes in later rows of others, lengths, timing and floating-point sampling"
         if self.gradient_multiplier:
+            gradients = releases if gradients is None else gradients
             squares += gradients * (2 / self.gradient_multiplier) ** 2
             releases += gradients
         else:

@@ -88,7 +88,9 @@ class LabelRandomisedResponse(Defense):
             rows = zip(state["keys"], state["answers"].tolist(), strict=True)
             self._answers = {bytes(key.tolist()): answer for key, answer in rows}
 
-    def guarantee(self, releases: int, messages: int = 0, gradients: int = 0) -> Guarantee:
+    def guarantee(
+        self, releases: int, messages: int = 0, gradients: int | None = None
+    ) -> Guarantee:
         """One release a label, however many gradients are computed from it."""
         if math.isinf(self.epsilon):
             return Guarantee()

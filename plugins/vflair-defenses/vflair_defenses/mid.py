@@ -76,7 +76,7 @@ class Mid(Defense):
     learning: Zou et al., "Mutual Information Regularization for Vertical Federated Learning" (MID), arXiv
     2301.01142. Differs from VFLAIR-LLM, whose decoders end in a ReLU and whose KL is summed over positions: ξ is
     fresh for every message, evaluation and generation included; the KL is summed over the code and averaged over
-    tokens that are no padding. That mean bounds the information of one message on its token from above
+    tokens that are no padding. That mean bounds, averaged over positions, what all rows of a text together tell of it
     (`measured_divergence`, `token_error_bound`). It is an average, no differential privacy: the guarantee is
     empirical.
 
@@ -238,7 +238,10 @@ class MidMechanism(Mechanism):
 def measured_divergence(
     defense: Mid, data_party: Party, texts: Sequence[str], place: str = "head"
 ) -> tuple[float, float]:
-    """Return the KL in nats per token on held-out text, and the half-width of its 95 % interval over texts."""
+    """Return the KL in nats per token on held-out text, and the half-width of its 95 % interval over texts.
+
+    Of one text the half-width is not known: infinite.
+    """
     part, each = defense.part(place), []
     if place == "head":
         there = public_rows("measured_divergence", texts, data_party)
@@ -249,7 +252,8 @@ def measured_divergence(
             mean, sigma = part.code(rows.float())
             each.append(divergence(mean, defense.noise * sigma).mean())
     found = torch.stack(each)
-    return float(found.mean()), 1.96 * float(found.std()) / math.sqrt(len(found))
+    spread = float(found.std()) if len(found) > 1 else math.inf
+    return float(found.mean()), 1.96 * spread / math.sqrt(len(found))
 
 
 def token_error_bound(entropy: float, nats: float, vocabulary: int) -> float:

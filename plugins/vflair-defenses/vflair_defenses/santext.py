@@ -77,7 +77,9 @@ class SanText(Defense):
         vocabulary = vocabulary_of("SanText", self.vectors, tokenizer, embeddings)
         return NearWords(vocabulary.words, vocabulary.vectors, self.epsilon)
 
-    def guarantee(self, releases: int, messages: int = 0, gradients: int = 0) -> Guarantee:
+    def guarantee(
+        self, releases: int, messages: int = 0, gradients: int | None = None
+    ) -> Guarantee:
         """One word is one release; there are no more words than rows."""
         ready(self, self._vocabulary, self._generator)
         if self.spacing:

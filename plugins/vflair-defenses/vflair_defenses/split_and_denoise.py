@@ -216,7 +216,9 @@ class SplitAndDenoise(Defense):
             self._denoiser = made.requires_grad_(requires_grad=False)
             read_state(self._denoiser, learned)
 
-    def guarantee(self, releases: int, messages: int = 0, gradients: int = 0) -> Guarantee:
+    def guarantee(
+        self, releases: int, messages: int = 0, gradients: int | None = None
+    ) -> Guarantee:
         """One row is one release and costs η times its distance to the other, at most 2C."""
         bound, median, largest = self._ready().tolist()
         if math.isinf(bound):

@@ -46,9 +46,9 @@ class Floor:
 
 
 def chance_of_no_more(hits: Hits, floor: Floor) -> float:
-    """Return the probability of as large an advantage over the floor if there were none: exact, paired, one-sided.
+    """Return the probability of as large an advantage over the floor if there were none: paired, one-sided.
 
-    Under that hypothesis each victim's (or update's) difference is as likely to be against the attack as for it; a
+    Exact if under that hypothesis each victim's (or update's) difference is as likely to be against the attack as for it; a
     victim's positions are right and wrong together (Fisher's randomisation test of matched pairs, 1935).
     """
     right = floor.right or (0,) * len(hits)

@@ -16,6 +16,7 @@ from vflair_core.communication.channel import Channel
 from vflair_core.communication.connection import Connection
 from vflair_core.defenses.calibration import CalibrationCache, Report, Situation
 from vflair_core.defenses.defense import Defense
+from vflair_core.defenses.guarantee import Guarantee
 from vflair_core.defenses.pipeline import Defenses
 from vflair_core.errors import DefenseError, PartitionError
 from vflair_core.parties.data_party.checkpoint import save_data_party, save_tokenizer
@@ -141,6 +142,14 @@ class DataParty:
     def releases(self) -> Releases:
         """The most that crossed of any example so far, defended: what a guarantee has to count."""
         return self.calls.counts.most
+
+    def guarantees(self) -> list[Guarantee]:
+        """What each defense, in order, promises of the example of which most has crossed so far."""
+        most = self.releases
+        return [
+            defense.guarantee(most.rows, most.messages, most.gradients)
+            for defense in self.defenses.each
+        ]
 
     @property
     def disclosed(self) -> set[str]:

@@ -181,10 +181,11 @@ def _say_ready(server: Server, party: ModelParty, *, secure: bool) -> None:
     weights = list(party.parameters())
     held = sum(weight.numel() for weight in weights)
     size = sum(weight.numel() * weight.element_size() for weight in weights)
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
     caps = party.caps
     say(
         f"serving {server.address} ({'TLS' if secure else 'plaintext, this machine only'}) · holds {held:,} parameters "
-        f"({size / 2**20:,.0f} MiB) on {party.device} · {party.fingerprint} · at most {caps.sessions} sessions, messages of "
+        f"({size / 2**20:,.0f} MiB) on {party.device}, of which clients may train {trained:,} · {party.fingerprint} · at most {caps.sessions} sessions, messages of "
         f"{caps.message_bytes / 2**20:,.0f} MiB; all limits: --show-limits"
     )
     sys.stdout.flush()

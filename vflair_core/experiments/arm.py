@@ -22,7 +22,7 @@ from vflair_core.events import events
 from vflair_core.experiments.account import promises_of, samples_of
 from vflair_core.experiments.attack_phase import attack_arm, references_of
 from vflair_core.experiments.build import briefing_of, choose_partition
-from vflair_core.experiments.capture import capture_victims
+from vflair_core.experiments.capture import Crossed, capture_victims
 from vflair_core.experiments.context import RunContext, noise_seed
 from vflair_core.experiments.costs import Meter, convergence, cost_of, first_token, metered
 from vflair_core.experiments.experiment import Experiment
@@ -35,7 +35,7 @@ from vflair_core.experiments.model_party_elsewhere import (
 from vflair_core.experiments.output import closed
 from vflair_core.experiments.seams import seams
 from vflair_core.experiments.shared_training import fine_tune_once
-from vflair_core.experiments.training_phase import steps_per_epoch
+from vflair_core.experiments.training_phase import Course, steps_per_epoch
 from vflair_core.experiments.victims import auxiliary_of
 from vflair_core.parties.split import split
 from vflair_core.partition.slices import Slices
@@ -101,27 +101,13 @@ def _run_arm(
     *,
     active: bool,
 ) -> Arm:
-    e = setting.experiment
-    party, model_party, reading, trained = cut
+    party, model_party, _, trained = cut
     if name == "undefended":  # others hold as many
         log.info("parameters", **meter.held, total=sum(meter.held.values()))
-    with (
-        _adversary(party, model_party, setting) if active else nullcontext(dict) as adversary_state
-    ):
-        with meter("preparing"):
-            party.prepare(
-                setting.task.public,
-                cache=setting.cache,
-                report=lambda what, done, total: setting.report(f"{name}: {what}", done, total),
-            )
-        with _watched(name, party, setting):
-            with meter("fine-tuning"):
-                course = fine_tune_once(name, party, model_party, reading, setting, meter)
-            if e.save:
-                _save(name, party, model_party, setting)
-            with meter("victims"), setting.phase(f"{name}: victims"):
-                crossed = capture_victims(party, setting, defended=bool(defenses))
-        state = adversary_state() if active else None
+    adversary = _adversary(party, model_party, setting) if active else nullcontext(lambda: None)
+    with adversary as state_of:
+        course, crossed = _let_cross(name, cut, setting, meter, defended=bool(defenses))
+        state = state_of()
     with meter("attacks"):
         grades, truth = attack_arm(
             name, party, model_party, setting, crossed, references, adversary=state
@@ -129,16 +115,49 @@ def _run_arm(
     for grade in grades:
         setting.tell("vflair_attack_finished", arm=name, name=grade.attack, grade=grade.to_dict())
     # Before defenses measure themselves, which may cross.
-    cost = cost_of(meter, grades, e, trained)
+    cost = cost_of(meter, grades, setting.experiment, trained)
     cost["convergence"] = convergence(
         course.losses,
         course.evaluations,
         meter.each_step,
         steps_per_epoch(setting),
-        evaluated=bool(e.train.evaluate_every),
+        evaluated=bool(setting.experiment.train.evaluate_every),
     )
+    numbers = _numbers(course, grades, cut, defenses, setting)
+    samples = samples_of(grades, truth)
+    cost["first_token"] = first_token(party, setting)  # last, for it crosses and draws
+    return Arm(
+        numbers, cost, crossed[0].transcript, grades, samples, references_of(grades), party.slices
+    )
+
+
+def _let_cross(
+    name: str, cut: _Cut, setting: RunContext, meter: Meter, *, defended: bool
+) -> tuple[Course, Crossed]:
+    """Prepare the defenses, fine-tune, save if that is asked for, and let the victims cross."""
+    party, model_party, reading, _ = cut
+    with meter("preparing"):
+        party.prepare(
+            setting.task.public,
+            cache=setting.cache,
+            report=lambda what, done, total: setting.report(f"{name}: {what}", done, total),
+        )
+    with _watched(name, party, setting):
+        with meter("fine-tuning"):
+            course = fine_tune_once(name, party, model_party, reading, setting, meter)
+        if setting.experiment.save:
+            _save(name, party, model_party, setting)
+        with meter("victims"), setting.phase(f"{name}: victims"):
+            return course, capture_victims(party, setting, defended=defended)
+
+
+def _numbers(
+    course: Course, grades: list[Grade], cut: _Cut, defenses: list[Defense], setting: RunContext
+) -> dict[str, Any]:
+    """All that the arm found, but for what differs from one machine to the next."""
+    e, (party, _, reading, trained) = setting.experiment, cut
     metric, performance = next(iter(course.evaluations[-1]["metrics"].items()))
-    numbers = {
+    return {
         "main_performance": performance,
         "metric": metric,
         "chance": course.chance,
@@ -164,11 +183,6 @@ def _run_arm(
         "victims_with_dropout": e.victims.dropout,
         "assumes_shared_updates": e.victims.share_updates,
     }
-    samples = samples_of(grades, truth)
-    cost["first_token"] = first_token(party, setting)  # last, for it crosses and draws
-    return Arm(
-        numbers, cost, crossed[0].transcript, grades, samples, references_of(grades), party.slices
-    )
 
 
 def _adversary(

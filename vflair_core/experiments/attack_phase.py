@@ -24,7 +24,7 @@ from vflair_core.attacks.observables import Capture
 from vflair_core.attacks.scratch import scratch_folder
 from vflair_core.errors import AttackError, ExperimentError
 from vflair_core.experiments.build import make_launches
-from vflair_core.experiments.capture import crossing_again
+from vflair_core.experiments.capture import Crossed, crossing_again
 from vflair_core.experiments.context import Reporter, RunContext
 from vflair_core.experiments.experiment import AttackSpec
 from vflair_core.experiments.grading.answer_key import AnswerKey
@@ -54,7 +54,7 @@ def attack_arm(
     party: DataParty,
     model_party: ModelParty,
     setting: RunContext,
-    crossed: tuple[Capture, Capture | None, dict[str, Capture]],
+    crossed: Crossed,
     references: list[Reference],
     *,
     adversary: Mapping[str, Tensor] | None = None,

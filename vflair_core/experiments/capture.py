@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import attrs
 import torch
@@ -20,10 +20,11 @@ from vflair_core.tasks.collation import Batch
 from vflair_core.tasks.task import Example, public_examples
 from vflair_core.tasks.token_rows import TokenRow
 
+# Of the victims; of some of them with the defense bypassed; and of what else attacks are granted, by name.
+Crossed: TypeAlias = tuple[Capture, Capture | None, dict[str, Capture]]
 
-def capture_victims(
-    party: DataParty, setting: RunContext, *, defended: bool
-) -> tuple[Capture, Capture | None, dict[str, Capture]]:
+
+def capture_victims(party: DataParty, setting: RunContext, *, defended: bool) -> Crossed:
     """Let the victims cross, some of them once more with the defense bypassed, and public queries.
 
     Where several victims share an update, their batches come after what attacks read of them; public queries come last, so

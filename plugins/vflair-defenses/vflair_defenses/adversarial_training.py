@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import attrs
@@ -168,7 +168,7 @@ class AdversarialTraining(Defense):
     def findings(self, public_texts: Sequence[str], data_party: Party) -> Mapping[str, float]:
         """How often the adversary it was trained against names a token or label, and how often a fresh one does.
 
-        The fresh one has the same shape; it is fitted to one half of the public texts behind the finished mapping, and
+        The fresh one has the same shape, and an output for each token or label that it is shown; it is fitted to one half of the public texts behind the finished mapping, and
         both are judged on the other half. At the head they name tokens, beside the most frequent one there. At the
         tail they read labels from the gradient that would be sent: each text crosses once, forward only, and is given
         each label in turn, so that chance is exactly one of the classes. That the first fails says only that it was
@@ -186,11 +186,12 @@ class AdversarialTraining(Defense):
             for part in (each[::2], each[1::2])
         ]
         (seen, targets), (others, truth) = halves
-        adversary = self._parts["adversary"]
-        fresh = self._fitted(seen, targets, int(adversary[-1].out_features))  # type: ignore[index, union-attr]
+        fresh = self._fitted(seen, targets)
+        with torch.no_grad():
+            trained, anew = self._parts["adversary"](others).argmax(-1), fresh(others)
         return {
-            "adversary": _accuracy(adversary, others, truth),
-            "fresh adversary": _accuracy(fresh, others, truth),
+            "adversary": _accuracy(trained, truth),
+            "fresh adversary": _accuracy(anew, truth),
             "most frequent token" if head else "chance": float(truth.bincount().max()) / len(truth),
         }
 
@@ -218,16 +219,17 @@ class AdversarialTraining(Defense):
         scale = torch.cat([views for views, _ in found]).square().mean().sqrt().clamp_min(1e-30)
         return [(views / scale, labels) for views, labels in found]
 
-    def _fitted(self, seen: Tensor, targets: Tensor, classes: int) -> nn.Module:
-        """A fresh adversary, fitted to rows (N, D) and their targets (N,)."""
+    def _fitted(self, seen: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]:
+        """A fresh adversary, fitted to rows (N, D) and their targets (N,): it names the target of each row."""
+        kinds, numbers = targets.unique(return_inverse=True)  # no other can be learned
         with seeded(self.seed + 1), torch.enable_grad():
-            fresh = perceptron(seen.shape[1], self.hidden, classes).to(seen.device)
+            fresh = perceptron(seen.shape[1], self.hidden, len(kinds)).to(seen.device)
             optimizer = torch.optim.Adam(fresh.parameters(), 0.01)
             for _ in range(REFITTING):
                 optimizer.zero_grad()
-                cross_entropy(fresh(seen), targets).backward()
+                cross_entropy(fresh(seen), numbers).backward()
                 optimizer.step()
-        return fresh
+        return lambda rows: kinds[fresh(rows).argmax(-1)]
 
     def state(self) -> dict[str, Tensor]:
         """Mapping and adversary."""
@@ -260,9 +262,8 @@ def _of_positions(gradient: Tensor) -> Tensor:  # (B, T, D) or (B, D) -> (B, D)
     return gradient.sum(1) if gradient.dim() == 3 else gradient
 
 
-def _accuracy(adversary: nn.Module, rows: Tensor, targets: Tensor) -> float:
-    with torch.no_grad():
-        return float((adversary(rows).argmax(-1) == targets).float().mean())
+def _accuracy(named: Tensor, targets: Tensor) -> float:
+    return float((named == targets).float().mean())
 
 
 @attrs.frozen(eq=False)

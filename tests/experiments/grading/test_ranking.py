@@ -43,6 +43,32 @@ def test_the_choice_is_made_on_development_victims_and_the_number_is_of_the_othe
     assert row["chosen_on"] == "development"
 
 
+def test_a_number_that_a_lower_preset_reached_is_not_said_to_be_chosen_on_development_victims():
+    grades = [
+        grade("early", "K1", 0.9, development=0.5),
+        grade("late", "K3", 0.4, development=0.8),
+    ]
+    rows = {row["knowledge"]: row for row in strongest(grades)}
+    assert (rows["K3"]["attack"], rows["K3"]["chosen_on"]) == ("early", "reported")
+    assert rows["K2"]["chosen_on"] == "development"
+
+
+def test_who_knows_the_defense_and_not_the_current_weights_has_rows_of_their_own():
+    grades = [
+        grade("blind", "K2", 0.3),
+        grade("told", ("K2", "mechanism"), 0.6),
+        grade("insider", "K4", 0.9),
+    ]
+    assert best(grades) == {
+        "K2": "blind",
+        "K3": "blind",
+        "K4": "insider",
+        "K2 + mechanism": "told",
+        "K3 + mechanism": "told",
+    }
+    assert best(grades[1:2]) == {"K4": "told", "K2 + mechanism": "told", "K3 + mechanism": "told"}
+
+
 def test_an_attack_whose_control_failed_is_never_the_strongest():
     broken = grade("broken", "K1", 0.9, verdict="positive control failed: …")
     assert best([broken, grade("sound", "K1", 0.3)])["K1"] == "sound"

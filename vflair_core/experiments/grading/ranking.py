@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vflair_core.attacks.knowledge import PRESETS, granted, shown
+from vflair_core.attacks.knowledge import DEFENSE, PRESETS, granted, shown
 from vflair_core.experiments.grading.grades import Grade
 
 NOT_EVALUATED = (
@@ -18,7 +18,8 @@ def strongest(grades: Sequence[Grade]) -> list[dict[str, Any]]:
     """Return the strongest attack of each target at each preset, among attacks that need no more than it grants.
 
     What an attack was granted beyond all presets, such as `queries` or `known_labels`, makes rows of its own, in which
-    it competes with those that did without. The attack is chosen by its performance on the development victims where
+    it competes with those that did without; so does the defense told to who has not the current weights (`K2 + mechanism`), as
+    the provider of a model whose head was fine-tuned. The attack is chosen by its performance on the development victims where
     there are any, and reported on the others; on a scale on which its own floor is 0, as floors differ. Attacks whose
     controls failed and those that find nothing without a defense are left out; a preset without an attack has no row.
     """
@@ -33,15 +34,17 @@ def strongest(grades: Sequence[Grade]) -> list[dict[str, Any]]:
                     for grade in sound
                     if grade.target == target and _granted(grade) <= names | set(extra)
                 ]
-                if any(_beyond(grade) == extra for grade in able):
+                meant = not extra or any(_beyond(grade) == extra for grade in able)
+                if able and meant and not (extra and names >= set(extra)):
                     # Whoever knows more can do what less would do: no preset is shown below the one before.
-                    chosen = [max(able, key=_chosen_by), *filter(None, [so_far.get(target)])]
-                    so_far[target] = max(chosen, key=lambda grade: grade.attack_performance)
-                    rows.append(_row(so_far[target], preset, extra))
+                    best, before = max(able, key=_chosen_by), so_far.get(target)
+                    carried = before and before.attack_performance > best.attack_performance
+                    so_far[target] = before if before and carried else best
+                    rows.append(_row(so_far[target], preset, extra, carried=bool(carried)))
     return rows
 
 
-def _row(best: Grade, preset: str, extra: tuple[str, ...]) -> dict[str, Any]:
+def _row(best: Grade, preset: str, extra: tuple[str, ...], *, carried: bool) -> dict[str, Any]:
     return {
         "knowledge": " + ".join((preset, *extra)),
         "target": best.target,
@@ -51,7 +54,7 @@ def _row(best: Grade, preset: str, extra: tuple[str, ...]) -> dict[str, Any]:
         "interval": list(best.interval),
         "floor": best.floor,
         "adaptive": best.adaptive,
-        "chosen_on": "reported" if best.development is None else "development",
+        "chosen_on": "reported" if carried or best.development is None else "development",
     }
 
 
@@ -60,8 +63,10 @@ def _granted(grade: Grade) -> frozenset[str]:
 
 
 def _beyond(grade: Grade) -> tuple[str, ...]:
-    """What it was granted that no preset grants."""
-    return tuple(sorted(_granted(grade) - PRESETS["K4"]))
+    """What it was granted that no preset grants, at least not to who has not the current weights."""
+    names = _granted(grade)
+    defense = frozenset(DEFENSE) & names if not names & {"current_head", "current_tail"} else set()
+    return tuple(sorted((names - PRESETS["K4"]) | defense))
 
 
 def _chosen_by(grade: Grade) -> float:

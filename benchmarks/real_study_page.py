@@ -122,8 +122,9 @@ def _span(values: list[float]) -> str:
 
 
 def _number(value: float) -> str:
+    """Two digits: five evaluations do not find more."""
     if isinstance(value, float):
-        return f"{value:.3g}" if value < 1 else f"{value:,.0f}"
+        return f"{value:.2g}" if value < 1 else f"{float(f'{value:.2g}'):,.0f}"
     return str(value)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import attrs
@@ -139,11 +138,6 @@ def _variances(shares: Tensor, weights: Tensor, width: int, power: float) -> tup
     """Part the power into four: along and across, for each class."""
     parts = shares.softmax(0) * power
     return parts[:2] / weights, parts[2:] / weights / max(width - 1, 1)
-
-
-def detection_error(divergence: float) -> float:
-    """Least balanced error of any detector of one message: ½ − √sumKL / 4, never below 0."""
-    return max(0.5 - math.sqrt(divergence) / 4, 0.0)
 
 
 def _variance(rows: Tensor) -> float:

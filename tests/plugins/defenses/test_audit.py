@@ -22,6 +22,7 @@ from vflair_defenses.split_and_denoise import SplitAndDenoise
 
 FAR = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([-1.0, 0.0, 0.0])
 TRIALS = 60_000
+RATIO = 2 * gaussian_sigma(0.5, 0.1)
 
 
 def denoiser(eta):
@@ -31,7 +32,8 @@ def denoiser(eta):
 
 
 CLAIMS = {
-    "gaussian": (lambda share: GaussianNoise(2 * 3.731 * share, clip=1.0), 1.0, 1e-5),
+    # At δ = 0.1 the claim is about the body of the distribution, which trials can see; at 1e-5, about a tail that they cannot.
+    "gaussian": (lambda share: GaussianNoise(RATIO * share, delta=0.1, clip=1.0), 0.5, 0.1),
     "laplace": (lambda share: LaplaceNoise(1.0 / share, clip=1.0), 1.0, 0.0),
     "d_chi": (lambda share: denoiser(0.5 / share), 1.0, 0.0),  # η times the distance 2
 }
@@ -46,23 +48,13 @@ def test_the_audit_never_exceeds_a_true_claim(name, seed, exchange):
     assert claim == pytest.approx(epsilon, rel=2e-3)
     found = audited_epsilon(make(1.0), *FAR, exchange(seed), trials=TRIALS, delta=delta)
     assert found <= claim
-    assert (
-        found > 0.5 * claim or name == "gaussian"
-    )  # and it is not blind; at δ = 1e-5 a Gaussian's tail is rare
+    assert found > 0.5 * claim  # and it is not blind
 
 
-@pytest.mark.parametrize("name", ["laplace", "d_chi"])
+@pytest.mark.parametrize("name", CLAIMS)
 def test_the_audit_rejects_noise_that_is_thirty_per_cent_too_small(name, exchange):
     make, epsilon, delta = CLAIMS[name]
     assert audited_epsilon(make(0.7), *FAR, exchange(), trials=TRIALS, delta=delta) > epsilon
-
-
-def test_the_audit_rejects_a_gaussian_that_is_thirty_per_cent_too_small(exchange):
-    """At ε = 0.5 and δ = 0.1 the claim is about the body of the distribution, which trials can see."""
-    ratio = 2 * gaussian_sigma(0.5, 0.1)
-    true, false = (GaussianNoise(ratio * share, delta=0.1, clip=1.0) for share in (1.0, 0.7))
-    assert audited_epsilon(true, *FAR, exchange(), trials=TRIALS, delta=0.1) <= 0.5
-    assert audited_epsilon(false, *FAR, exchange(), trials=TRIALS, delta=0.1) > 0.5
 
 
 def test_the_binomial_limits_equal_scipys():
@@ -77,7 +69,9 @@ def test_the_binomial_limits_equal_scipys():
 
 
 def test_equal_inputs_have_no_lower_bound_but_zero():
-    assert epsilon_lower_bound(torch.randn(5000), torch.randn(5000)) < 0.05
+    draw = torch.Generator().manual_seed(0)
+    same = (torch.randn(5000, generator=draw) for _ in range(2))
+    assert epsilon_lower_bound(*same) == 0.0
 
 
 def test_a_defense_without_likelihood_cannot_be_audited(exchange):

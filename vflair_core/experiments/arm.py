@@ -19,7 +19,6 @@ from vflair_core.communication.transcript import Transcript
 from vflair_core.defenses.defense import Defense
 from vflair_core.errors import ExperimentError
 from vflair_core.events import events
-from vflair_core.experiments.account import promises_of, samples_of
 from vflair_core.experiments.attack_phase import attack_arm, references_of
 from vflair_core.experiments.build import briefing_of, choose_partition
 from vflair_core.experiments.capture import Crossed, capture_victims
@@ -33,6 +32,7 @@ from vflair_core.experiments.model_party_elsewhere import (
     is_elsewhere,
 )
 from vflair_core.experiments.output import closed
+from vflair_core.experiments.promises import promises_of, samples_of
 from vflair_core.experiments.seams import seams
 from vflair_core.experiments.shared_training import fine_tune_once
 from vflair_core.experiments.training_phase import Course, steps_per_epoch

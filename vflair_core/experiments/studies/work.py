@@ -19,7 +19,6 @@ import torch
 
 from vflair_core.attacks.evidence import read_facts
 from vflair_core.errors import VflairError
-from vflair_core.experiments.account import samples_of
 from vflair_core.experiments.arm import run_arm
 from vflair_core.experiments.attack_phase import attack_store, references_of
 from vflair_core.experiments.base_model import prepare_model
@@ -30,6 +29,7 @@ from vflair_core.experiments.experiment import Experiment
 from vflair_core.experiments.grading.answer_key import AnswerKey
 from vflair_core.experiments.grading.grades import Grade
 from vflair_core.experiments.output import KEY
+from vflair_core.experiments.promises import samples_of
 from vflair_core.experiments.result import facts_of
 from vflair_core.experiments.run import compare_unsplit
 from vflair_core.experiments.studies.pieces import Piece

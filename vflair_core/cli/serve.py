@@ -7,29 +7,21 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from vflair_core.cli.app import configure_logging
+from vflair_core.cli.limits import asked_limits, limits_of, rows_of
 from vflair_core.cli.tables import say, table
 from vflair_core.errors import VflairError, alternatives
 
 if TYPE_CHECKING:
-    from vflair_core.communication.remote.served_stream import ServerLimits
     from vflair_core.communication.remote.server import Server
-    from vflair_core.parties.model_party.caps import Caps
     from vflair_core.parties.model_party.party import ModelParty
     from vflair_core.training.tuning import Lora
-
-SIZES = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-SERVER = {  # limits of the server itself, beside those of the model party
-    "streams": "connections at a time; each takes a thread",
-    "stall": "seconds in which the next piece of a message must come",
-    "idle": "seconds after which a connection on which nothing comes is closed",
-}
 
 
 def serve(
@@ -106,7 +98,7 @@ def serve(
     configure_logging(verbose=False, level=logging.INFO, as_json=logs == "json")
     if logs == "json":
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's own lines are no JSON
-    asked = _limits(limit or ())
+    asked = asked_limits(limit or ())
     head, tail = cut_in(partition)
     adapters = _lora(lora or ())
     if not 0 <= drain < math.inf or not (expiry is None or 0 < expiry < math.inf):
@@ -121,9 +113,7 @@ def serve(
 
     import_grpc()
     if show_limits:
-        caps, limits = _set(asked, device)
-        rows = [(name, str(value), what) for name, value, what in _rows(caps, limits)]
-        table(("limit", "value", "of what"), rows)
+        table(("limit", "value", "of what"), rows_of(*limits_of(asked, _device(device))))
         return
     assert model is not None
     assert listen is not None
@@ -139,25 +129,15 @@ def serve(
     )
     if checkpoints is not None:
         checkpoints.mkdir(mode=0o700, parents=True, exist_ok=True)
-    caps, limits = _set(asked, device)
-    from vflair_core.parties.load import load_model_party
-    from vflair_core.partition.partition import Partition
-    from vflair_core.training.tuning import EVERYTHING, tune
-
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "gguf_file": gguf_file,
-        "revision": revision,
-        "adapter": adapter,
-    }
-    party = load_model_party(
+    caps, limits = limits_of(asked, _device(device))
+    party = _share_of(
         model,
-        Partition(head, tail),
-        **{name: value for name, value in options.items() if value is not None},
+        (head, tail),
+        {"dtype": dtype, "gguf_file": gguf_file, "revision": revision, "adapter": adapter},
+        trainable,
+        adapters,
+        _device(device),
     )
-    if trainable is not None or adapters is not None:
-        tune(party, _slices(trainable, EVERYTHING), adapters=adapters)
-    party.model.to(_device(device))
     if "positions" not in asked:
         caps.positions = party.caps.positions
     party.caps, party.sharing = caps, sharing
@@ -174,6 +154,27 @@ def serve(
         os._exit(
             int(ending.told_twice)
         )  # else Python would wait for the threads of what was cut off
+
+
+def _share_of(
+    model: str,
+    cut: tuple[int, int],
+    options: Mapping[str, Any],
+    trainable: str | None,
+    adapters: Lora | None,
+    device: Any,
+) -> ModelParty:
+    """The model party's share of a model, with what clients may train chosen, where it computes."""
+    from vflair_core.parties.load import load_model_party
+    from vflair_core.partition.partition import Partition
+    from vflair_core.training.tuning import EVERYTHING, tune
+
+    given = {name: value for name, value in options.items() if value is not None}
+    party = load_model_party(model, Partition(*cut), **given)
+    if trainable is not None or adapters is not None:
+        tune(party, _slices(trainable, EVERYTHING), adapters=adapters)
+    party.model.to(device)
+    return party
 
 
 def _say_ready(server: Server, party: ModelParty, *, secure: bool) -> None:
@@ -236,46 +237,6 @@ def _lora(words: Sequence[str]) -> Lora | None:
     if adapters.r:
         check_peft()  # before the model is loaded
     return adapters
-
-
-def _limits(words: Sequence[str]) -> dict[str, int]:
-    """``name=value`` of each word; a value may be of KiB, MiB, GiB or TiB."""
-    found = {}
-    for word in words:
-        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*(\w*)\s*", word)
-        if match is None or match[3] not in SIZES:
-            raise VflairError(
-                f"--limit {word!r} is no limit. Write name=value, as sessions=16 or graph_bytes=4GiB."
-            )
-        found[match[1]] = int(match[2]) * SIZES[match[3]]
-    return found
-
-
-def _set(asked: dict[str, int], device: str) -> tuple[Caps, ServerLimits]:
-    """The limits of the model party and of the server, as the operator wants them."""
-    import attrs
-
-    from vflair_core.communication.remote.served_stream import ServerLimits
-    from vflair_core.parties.model_party.caps import Caps
-
-    caps, server = Caps.fitted(_device(device)), ServerLimits()
-    possible = [name for name, _, _ in _rows(caps, server)]
-    for name, value in asked.items():
-        if name not in possible:
-            raise VflairError(f"There is no limit {name!r}.{alternatives(name, possible)}")
-        if value < 1:
-            raise VflairError(f"The limit {name} must be at least 1, not {value}.")
-        if name in SERVER:
-            change: dict[str, Any] = {name: value}
-            server = attrs.evolve(server, **change)
-        else:
-            caps.changed(name, value)
-    return caps, attrs.evolve(server, message_bytes=caps.message_bytes)
-
-
-def _rows(caps: Caps, server: ServerLimits) -> list[tuple[str, int, str]]:
-    ours = [(name, int(getattr(server, name)), what) for name, what in SERVER.items()]
-    return [*caps.table(), *ours]
 
 
 def _device(name: str) -> Any:

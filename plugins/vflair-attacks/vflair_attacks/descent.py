@@ -47,6 +47,11 @@ class Budget:
         self._each += -(-total // victims)
         self.forwards += total
 
+    @property
+    def left(self) -> float:
+        """Forwards that each victim whose turn it is may still take."""
+        return max(self.most_forwards - self._each, 0) if self.most_forwards else math.inf
+
     def allowance(self, position: int, positions: int, fewest: float) -> float:
         """Forwards that each victim may spend on one of so many positions.
 
@@ -54,9 +59,8 @@ class Budget:
         """
         if not self.most_forwards:
             return math.inf
-        left, later = max(self.most_forwards - self._each, 0), positions - position - 1
-        kept = max(fewest, self.most_forwards / (2 * positions))
-        return left - later * min(kept, left / (later + 1))
+        later, kept = positions - position - 1, max(fewest, self.most_forwards / (2 * positions))
+        return self.left - later * min(kept, self.left / (later + 1))
 
     @property
     def spent(self) -> bool:

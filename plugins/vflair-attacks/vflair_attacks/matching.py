@@ -17,12 +17,14 @@ class Measure:
     """A score (R × observations, candidates) → higher is better, and the noise it is a log-likelihood of.
 
     `noise` is known for one in nats as it is; gaussian for minus a sum of squares and laplace for minus a sum of
-    magnitudes, whose scale must still be estimated. `in_any_order` if it is the same whatever the order of the coordinates.
+    magnitudes, whose scale must still be estimated. `in_any_order` if it is the same whatever the order of the coordinates of
+    what is `expected` of a hidden state.
     """
 
     score: Callable[[Tensor, Tensor], Tensor]
     noise: Literal["known", "gaussian", "laplace"]
     in_any_order: bool = False
+    expected: Callable[[Tensor], Tensor] = lambda hidden: hidden
 
     def in_nats(self, scores: Tensor, size: int, smallest: Tensor) -> Tensor:
         """Turn scores (N, W, V) of `size` numbers into log-likelihoods, for each example by what its best one leaves.
@@ -57,7 +59,7 @@ def measure_of(matching: Matching, known: Any) -> Measure:
     expected = (lambda hidden: hidden) if known is None else known.expected
     if matching == "sorted":
         return Measure(
-            lambda seen, hidden: _sorted_l1(seen, expected(hidden)), "laplace", in_any_order=True
+            lambda seen, hidden: _sorted_l1(seen, expected(hidden)), "laplace", True, expected
         )
     if matching == "support":
         return Measure(lambda seen, hidden: _on_support(seen, expected(hidden)), "gaussian")

@@ -35,7 +35,8 @@ class Proposals:
         prior: Whether the language model has a say.
         accept: The relative distance at which a candidate is taken for the token, with known noise the nats that it costs;
             0 for never before all were tried.
-        most: Candidates that are tried at a position; 0 for all.
+        most: Candidates that are tried at a position; 0 for all. Where nothing orders them (no position has gone before, and there is
+            no map), all are.
         chunk: Most of them in one pass.
     """
 
@@ -80,6 +81,10 @@ class Proposals:
         done, most, spent = 0, self.most or vocabulary, 0
         fewest = FEWEST * len(rows) / count
         purse = count * budget.allowance(prefix.length, positions, fewest)
+        if alike and count * budget.left >= vocabulary:
+            most = purse = (
+                vocabulary  # in no order: a part of them is as good as none, and all are tried once for all
+            )
         while len(rows) and done < most:
             cost = 1 if alike else len(rows)
             more = min(max(done, FEWEST), self.chunk, most - done, max(purse - spent, 0) // cost)

@@ -48,7 +48,8 @@ class VocabularySearch:
             first token tells; support for sparsified rows.
         proposals: Order of candidates: all tries every token; prior, linear and prior+linear try 64, 128, … at a time the
             tokens that the pretrained model, a linear map (linear-inverter) or the sum of both puts first, until one is near.
-        candidates: Most of the proposals tried at a position; 0 for no limit. Where noise leaves no candidate near enough to be
+        candidates: Most of the proposals tried at a position; 0 for no limit. A first token of which nothing is known is looked for
+            among all. Where noise leaves no candidate near enough to be
             sure of, this is what makes the search short.
         accept: Distance at which a proposal is taken for the token: in units of the row's norm, with known noise the nats that it
             costs. 0 measures on public text how far true tokens and how far wrong ones are, and tries all where they
@@ -251,7 +252,7 @@ class _Beam:
         self._select(rows)
         if self.measure.in_any_order and self.order is None:
             best = self.head.try_tokens(chosen.reshape(-1, 1), self.cache).unflatten(0, (count, -1))
-            self.order = order_told_by(observed.mean(0), best[:, 0, 0])
+            self.order = order_told_by(observed.mean(0), self.measure.expected(best[:, 0, 0]))
         self.head.append(chosen.reshape(-1, 1), self.cache)
         earlier = self.tokens.gather(1, parents[..., None].expand(-1, -1, self.tokens.shape[2]))
         self.tokens = torch.cat([earlier, chosen[..., None]], dim=2)

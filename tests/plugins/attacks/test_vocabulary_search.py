@@ -267,6 +267,29 @@ def test_the_first_token_tells_the_order_of_the_coordinates_in_which_a_map_reads
     assert guess.budget["forwards"] < VOCABULARY + 0.1 * 7 * len(ids) * VOCABULARY
 
 
+class KnownOrder(Mechanism):
+    def expected(self, hidden):
+        return hidden.flip(-1)
+
+
+def test_to_know_the_order_does_not_hurt():
+    ids, knowledge = proposing()
+    knowledge["releases"] = knowledge["releases"].flip(-1)
+    blind = VocabularySearch("sorted", proposals="linear", candidates=64)
+    told = launch(blind, knowledge | {"mechanism": KnownOrder()})
+    assert torch.equal(told.tokens, ids)
+    assert told.budget["forwards"] <= launch(blind, knowledge).budget["forwards"]
+
+
+@pytest.mark.parametrize("limits", [{"candidates": 64}, {"forwards": 1000}])
+@pytest.mark.parametrize("plan", [("likelihood", "prior"), ("sorted", "linear")])
+def test_a_first_token_of_which_nothing_is_known_is_looked_for_among_all(plan, limits):
+    ids, knowledge = proposing()
+    assert int(ids[:, 0].max()) > 512  # tokens that an order by number would not reach
+    guess = launch(VocabularySearch(*plan, **limits), knowledge)
+    assert torch.equal(guess.tokens[:, 0], ids[:, 0])
+
+
 def test_where_each_row_has_an_order_of_its_own_the_map_is_of_no_use_and_the_text_is_read_all_the_same():
     ids, knowledge = proposing(texts=2)
     rows = [row[torch.randperm(32)] for row in knowledge["releases"].view(-1, 32)]

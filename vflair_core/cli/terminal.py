@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ WARNING = (
     "failed",
     "NOT EVALUATED",
     "NO GUESS",
+    "THE LOSS IS NOT FINITE",
     "MECHANISM DOES NOT MATCH",
     "ACTS OTHERWISE ON A TEXT ALONE",
 )  # words of remarks that nobody should miss
@@ -160,6 +162,12 @@ def _remarks(result: Result, arms: list[str]) -> Iterator[str]:
             apart = result.numbers[arm]["unsplit_losses_differ_by"]
             word = "equal" if equal else f"failed to equal (by up to {apart:.1g})"
             yield f"{arm}: all training losses {word} the unsplit model's."
+        losses = result.numbers[arm].get("losses", ())
+        if broken := [step for step, loss in enumerate(losses, 1) if not math.isfinite(loss)]:
+            yield (
+                f"{arm}: THE LOSS IS NOT FINITE since step {broken[0]}, and nothing that comes after says anything: lower "
+                "train.learning_rate, or train in another dtype."
+            )
         told = result.numbers[arm].get("mechanism")
         if told is not None and not told["matches"]:
             yield (

@@ -137,6 +137,21 @@ class Defenses:
             return "the operating system"
         return hashlib.sha256(f"name of {self._seed}".encode()).hexdigest()[:16]
 
+    @property
+    def seeded(self) -> bool:
+        """Whether the noise has a seed, and can be drawn again; else it comes from the operating system."""
+        return self._seed is not None
+
+    def rewind(self, states: Sequence[Tensor]) -> None:
+        """Draw again what was drawn since the streams were in these `states`, if they are seeded.
+
+        What comes from the operating system is drawn once: another text may cross now than the one that crossed under it, and
+        who has both messages would see their difference without noise.
+        """
+        if self.seeded:
+            for generator, state in zip(self._generators, states, strict=True):
+                generator.set_state(state)
+
     def begin_anew(self, defense: Defense) -> None:
         """Give a defense a stream that it has not drawn from: what `prepare` drew depends on whether it was kept."""
         number = next(n for n, d in enumerate(self.each) if d is defense)

@@ -5,6 +5,7 @@ Nothing here is among the numbers of a result, and measuring changes none of the
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -254,7 +255,7 @@ def convergence(
     """Return when fine-tuning had converged: the first point whose loss is as good as the best, within a share of it.
 
     The loss is that of evaluations where there are some on the way, else the mean of the training losses over the epoch
-    before a step. None where no point before the last one is as good: it was still going down, or never began.
+    before a step. None where no point before the last one is as good (it was still going down, or never began), or one is not finite.
 
     Args:
         losses: Of each step, nats.
@@ -269,7 +270,7 @@ def convergence(
     else:
         windows = range(per_epoch, len(losses) + 1)
         points = [(end, sum(losses[end - per_epoch : end]) / per_epoch) for end in windows]
-    if not points:
+    if not all(math.isfinite(loss) for _, loss in points) or not points:
         return None
     best = min(loss for _, loss in points)
     step = next(step for step, loss in points if loss <= best + within * abs(best))

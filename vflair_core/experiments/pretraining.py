@@ -108,6 +108,8 @@ def prior_guess(model: Any, tokenizer: Any, texts: Sequence[str], length: int) -
         return None
     rows = tokenizer(list(texts[:2000]), truncation=True, max_length=length)["input_ids"]
     first = Counter(row[0] for row in rows if row).most_common(1)[0][0]
+    if length == 1:
+        return torch.tensor([first])
     training = model.training
     model.eval()
     with torch.no_grad():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from vflair_core.errors import CheckpointError, alternatives
 
@@ -120,8 +121,10 @@ def _converted(file: Path) -> Path:
             with _alone(folder.with_name(f"{folder.name}.lock")):
                 if not folder.is_dir():
                     _convert(file, folder)
-        except (ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{file} cannot be converted into {folder}: {error}") from error
+        except (ImportError, KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+            raise CheckpointError(
+                f"{file} cannot be converted into {folder}: {error}. VFLAIR_CACHE names another place, where there is room."
+            ) from error
     return folder
 
 

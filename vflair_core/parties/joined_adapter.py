@@ -6,13 +6,15 @@ names every adapted module by its full path, and what was written is read back a
 
 from __future__ import annotations
 
+import re
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import torch
 from attrs import frozen
 from safetensors.torch import save_file
@@ -47,6 +49,7 @@ APART = frozenset(
 # For other tasks peft would add a head of its own accord, trained or not.
 HEADLESS = frozenset(["CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"])
 PREFIX = "base_model.model."
+DORA = ".lora_magnitude_vector"  # peft writes this module as if it were its weight
 
 
 @frozen(eq=False)
@@ -73,7 +76,8 @@ def join_adapters(adapters: Sequence[Mapping[str, Any]]) -> Joined:
     for other in others:
         for key in config.keys() | other["config"].keys():
             mine, theirs = config.get(key), other["config"].get(key)
-            if mine != theirs and key not in APART and key not in PLACES:
+            apart = key in APART and (key != "r" or "rank_pattern" in config)
+            if mine != theirs and not apart and key not in PLACES:
                 raise CheckpointError(
                     f"The parties' adapters do not fit: {key} is {mine!r} at one and {theirs!r} at the other. "
                     "One adapter has one of each. Give both parties the same."
@@ -81,14 +85,18 @@ def join_adapters(adapters: Sequence[Mapping[str, Any]]) -> Joined:
     adapted = {path: facts for adapter in adapters for path, facts in adapter["adapted"].items()}
     asked = {adapter["config"].get("task_type") for adapter in adapters} & HEADLESS
     config["task_type"] = asked.pop() if len(asked) == 1 else None
-    config |= {
-        key: sorted({n for a in adapters for n in a["config"].get(key) or ()}) or None
-        for key in ("feedforward_modules",)
-        if key in config
-    }
+    if (
+        "feedforward_modules" in config
+    ):  # of IA3, which must be among the targets: by full path, as they are
+        config["feedforward_modules"] = sorted(
+            path
+            for adapter in adapters
+            for path in adapter["adapted"]
+            if _named(path, adapter["config"].get("feedforward_modules") or ())
+        )
     config |= {"target_modules": sorted(adapted), "modules_to_save": None, "inference_mode": True}
     config |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-    if "r" in config:
+    if "rank_pattern" in config:
         for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
             values = {path: facts[key] for path, facts in adapted.items()}
             config[key] = Counter(values.values()).most_common(1)[0][0]
@@ -96,10 +104,18 @@ def join_adapters(adapters: Sequence[Mapping[str, Any]]) -> Joined:
     return Joined(first["name"], config, adapted)
 
 
+def _named(path: str, names: str | Sequence[str]) -> bool:
+    """Whether peft's `names`, which are ends of paths or one pattern, mean the module at `path`."""
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
 def plain_name(name: str, joined: Joined) -> str:
-    """The name of a saved weight without peft's wrappers and the adapter's own name."""
+    """The name of a saved weight without peft's wrappers and the adapter's own name, as peft writes it."""
     if joined.has(name):
-        return ".".join(part for part in name.split(".") if part != joined.name)
+        plain = ".".join(part for part in name.split(".") if part != joined.name)
+        return plain.removesuffix(".weight") if plain.endswith(f"{DORA}.weight") else plain
     return name.replace(f".modules_to_save.{joined.name}.", ".")
 
 
@@ -140,15 +156,30 @@ def write_adapter(
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
         read = PeftModel.from_pretrained(model, folder)
     state = get_peft_model_state_dict(read, save_embedding_layers=False)
-    if state.keys() != tensors.keys() or not all(
-        torch.equal(state[name].cpu(), tensor) for name, tensor in tensors.items()
+    made = _made_by_peft(read, joined, tensors.keys() - state.keys())
+    if made.keys() | state.keys() != tensors.keys() or not all(
+        torch.equal({**made, **state}[name].cpu(), tensor) for name, tensor in tensors.items()
     ):
-        lost = sorted(tensors.keys() ^ state.keys())
+        lost = sorted(tensors.keys() ^ (made.keys() | state.keys()))
         raise CheckpointError(
-            f"peft does not read the joined adapter back as it was written ({', '.join(lost[:4])}). Merge into "
-            "the weights instead."
+            f"peft does not read this adapter, a {joined.config.get('peft_type', '?')}, back as it was written: "
+            f"{', '.join(lost[:4]) or 'its values differ'}. Each half is whole, as its party saved it; joined, such an adapter "
+            "cannot be written or merged yet."
         )
+    if made:
+        kept = {name: tensor for name, tensor in tensors.items() if name not in made}
+        save_file(kept, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return read
+
+
+def _made_by_peft(read: PeftModel, joined: Joined, names: Iterable[str]) -> dict[str, Tensor]:
+    """Those of `names` that peft writes to no file because it makes them itself, as the rank of AdaLoRA."""
+    as_read = attrs.evolve(joined, name="default")
+    every = {
+        PREFIX + plain_name(name.removeprefix(PREFIX), as_read): tensor
+        for name, tensor in read.state_dict().items()
+    }
+    return {name: every[name] for name in names if name in every}
 
 
 def merge_adapter(

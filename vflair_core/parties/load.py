@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 from attrs import frozen
+from safetensors import SafetensorError
 from torch import nn
 
 from vflair_core.communication.channel import Channel, Handler
@@ -276,8 +277,11 @@ def _plan(
 ) -> Plan:
     partition = partition or Partition()
     source = find_source(name, auto, options)
-    with torch.device("meta"):
-        shadow = source.empty_model()
+    try:
+        with torch.device("meta"):
+            shadow = source.empty_model()
+    except (ImportError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{name} cannot be built with these options: {error}") from error
     hollow(shadow)
     stacks = locate_blocks(shadow, plugins)
     cut = stages(shadow, stacks, partition)
@@ -319,7 +323,12 @@ def _load(plan: Plan, keep_ours: Any, new: Sequence[str], *, owned: Any) -> PreT
             output_loading_info=True,
             **plan.source.options,
         )
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{plan.source.name} cannot be loaded, as a file of its weights is damaged or cut short: {error}. Copy or download it "
+            "again; a folder in the cache of vflair can be deleted, and is made anew."
+        ) from error
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{plan.source.name} cannot be loaded: {error}") from error
     model.__class__ = architecture
     missing = sorted(key for key in info["missing_keys"] if owned(key) and not inside(key, new))

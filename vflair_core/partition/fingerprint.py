@@ -81,12 +81,18 @@ def files_digest(folder: Path, variant: str | None = None) -> str:
     """Name the weights in a folder by the content of the files that hold them.
 
     Raises:
-        CheckpointError: There are none.
+        CheckpointError: There are none, or some of them are missing.
     """
     digest = hashlib.sha256()
     for file in _weight_files(folder, f".{variant}" if variant else ""):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        try:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            raise CheckpointError(
+                f"{file}, which holds weights of the model in {folder}, cannot be read: {error.strerror}. Copy or download the "
+                "folder again."
+            ) from error
     return f"files:{digest.hexdigest()[:16]}"
 
 
@@ -98,7 +104,12 @@ def _weight_files(folder: Path, variant: str) -> list[Path]:
         if whole.is_file():
             return [whole]
         if index.is_file():
-            names = json.loads(index.read_text())["weight_map"].values()
+            try:
+                names = json.loads(index.read_text())["weight_map"].values()
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(
+                    f"{index} does not say which weights lie in which file: {error}. Copy or download the folder again."
+                ) from error
             return [folder / name for name in sorted(set(names))]
     raise CheckpointError(NO_WEIGHTS.format(folder=folder))
 

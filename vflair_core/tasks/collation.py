@@ -83,6 +83,8 @@ def digests_of(inputs: Mapping[str, Any]) -> tuple[bytes, ...]:
     content = next((inputs[name] for name in names if inputs.get(name) is not None), None)
     if content is None:
         return ()
+    if not content.is_floating_point():
+        content = content.long()  # the same tokens, whatever holds them
     mask = inputs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.shape != content.shape[:2]:
         mask = torch.ones(content.shape[:2])

@@ -78,8 +78,9 @@ def run_state(party: DataParty) -> dict[str, Tensor]:
     """What the data party's half of a run is made of beside its weights and optimizer: generators, defenses, counts."""
     extra = random_state()
     for number, defense in enumerate(party.defenses.each):
-        generator = party.defenses.generator_of(defense)
-        extra[f"random/defense.{number}"] = generator.get_state()
+        if party.defenses.seeded:  # else it is never drawn again, and nobody should read it
+            generator = party.defenses.generator_of(defense)
+            extra[f"random/defense.{number}"] = generator.get_state()
         extra |= _defense_state(defense, number)
     return extra | {f"releases/{key}": value for key, value in party.calls.counts.state().items()}
 
@@ -114,10 +115,12 @@ def load_run(
                 f"{path} is of step {shown(facts[step].get('step'))}: the files are in each other's place."
             )
     taken = {step: TakenUp.of(party, optimizer, path) for step, path in sorted(parts.items())[-1:]}
-    step = resume_session(party, spec, taken[max(facts)].facts["session"], sorted(facts))
+    session = taken[max(facts)].facts["session"]
+    again = session == party.connection.session
+    step = resume_session(party, spec, session, sorted(facts))
     if step not in taken:
         taken[step] = TakenUp.of(party, optimizer, parts[step])
-    taken[step].restore(party)
+    taken[step].restore(party, again=again)
     restore_optimizer(optimizer, taken[step].tensors)
     return step
 
@@ -152,14 +155,19 @@ class TakenUp:
         )
         return cls(path, facts, tensors)
 
-    def restore(self, party: DataParty) -> None:
-        """Give the data party the weights and the state of the run."""
+    def restore(self, party: DataParty, *, again: bool = False) -> None:
+        """Give the data party the weights and the state of the run; `again`, if what it counts crossed in this run.
+
+        What crossed has crossed: counts are not taken back, and noise without a seed is not drawn twice.
+        """
         tensors = self.tensors
         restore(party.model, plain_names(tensors), self.path)
+        if party.defenses.seeded:
+            count = len(party.defenses.each)
+            party.defenses.rewind([tensors[f"random/defense.{n}"] for n in range(count)])
         for number, defense in enumerate(party.defenses.each):
-            party.defenses.generator_of(defense).set_state(tensors[f"random/defense.{number}"])
             _load_defense(defense, tensors, number)
-        party.calls.counts.load_state(under(tensors, "releases/"))
+        party.calls.counts.load_state(under(tensors, "releases/"), again=again)
         restore_random(tensors)
         party.go_on_from(self.facts["step"], self.facts["exchanges"])
 
@@ -177,8 +185,14 @@ def _check_defense(
 ) -> None:
     """See that a defense takes its state, which only it can say: it is tried on a copy."""
     name = type(defense).__name__
-    device = str(party.defenses.generator_of(defense).device)
-    check_random(tensors, {f"random/defense.{number}": device}, path)
+    if party.defenses.seeded:
+        if f"random/defense.{number}" not in tensors:
+            raise CheckpointError(
+                f"{path} was written by a data party whose noise came from the operating system, and this one's has a seed. "
+                "Build it with seed=None."
+            )
+        device = str(party.defenses.generator_of(defense).device)
+        check_random(tensors, {f"random/defense.{number}": device}, path)
     weights = {str(n): weight for n, weight in enumerate(defense.parameters())}
     saved = under(tensors, f"defense/{number}/weight/")
     check_alike(weights, saved, path, f"weights of {name}")

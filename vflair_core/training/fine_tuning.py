@@ -254,14 +254,13 @@ class Beginning:
         return cls(party.exchanges, random_states(party.model.device), noise)
 
     def restore(self, party: DataParty) -> None:
-        """Begin the step anew: both parties drop its gradients, and draw what they drew."""
+        """Begin the step anew: both parties drop its gradients, and draw what they drew, but for noise without a seed."""
         party.connection.abandon(self.exchanges)
         party.begin_step()
         for weight in party.parameters():
             weight.grad = None
         set_random_states(self.states)
-        for defense, state in zip(party.defenses.each, self.noise, strict=True):
-            party.defenses.generator_of(defense).set_state(state)
+        party.defenses.rewind(self.noise)
 
 
 class Scaling:

@@ -57,7 +57,7 @@ class DpForward(Defense):
         if not self.clip:
             rows = public_rows(type(self).__name__, public_texts, data_party)
             norms = torch.stack([some.norm() for some in rows])
-            self._bound = float(norms.quantile(self.quantile))
+            self._bound = float(norms.float().quantile(self.quantile))
 
     def on_smashed(self, smashed: Tensor, exchange: Exchange) -> Tensor:  # (B, T, D)
         bound = self._ready()

@@ -64,7 +64,7 @@ class LaplaceNoise(Defense):
         if not self.clip:
             rows = public_rows(type(self).__name__, public_texts, data_party)
             norms = torch.cat([some.norm(p=1, dim=-1).flatten() for some in rows])
-            self._bound = float(norms.quantile(self.quantile))
+            self._bound = float(norms.float().quantile(self.quantile))
 
     def on_smashed(self, smashed: Tensor, exchange: Exchange) -> Tensor:  # (..., D)
         bound = self._ready()

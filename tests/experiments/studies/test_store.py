@@ -86,6 +86,7 @@ def test_what_is_no_store_is_refused_and_left_alone(tmp_path, write):
         ):
             pass
     assert {file.name: file.read_bytes() for file in tmp_path.glob("*.db")} == before
+    assert not list(tmp_path.glob("text.*[!b]"))  # nothing is made beside what is not ours
 
 
 def test_a_store_that_is_not_there_is_not_made_by_reading(tmp_path):

@@ -69,6 +69,38 @@ def test_ask_generates_what_the_unsplit_model_generates():
     assert answers == TOKENIZER.batch_decode(ids, skip_special_tokens=True)
 
 
+def test_one_text_is_not_taken_for_as_many_as_it_has_letters():
+    asking = party(Redact())
+    for call in (asking.ask, asking.prepare):
+        with pytest.raises(DefenseError, match="takes several texts"):
+            call("Ada Lovelace wrote the first program.")
+        with pytest.raises(DefenseError, match="number 1 of those given is a int"):
+            call(["Ada", 3])
+    assert not asking.crossed
+
+
+def test_encode_says_what_it_takes():
+    asking = party()
+    for wrong in ([], "Ada", Example("Ada")):
+        with pytest.raises(DefenseError, match="takes one example or more"):
+            asking.encode(wrong)
+    with pytest.raises(DefenseError, match="number 0 of those given is a str"):
+        asking.encode(["Ada"])
+
+
+def test_ask_takes_the_options_of_generate_or_says_which_it_does_not():
+    asking = party(Redact())
+    assert asking.ask([]) == []
+    several = asking.ask(TEXTS, max_new_tokens=3, num_beams=2, num_return_sequences=2, do_sample=False)  # fmt: skip
+    best = asking.ask(TEXTS, max_new_tokens=3, num_beams=2, do_sample=False)
+    assert len(several) == 4
+    assert several[::2] == best
+    assert [answer.split()[0] for answer in several] == ["[Ada]"] * 2 + ["[Please]"] * 2
+    assert len(asking.ask(TEXTS, max_new_tokens=3, stop_strings=["zzz"])) == 2
+    with pytest.raises(DefenseError, match="return_dict_in_generate"):
+        asking.ask(TEXTS, return_dict_in_generate=True)
+
+
 def test_ask_changes_the_prompt_before_it_is_sent_and_the_answer_when_it_is_back():
     ours, plain = party(Redact()), party()
     (answer,) = ours.ask(TEXTS[:1], max_new_tokens=4, do_sample=False)

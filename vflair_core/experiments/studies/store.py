@@ -42,6 +42,7 @@ MIGRATIONS = (  # one for each version of the schema
     );
     """,
 )
+SQLITE = b"SQLite format 3\0"  # what every database begins with
 PART, LIST = ".part", "files.json"  # what is being made; what there is in the folder of an arm
 LARGE = 1 << 16  # bytes of a file that is kept once, however many folders hold it
 
@@ -171,6 +172,7 @@ def opened(path: str | Path, *, write: bool) -> Iterator[Store]:
     path = Path(path)
     if not write and not path.is_file():
         raise ExperimentError(f"There is no study {path}: `vflair study FILE` makes one.")
+    _check_is_ours(path)
     with contextlib.ExitStack() as stack:
         if write:
             stack.enter_context(_alone(path))
@@ -194,6 +196,21 @@ def opened(path: str | Path, *, write: bool) -> Iterator[Store]:
                 sqlite3.OperationalError
             ):  # somebody reads it: the next writer will
                 database.execute("PRAGMA journal_mode = DELETE")
+
+
+def _check_is_ours(path: Path) -> None:
+    """See that a file that is there is a database, before anything is done to it or beside it."""
+    if not path.is_file():
+        return
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(SQLITE))
+    except OSError as error:
+        raise ExperimentError(f"{path} cannot be read: {error.strerror}.") from error
+    if start not in (b"", SQLITE):
+        raise ExperimentError(
+            f"{path} is no study, but another file. Give --db a file that a study made, or a new one."
+        )
 
 
 def _unusable(path: Path, error: sqlite3.OperationalError) -> ExperimentError:

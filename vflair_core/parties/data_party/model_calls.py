@@ -49,7 +49,7 @@ from vflair_core.parties.data_party.interception import (
 from vflair_core.parties.data_party.loss_gate import through_gates
 from vflair_core.parties.data_party.recorded_outputs import check_recorded, recorded_elsewhere
 from vflair_core.parties.data_party.recorder import Recorder
-from vflair_core.parties.data_party.releases import ReleaseCounts
+from vflair_core.parties.data_party.releases import ReleaseCounts, remember_owners
 from vflair_core.parties.data_party.roles import Call
 from vflair_core.parties.data_party.round import LossScale, round_trip
 from vflair_core.parties.data_party.scored_positions import only_scored
@@ -336,6 +336,7 @@ class ModelCalls:
         if cache is None:
             yield None
             return
+        remember_owners(cache, self._account.owners)
         remote = remote_cache.attached(cache) or remote_cache.attach(
             cache,
             self.recorder.layers(stage_of(program.modules, self.stages).names),

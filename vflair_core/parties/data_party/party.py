@@ -22,7 +22,7 @@ from vflair_core.errors import DefenseError, PartitionError
 from vflair_core.parties.data_party.checkpoint import save_data_party, save_tokenizer
 from vflair_core.parties.data_party.model_calls import ModelCalls
 from vflair_core.parties.data_party.releases import Releases
-from vflair_core.parties.data_party.text import answer_texts
+from vflair_core.parties.data_party.text import answer_texts, check_examples, check_texts
 from vflair_core.partition.slices import Slices
 from vflair_core.partition.stages import Stage, names_in
 from vflair_core.tasks.collation import Batch
@@ -240,8 +240,9 @@ class DataParty:
             max_length: Tokens kept of each.
 
         Raises:
-            DefenseError: There is no tokenizer.
+            DefenseError: There is no tokenizer, or what is given are no examples.
         """
+        check_examples(examples)
         return self.preprocessor(max_length).batch(examples).batch
 
     def ask(self, texts: Sequence[str], **options: Any) -> list[str]:
@@ -249,10 +250,11 @@ class DataParty:
 
         Args:
             texts: Prompts.
-            options: Of transformers' `generate`, e.g. ``max_new_tokens=64``.
+            options: Of transformers' `generate`, e.g. ``max_new_tokens=64``. With ``num_return_sequences=k`` there are k answers to
+                the first text, then k to the second.
 
         Raises:
-            DefenseError: There is no tokenizer.
+            DefenseError: There is no tokenizer, or what is given are no texts.
         """
         tokenizer = self._needed_tokenizer()
         with self.answering():
@@ -317,6 +319,7 @@ class DataParty:
             cache: A folder where what takes long is kept for the next time; None keeps nothing.
             report: Told (what, done, total) now and then.
         """
+        check_texts(public_texts, "prepare")
         self.calibration = CalibrationCache(cache, report)
         with self.public_text():
             for defense in self.defenses.each:

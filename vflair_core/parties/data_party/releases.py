@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,9 @@ import attrs
 import torch
 from attrs import define, field, frozen
 from torch import Tensor
+from transformers.cache_utils import Cache
 
+from vflair_core.parties.data_party.inputs import cache_in
 from vflair_core.tasks.collation import Owner, Owners, digests_of, owners_of
 
 
@@ -25,6 +28,10 @@ class Releases:
     messages: int = 0
     gradients: int = 0
 
+    def or_more(self, other: Releases) -> Releases:
+        """The larger of each number."""
+        return Releases(*map(max, attrs.astuple(self), attrs.astuple(other)))
+
     def __add__(self, other: Releases) -> Releases:
         return Releases(
             self.rows + other.rows,
@@ -33,36 +40,48 @@ class Releases:
         )
 
 
+class _Now(threading.local):
+    """What holds in this thread alone."""
+
+    owners: Owners = ()  # whose rows `generate` was given
+    public: bool = False  # what crosses now is public text
+
+
 @define(eq=False)
 class ReleaseCounts:
     """Counts, for every example by its identity; defended exchanges only."""
 
     each: dict[bytes, Releases] = field(factory=dict)
-    _writing_for: Owners = ()  # whose rows `generate` was given
-    public: bool = False  # what crosses now is public text
+    _now: _Now = field(factory=_Now)
 
     def owners_of(self, inputs: Mapping[str, Any]) -> Owners:
-        """Whose each row of a call is: by the mark of its batch, else of what is being generated, else by its tokens."""
-        said = owners_of(inputs.get("input_ids")) or self._writing_for
+        """Whose each row of a call is: by the mark of its batch, of what is being generated, of its cache, or by its tokens."""
+        said = owners_of(inputs.get("input_ids")) or self._now.owners
+        said = said or getattr(cache_in(inputs), "vflair_owners", ())
         return said or tuple((Owner(known),) for known in digests_of(inputs))
 
     @contextmanager
     def generating(self, inputs: Mapping[str, Any]) -> Iterator[None]:
         """While this lasts, what crosses is of the rows that `generate` was given."""
-        before, self._writing_for = self._writing_for, self.owners_of(inputs)
+        before, self._now.owners = self._now.owners, self.owners_of(inputs)
         try:
             yield
         finally:
-            self._writing_for = before
+            self._now.owners = before
 
     @contextmanager
     def of_public_text(self) -> Iterator[None]:
         """While this lasts, what crosses is nobody's."""
-        before, self.public = self.public, True
+        before, self._now.public = self._now.public, True
         try:
             yield
         finally:
-            self.public = before
+            self._now.public = before
+
+    @property
+    def public(self) -> bool:
+        """Whether what this thread sends now is public text."""
+        return self._now.public
 
     def sent(self, owners: Owners, smashed: Sequence[Tensor]) -> None:
         """Count an exchange: `owners` has whose each row of the batch is."""
@@ -91,16 +110,23 @@ class ReleaseCounts:
         counts = torch.tensor([attrs.astuple(count) for count in self.each.values()])
         return {"keys": keys.view(len(self.each), -1), "counts": counts}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take what `state` returned."""
-        self.each = {}
-        if state:
-            rows = zip(state["keys"].tolist(), state["counts"].tolist(), strict=True)
-            self.each = {bytes(key): Releases(*counts) for key, counts in rows}
+    def load_state(self, state: dict[str, Tensor], *, again: bool = False) -> None:
+        """Take what `state` returned, beside what is counted here; `again`, if that has it already."""
+        if not state:
+            return
+        for key, counts in zip(state["keys"].tolist(), state["counts"].tolist(), strict=True):
+            here, there = self.each.get(bytes(key), Releases()), Releases(*counts)
+            self.each[bytes(key)] = here.or_more(there) if again else here + there
 
     def _add(self, owner: Owner, releases: Releases) -> None:
         if not self.public:
             self.each[owner.identity] = self.each.get(owner.identity, Releases()) + releases
+
+
+def remember_owners(cache: Cache, owners: Owners) -> None:
+    """Note whose text a cache holds: what is fed to it later is theirs too."""
+    if not getattr(cache, "vflair_owners", ()):
+        cache.vflair_owners = owners  # type: ignore[attr-defined]
 
 
 def _rows(tensor: Tensor, batch: int, positions: int | None) -> int:

@@ -102,7 +102,9 @@ def forward(ground: Ground, session: Session, message: Message) -> Message:
         for counterpart in reversed(counterparts):  # what was done last is undone first
             for index, crossing in enumerate(message.tensors):
                 if crossing.role == "smashed":
-                    leaves[index] = counterpart(leaves[index])
+                    weight = next(counterpart.parameters(), leaves[index])
+                    sent = counterpart(leaves[index].to(weight.dtype))
+                    leaves[index] = sent.to(leaves[index].dtype)
         before = None if job.program.id in session.jobs else _own_state(model)
         outputs = job.run(leaves, cache, message, session.onward, meter)
         if before is not None and (changed := before ^ _own_state(model)):

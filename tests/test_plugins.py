@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -269,3 +270,23 @@ def test_the_program_answers_without_importing_torch(arguments):
     subprocess.run(
         [sys.executable, "-c", code, *arguments], check=True, capture_output=True, timeout=60
     )
+
+
+@pytest.mark.parametrize(
+    ("shelf", "name", "options", "told"),
+    [
+        ("attacks", "vocabulary-search", {"beam": True}, "takes a whole number as beam, not True"),
+        ("attacks", "vocabulary-search", {"beam": 2.0}, "takes a whole number as beam, not 2.0"),
+        ("attacks", "vocabulary-search", {"prior": "much"}, "takes a number as prior, not 'much'"),
+        ("defenses", "permutation", {"seed": "x"}, "takes a whole number as seed, not 'x'"),
+        ("defenses", "gaussian-noise", {"noise_multiplier": math.inf}, "noise_multiplier"),
+        ("tasks", "planted-records", {"train_examples": "8"}, "takes a whole number as train_examples"),
+    ],
+)  # fmt: skip
+def test_an_option_of_another_type_is_named_before_anything_is_built(shelf, name, options, told):
+    with pytest.raises(PluginError, match=told):
+        build(find(plugin_manager(), shelf, name), options)
+
+
+def test_a_whole_number_is_a_number():
+    assert build(find(plugin_manager(), "defenses", "gaussian-noise"), {"noise_multiplier": 1})

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import attrs
 import pluggy
@@ -130,6 +130,7 @@ def build(offered: Offered, options: Mapping[str, Any]) -> Any:
     needed = [p.name for p in known if p.default is p.empty and p.name not in options]
     if needed:
         raise PluginError(f"{offered.name!r} needs the option {', '.join(needed)}.")
+    _check_types(offered.name, thing, options)
     try:
         return thing(**options)
     except (TypeError, ValueError) as error:
@@ -138,6 +139,33 @@ def build(offered: Offered, options: Mapping[str, Any]) -> Any:
             f"{offered.name!r} does not take {given or 'no options'}: {error}. `vflair show {offered.name}` says what each "
             "option is."
         ) from error
+
+
+PLAIN: dict[
+    Any, tuple[tuple[type, ...], str]
+] = {  # what an option that is said to be one of these may be
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a text"),
+    bool: ((bool,), "true or false"),
+}
+
+
+def _check_types(name: str, thing: Any, options: Mapping[str, Any]) -> None:
+    """See that options which are said to be a number, a text or a truth value are one, before anything is built of them.
+
+    Raises:
+        PluginError: One is something else.
+    """
+    try:
+        hints = get_type_hints(vars(thing)["__init__"] if isinstance(thing, type) else thing)
+    except (NameError, TypeError, KeyError):  # of names that only a type checker knows
+        return
+    for key, value in options.items():
+        kinds, called = PLAIN.get(hints.get(key), ((), ""))
+        # true is no number, though Python counts with it
+        if kinds and (not isinstance(value, kinds) or (type(value) is bool and bool not in kinds)):
+            raise PluginError(f"{name!r} takes {called} as {key}, not {value!r}.")
 
 
 def options_of(thing: Any) -> dict[str, Any] | None:

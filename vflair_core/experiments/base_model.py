@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from vflair_core.defenses.calibration import about_text, remember
 from vflair_core.errors import ExperimentError
@@ -168,14 +169,20 @@ def prepare_model(
     torch.manual_seed(stream_seed(experiment.seed, "weights"))
     if spec.name:
         place = locate_checkpoint(spec.name, gguf_file=spec.gguf_file)
-        if task.kind == "image-text":
-            processor = transformers.AutoProcessor.from_pretrained(place)
-            tokenizer: Any = processor.tokenizer
-        else:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+        try:
+            if task.kind == "image-text":
+                processor = transformers.AutoProcessor.from_pretrained(place)
+                tokenizer: Any = processor.tokenizer
+            else:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+            model = auto.from_pretrained(place, **heads)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ExperimentError(
+                f"[model] name = {spec.name!r} cannot be loaded: {error} It is a folder with config.json, weights and tokenizer, "
+                "the name of a hub model, or package:NAME/FOLDER."
+            ) from error
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        model = auto.from_pretrained(place, **heads)
         text_config = model.config.get_text_config()
         if text_config.pad_token_id is None:
             text_config.pad_token_id = tokenizer.pad_token_id

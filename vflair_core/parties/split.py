@@ -203,7 +203,12 @@ def _place(
     model_party: ModelParty, devices: Sequence[str], plugins: pluggy.PluginManager | None
 ) -> None:
     if len(devices) == 1:
-        model_party.model.to(devices[0])
+        try:
+            model_party.model.to(devices[0])
+        except (AssertionError, RuntimeError) as error:
+            raise PartitionError(
+                f"The model party cannot compute on {devices[0]!r}: {str(error).splitlines()[0]}"
+            ) from error
     if len(devices) > 1:
         facts = {"model_party": model_party.model, "devices": list(devices)}
         if not (plugins and decide(plugins, "vflair_place", **facts)):

@@ -44,7 +44,9 @@ class GaussianNoise(Defense):
         gradient_clip: C of the gradient of one example (all its rows together); needed with its multiplier.
     """
 
-    noise_multiplier: float = field(default=0.1, validator=validators.ge(0))
+    noise_multiplier: float = field(
+        default=0.1, validator=[validators.ge(0), validators.lt(math.inf)]
+    )
     epsilon: float = field(default=0.0, validator=validators.ge(0))
     delta: float = field(default=1e-5, validator=[validators.gt(0), validators.lt(1)])
     clip: float = field(default=0.0, validator=validators.ge(0))

@@ -53,6 +53,11 @@ class LabelRandomisedResponse(Defense):
             )
         if math.isinf(self.epsilon):
             return labels
+        if exchange.batch.get("inputs_embeds") is not None:
+            raise DefenseError(
+                "LabelRandomisedResponse answers once for each text, and embeddings do not say which text they are of: one that is "
+                "moved a little would be answered anew. Call the model with input_ids."
+            )
         fresh = self._respond(labels.cpu(), exchange.generator)
         pairs = zip(exchange.examples, fresh.tolist(), strict=True)
         kept = [self._answers.setdefault(example, answer) for example, answer in pairs]

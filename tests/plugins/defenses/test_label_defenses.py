@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from vflair_core import DefenseError, Transcript
+from vflair_core import DefenseError, Partition, Transcript, split
 from vflair_core.defenses.defense import Exchange
-from vflair_core.testing import tiny_batch
+from vflair_core.testing import tiny_batch, tiny_model
 from vflair_defenses.decoy_rows import DecoyRows
 from vflair_defenses.label_randomised_response import LabelRandomisedResponse
 from vflair_defenses.marvell import Marvell, best_variances, sum_kl
@@ -126,6 +126,18 @@ def test_randomised_response_keeps_and_flips_as_often_as_it_says(exchange):
     assert float(chi2) < 13.8
     assert torch.equal(defense.on_labels(labels, exchange(1, batch=batch)), said)  # permanent
     assert defense.guarantee(64, 9, 9).epsilon == epsilon
+
+
+def test_randomised_response_does_not_answer_for_embeddings_which_name_no_text():
+    """200 answers to one text that is moved a little each time would tell the label, at an ε of 1."""
+    model = tiny_model("llama", "classification")
+    data_party, _ = split(model, Partition(1, 1), defenses=[LabelRandomisedResponse(epsilon=1.0)])
+    data_party.prepare([])
+    batch = tiny_batch(model, labels="classes")
+    embeds = data_party.model.get_input_embeddings()(batch["input_ids"]).detach()
+    data_party.model.train()
+    with pytest.raises(DefenseError, match="Call the model with input_ids"):
+        data_party.model(inputs_embeds=embeds, labels=batch["labels"], use_cache=False)
 
 
 def test_randomised_response_refuses_the_labels_of_a_language_model(exchange):

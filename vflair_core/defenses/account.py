@@ -32,5 +32,8 @@ class Account:
     acted: set[str] = field(factory=set)
     passed: list[Tensor] = field(factory=list)
     bypassed: bool = False  # no defense acts, for a positive control
+    public: bool = (
+        False  # what crosses is public text, and its gradient too, whichever thread sends that
+    )
     gated: bool = False  # gradients may come of the loss that the model gives, and of nothing else
     loss_pass: int | None = None  # the backward pass that came of it last

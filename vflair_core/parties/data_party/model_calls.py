@@ -210,7 +210,9 @@ class ModelCalls:
 
     def _begin_account(self, called: str, inputs: dict[str, Any]) -> Account:
         owners = repeated(self.counts.owners_of(inputs), rows_of(inputs))
-        self._account = Account(called, owners, bypassed=self.defenses.bypassed)
+        self._account = Account(
+            called, owners, bypassed=self.defenses.bypassed, public=self.counts.public
+        )
         check_recorded(inputs, self._recorded)
         self._check(inputs)
         self._account.acted |= {"on_text", "on_tokens"}

@@ -80,7 +80,7 @@ class ReleaseCounts:
 
     @property
     def public(self) -> bool:
-        """Whether what this thread sends now is public text."""
+        """Whether what this thread calls the model with now is public text."""
         return self._now.public
 
     def sent(self, owners: Owners, smashed: Sequence[Tensor]) -> None:
@@ -119,8 +119,7 @@ class ReleaseCounts:
             self.each[bytes(key)] = here.or_more(there) if again else here + there
 
     def _add(self, owner: Owner, releases: Releases) -> None:
-        if not self.public:
-            self.each[owner.identity] = self.each.get(owner.identity, Releases()) + releases
+        self.each[owner.identity] = self.each.get(owner.identity, Releases()) + releases
 
 
 def remember_owners(cache: Cache, owners: Owners) -> None:

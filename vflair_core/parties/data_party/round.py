@@ -99,7 +99,7 @@ def _account_for(
     """See that what is about to be sent has been through every defense, and count it."""
     account = exchange.account
     defenses.check_sent(sent, account, program.modules)
-    if not account.bypassed:
+    if not (account.bypassed or account.public):
         counts.sent(account.owners, [tensor for _, role, tensor in sent if role == "smashed"])
 
 
@@ -116,7 +116,7 @@ def _defended_gradient(
     count(name)
     if name == "hidden_grad":
         defenses.check_gradient(exchange.account, torch._C._current_graph_task_id())
-        if not exchange.account.bypassed:
+        if not (exchange.account.bypassed or exchange.account.public):
             counts.gradient(exchange.account.owners)
     place = "on_gradient" if name == "hidden_grad" else "on_smashed_grad"
     if not defenses.at(place):

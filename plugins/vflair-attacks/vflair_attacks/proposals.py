@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
@@ -81,16 +82,17 @@ class Proposals:
         done, most, spent = 0, self.most or vocabulary, 0
         fewest = FEWEST * len(rows) / count
         purse = count * budget.allowance(prefix.length, positions, fewest)
-        if alike and count * budget.left >= vocabulary:
-            most = purse = (
-                vocabulary  # in no order: a part of them is as good as none, and all are tried once for all
-            )
+        mapped = self.linear is not None and states is not None
+        ordered = mapped or (self.prior and said is not None)
+        if not ordered and count * budget.left >= vocabulary:
+            # A part of what is in no order is as good as none, and all are tried once for all examples.
+            most, purse = vocabulary, math.inf
         while len(rows) and done < most:
             cost = 1 if alike else len(rows)
-            more = min(max(done, FEWEST), self.chunk, most - done, max(purse - spent, 0) // cost)
-            if more <= 0 and done:
+            affordable = max(purse - spent, 0) / cost
+            if done and affordable < 1:
                 break
-            more = int(max(more, 1))
+            more = int(max(min(max(done, FEWEST), self.chunk, most - done, affordable), 1))
             tried = first[rows, done : done + more]  # (rows, C)
             hidden = head.try_tokens(tried[:1] if alike else tried, prefix)
             seen = observed[:, rows // width, None]  # (R, rows, 1, D)

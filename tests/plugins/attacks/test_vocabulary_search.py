@@ -290,6 +290,14 @@ def test_a_first_token_of_which_nothing_is_known_is_looked_for_among_all(plan, l
     assert torch.equal(guess.tokens[:, 0], ids[:, 0])
 
 
+@pytest.mark.parametrize("texts", [1, 4])
+def test_a_first_token_that_a_map_proposes_is_looked_for_among_no_more_than_asked(texts):
+    ids, knowledge = proposing(texts=texts)
+    knowledge["releases"] = knowledge["releases"] + torch.randn(1, *ids.shape, 32)
+    plan = VocabularySearch(proposals="prior+linear", candidates=64, beam=1)
+    assert launch(plan, knowledge).budget["forwards"] == 64 * ids.numel()
+
+
 def test_where_each_row_has_an_order_of_its_own_the_map_is_of_no_use_and_the_text_is_read_all_the_same():
     ids, knowledge = proposing(texts=2)
     rows = [row[torch.randperm(32)] for row in knowledge["releases"].view(-1, 32)]

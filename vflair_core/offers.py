@@ -141,9 +141,8 @@ def build(offered: Offered, options: Mapping[str, Any]) -> Any:
         ) from error
 
 
-PLAIN: dict[
-    Any, tuple[tuple[type, ...], str]
-] = {  # what an option that is said to be one of these may be
+# What an option that is said to be one of these may be, and how that is called.
+PLAIN: dict[Any, tuple[tuple[type, ...], str]] = {
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
     str: ((str,), "a text"),

@@ -213,3 +213,10 @@ def test_peak_memory_names_each_cuda_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10 + device)
     found = peak_memory()
     assert (found["cuda:0"], found["cuda:1"]) == (10, 11)
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_a_loss_that_is_not_finite_never_converged(evaluated):
+    losses = [3.0, float("nan"), float("nan")]
+    rows = evaluations(*losses)
+    assert convergence(losses, rows, [1.0] * 3, 1, evaluated=evaluated) is None

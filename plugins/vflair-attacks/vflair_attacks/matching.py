@@ -59,8 +59,9 @@ def measure_of(matching: Matching, known: Any) -> Measure:
     expected = (lambda hidden: hidden) if known is None else known.expected
     if matching == "sorted":
         return Measure(
-            lambda seen, hidden: _sorted_l1(seen, expected(hidden)), "laplace", True, expected
-        )
+            lambda seen, hidden: _sorted_l1(seen, expected(hidden)), "laplace",
+            in_any_order=True, expected=expected,
+        )  # fmt: skip
     if matching == "support":
         return Measure(lambda seen, hidden: _on_support(seen, expected(hidden)), "gaussian")
     if known is None:

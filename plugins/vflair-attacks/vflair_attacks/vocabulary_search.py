@@ -31,6 +31,7 @@ from vflair_core import AttackError, Guess
 Progress = Callable[..., None]
 # Of the variance of the observations: what rounding leaves when there is no noise.
 ROUNDING = 1e-8
+DIVERGED = "the model diverged in training, or the noise is without bounds."
 
 
 @frozen
@@ -163,8 +164,10 @@ def search(
     """Search all examples from left to right, with a prior made anew for each group; without proposals try all tokens.
 
     Raises:
-        AttackError: The head is not causal.
+        AttackError: The head is not causal, or what crossed is not finite.
     """
+    if not bool(releases.isfinite().all()):
+        raise AttackError(f"What crossed is not finite: {DIVERGED}")
     if not head.is_causal():
         raise AttackError(
             "Vocabulary search needs a causal head: in this one, a row depends on later tokens too. "
@@ -244,6 +247,8 @@ class _Beam:
         total = (self.scores[..., None] + gain).flatten(1)  # (N, W·V)
         vocabulary = gain.shape[-1]
         scores, flat = total.topk(min(self.plan.beam, total.shape[1]), dim=1)
+        if bool(scores[:, 0].isnan().any()):
+            raise AttackError(f"No token can be compared with what crossed: {DIVERGED}")
         keep = int((scores > scores[:, :1] - self.plan.margin).sum(1).max())
         scores, flat = scores[:, :keep], flat[:, :keep]
         parents, chosen = flat // vocabulary, flat % vocabulary  # (N, W')
@@ -252,7 +257,9 @@ class _Beam:
         self._select(rows)
         if self.measure.in_any_order and self.order is None:
             best = self.head.try_tokens(chosen.reshape(-1, 1), self.cache).unflatten(0, (count, -1))
-            self.order = order_told_by(observed.mean(0), self.measure.expected(best[:, 0, 0]))
+            told = order_told_by(observed.mean(0), self.measure.expected(best[:, 0, 0]))
+            self.order = told.new_zeros(len(self.lengths), told.shape[1])
+            self.order[self.alive] = told
         self.head.append(chosen.reshape(-1, 1), self.cache)
         earlier = self.tokens.gather(1, parents[..., None].expand(-1, -1, self.tokens.shape[2]))
         self.tokens = torch.cat([earlier, chosen[..., None]], dim=2)

@@ -140,6 +140,12 @@ class Silent(Mechanism):
     """Known to the attacker, and without a noise that could be scored."""
 
 
+def test_what_is_not_finite_is_refused_by_its_name():
+    *seen, _ = defended(lambda hidden: hidden / 0)
+    with pytest.raises(AttackError, match="the model diverged"):
+        VocabularySearch()(*seen)
+
+
 def test_one_example_that_nothing_explains_does_not_spoil_its_group():
     torch.manual_seed(0)
     model = tiny_model("llama", vocab_size=300)
